@@ -1,0 +1,1 @@
+"""Raw pools of images and texts in, balanced webdataset shards out."""

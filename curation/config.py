@@ -1,0 +1,176 @@
+"""The recipe of `gemsmith curate`: which signals to measure, which selectors to apply, and the few sizes beside them.
+
+    signals:                      name -> {kind: one of curation.signals.SIGNALS, its settings}
+      text: {kind: text}
+      clip_score: {kind: clip, model: ViT-B-32, pretrained: openai}
+    selectors:                    name -> {kind: one of curation.selection.SELECTORS, its settings}, in this order
+      words: {kind: threshold, column: caption_words, min: 3}
+    seed: 0
+
+Every setting is overridable by its path, `--selectors.words.min 5`. jsonargparse
+checks each entry against its dataclass, so unknown keys and wrong types are
+refused with the entry's name.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from curation import store
+from curation.errors import UserError
+from curation.selection import SELECTORS
+from curation.selection.interface import Selector
+from curation.signals import SIGNALS
+from curation.signals.interface import Signal
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurateConfig:
+    """A checked recipe. `signals` and `selectors` are by name, the selectors in the order they act."""
+
+    signals: Mapping[str, Signal]
+    selectors: Mapping[str, Selector]
+    seed: int = 0
+    unit_samples: int = 1_000  # samples that are measured, retried and resumed together
+    shard_samples: int = 10_000  # samples of an output shard, at most
+    max_error_rate: float = 0.1  # share of samples that may be unusable before the run stops
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe with every setting resolved, as JSON has it."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain["signals"] = {n: _entry(s, SIGNALS) for n, s in self.signals.items()}
+        plain["selectors"] = {n: _entry(s, SELECTORS) for n, s in self.selectors.items()}
+        return plain
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> CurateConfig:
+    """Read a recipe and apply overrides such as `["--selectors.words.min", "5", "--seed=1"]`.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key, kind or column, or a
+            value of the wrong type.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError:
+        raise UserError(
+            f"--config {path}: cannot be read; name a recipe such as recipes/curate/tiny_raw.yaml"
+        ) from None
+    except yaml.YAMLError as reason:
+        raise UserError(f"--config {path}: not YAML ({' '.join(str(reason).split())})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"--config {path}: not a mapping of settings")
+    for dotted, value in _pairs(overrides):
+        _set(raw, dotted, value)
+    return parse_config(raw)
+
+
+def parse_config(raw: Mapping[str, Any]) -> CurateConfig:
+    """The checked recipe of a plain mapping.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    top = {**raw}
+    signals = _entries(top.pop("signals", None), SIGNALS, "signals", {})
+    sizes = [f for f in dataclasses.fields(CurateConfig) if f.name not in ("signals", "selectors")]
+    sizes_class = dataclasses.make_dataclass(
+        "Sizes", [(f.name, f.type, f.default) for f in sizes], frozen=True, kw_only=True
+    )
+    selector_settings = top.pop("selectors", None)
+    checked = _typed(sizes_class, top, "recipe")
+    for name, least in (("unit_samples", 1), ("shard_samples", 1), ("max_error_rate", 0), ("seed", 0)):
+        if getattr(checked, name) < least:
+            raise UserError(f"{name}: {getattr(checked, name)} is below {least}")
+    selectors = _entries(selector_settings, SELECTORS, "selectors", {"seed": checked.seed})
+    config = CurateConfig(signals=signals, selectors=selectors, **dataclasses.asdict(checked))
+    _check_columns(config)
+    return config
+
+
+def _entry(entry: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
+    kind = next(k for k, c in kinds.items() if c is type(entry))
+    return {"kind": kind, **dataclasses.asdict(entry)}
+
+
+def _entries(raw: Any, kinds: Mapping[str, type], section: str, inherited: Mapping[str, Any]) -> dict[str, Any]:
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{section}: not a mapping of names to settings")
+    out = {}
+    for name, settings in raw.items():
+        where = f"{section}.{name}"
+        if not isinstance(settings, dict):
+            raise UserError(f"{where}: not a mapping; write {{kind: ..., settings}}")
+        rest = dict(settings)
+        kind = rest.pop("kind", None)
+        if kind not in kinds:
+            raise UserError(f"{where}.kind: {kind!r} is unknown; one of {', '.join(kinds)}")
+        fields = {f.name for f in dataclasses.fields(kinds[kind])}
+        rest = {**{k: v for k, v in inherited.items() if k in fields}, **rest}
+        out[str(name)] = _typed(kinds[kind], rest, where)
+    return out
+
+
+def _typed(cls: type, settings: Mapping[str, Any], where: str) -> Any:
+    """Check the settings against a dataclass and make it."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, as_group=False)
+    unknown = sorted(set(settings) - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        known = ", ".join(f.name for f in dataclasses.fields(cls)) or "no settings"
+        raise UserError(f"{where}.{unknown[0]}: unknown setting; this takes {known}")
+    try:
+        return cls(**vars(parser.parse_object(dict(settings))))
+    except jsonargparse.ArgumentError as reason:
+        raise UserError(f"{where}: {' '.join(str(reason).split())}") from None
+
+
+def _check_columns(config: CurateConfig) -> None:
+    """Every selector's columns are measured, and none is measured twice."""
+    measured: dict[str, str] = {c: "every sample" for c in store.BASE.names}
+    for name, signal in config.signals.items():
+        for column in signal.schema(name):
+            if column in measured:
+                raise UserError(f"signals.{name}: its column {column} is already that of {measured[column]}; drop one")
+            measured[column] = f"signal {name}"
+    for name, selector in config.selectors.items():
+        for column in selector.needs:
+            if column not in measured:
+                raise UserError(
+                    f"selectors.{name}: column {column} is not measured; add its signal or use one of "
+                    f"{', '.join(measured)}"
+                )
+
+
+def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """`--a.b 1` and `--a.b=1` as (("a.b"), 1)."""
+    pairs: list[tuple[str, Any]] = []
+    rest = list(overrides)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word}: not understood; overrides are --path.to.setting VALUE")
+        dotted, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"{word}: has no value; write {word} VALUE")
+            value = rest.pop(0)
+        pairs.append((dotted, yaml.safe_load(value)))
+    return pairs
+
+
+def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for depth, parent in enumerate(parents):
+        inner = raw.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--{dotted}: {'.'.join(parents[: depth + 1])} holds no settings")
+        raw = inner
+    raw[last] = value

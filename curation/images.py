@@ -1,0 +1,51 @@
+"""Decoding: every image fully and unscaled, by the decoder that open_clip's users compare with.
+
+Pillow is the reference. Colour JPEGs go through simplejpeg, whose unscaled
+pixels are identical and which is faster; scaled decoding would move CLIPScores
+by several thousandths. The image keeps its own mode (palette, alpha, 16 bit)
+because a model's transform may resize before it converts to RGB.
+"""
+
+import io
+import warnings
+
+from PIL import Image
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit (a quarter of a gigabyte of RGB); there only a warning
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
+
+# The limit is held below, before anything is decoded; Pillow's own would warn of the same thing.
+Image.MAX_IMAGE_PIXELS = None
+
+
+def decode(raw: bytes) -> tuple[Image.Image | None, str, str | None]:
+    """Decode the first frame of an image.
+
+    Returns:
+        (image, format, error): the image is loaded and in its own mode, or
+        None where error is "image_decode" or "decompression_bomb"; the format
+        is jpg, png, webp, ... or "" where it was not recognised.
+    """
+    import simplejpeg
+
+    if raw[:3] == b"\xff\xd8\xff":
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(raw)
+            if height * width > MAX_PIXELS:
+                return None, "jpg", "decompression_bomb"
+            if colorspace == "YCbCr":
+                return Image.fromarray(simplejpeg.decode_jpeg(raw, "RGB")), "jpg", None
+        except ValueError:
+            pass  # Pillow decides whether it can be read at all
+    kind = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(raw)) as image:
+                kind = FORMATS.get(image.format or "", (image.format or "").lower())
+                if image.width * image.height > MAX_PIXELS:
+                    return None, kind, "decompression_bomb"
+                image.load()
+                return image.copy() if getattr(image, "n_frames", 1) > 1 else image, kind, None
+    except Exception:
+        return None, kind, "image_decode"

@@ -1,0 +1,163 @@
+"""The measuring half that runs in a worker: scan a shard, measure a unit.
+
+A unit opens its shard as a memory map, decodes every image once, shows it to
+all meters and writes one parquet part. Pixels stay in this process. Samples
+with an error keep their row, without signals.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from curation import store
+from curation.images import decode
+from curation.pool import Row, Shard, damaged_uid, read_row
+from curation.signals.interface import Decoded, Meter, Signal
+from curation.store import SignalSet, Unit
+from curation.tar import Bytes, Sample, open_shard, samples
+
+BATCH = 64  # samples that a meter turns into columns at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """What a worker is told once; called, it gives the function that does a shard (scan) or a unit (measure)."""
+
+    signals: Mapping[str, Signal]
+    signal_set: SignalSet
+
+    def __call__(self) -> Callable[[Shard | Unit], dict[str, Any]]:
+        return _Measurer(self.signals, self.signal_set).do
+
+
+class _Measurer:
+    def __init__(self, signals: Mapping[str, Signal], signal_set: SignalSet) -> None:
+        self._signals = signals
+        self._set = signal_set
+        self._meters: dict[str, Meter] = {}
+        self._scanned: tuple[str, Bytes, list[Sample], str | None] | None = None
+
+    def do(self, item: Shard | Unit) -> dict[str, Any]:
+        return self.scan(item) if isinstance(item, Shard) else self.measure(item)
+
+    def _open(self, shard: Shard) -> tuple[Bytes, list[Sample], str | None]:
+        """The units of one shard come one after another, so the last scan is worth keeping."""
+        if self._scanned is None or self._scanned[0] != shard.fingerprint:
+            data = open_shard(shard.path)
+            self._scanned = (shard.fingerprint, data, *samples(data))
+        return self._scanned[1:]
+
+    def scan(self, shard: Shard) -> dict[str, Any]:
+        _, found, damage = self._open(shard)
+        store.write_shard_record(self._set.root, shard, len(found), damage)
+        return {"rows": len(found) + (damage is not None)}
+
+    def measure(self, unit: Unit) -> dict[str, Any]:
+        """Measure a unit and write its part: {"rows": n, "errors": {reason: n}}."""
+        data, found, damage = self._open(unit.shard)
+        first = unit.number * self._set.unit_samples
+        chosen = found[first : first + self._set.unit_samples]
+        rows = [read_row(data, sample) for sample in chosen]
+        errors = [row.error for row in rows]
+
+        known = store.taken_over(self._set, unit)
+        meters = {name: self._meter(name) for name in self._signals if name not in known}
+        batches: dict[str, list[dict[str, pa.Array]]] = {name: [] for name in meters}
+        seen: dict[str, list[Any]] = {name: [] for name in meters}
+
+        def flush() -> None:
+            for name, meter in meters.items():
+                if seen[name]:
+                    batches[name].append(meter.columns(seen[name]))
+                    seen[name] = []
+
+        waiting = 0
+        if not meters and known:  # other sets know every signal, and with them which images cannot be decoded
+            errors = next(iter(known.values()))["error"].to_pylist()[: len(rows)]
+        for i, row in enumerate(rows if meters or not known else []):
+            if row.error is not None or row.image is None or row.caption is None:
+                continue
+            raw = data[row.image.offset : row.image.offset + row.image.size]
+            image, image_format, errors[i] = decode(raw)
+            if image is None:
+                continue
+            decoded = Decoded(caption=row.caption, image=image, image_format=image_format, raw=raw)
+            for name, meter in meters.items():
+                seen[name].append(meter.see(decoded))
+            waiting += 1
+            if waiting == BATCH:
+                flush()
+                waiting = 0
+        flush()
+
+        rest = damage if first + len(chosen) == len(found) and len(chosen) < unit.rows else None
+        table = _base_table(unit.shard, chosen, rows, errors, first, rest)
+        for name, signal in self._signals.items():
+            table = _with_signal(table, name, signal, self._set.identities[name], batches.get(name), known.get(name))
+        store.write_part(self._set.path(unit), table)
+        return {"rows": table.num_rows, "errors": count_errors(table)}
+
+    def _meter(self, name: str) -> Meter:
+        if name not in self._meters:
+            self._meters[name] = self._signals[name].load(name)
+        return self._meters[name]
+
+
+def _base_table(
+    shard: Shard, chosen: list[Sample], rows: list[Row], errors: list[str | None], first: int, damage: str | None
+) -> pa.Table:
+    records: list[dict[str, Any]] = [
+        {
+            "uid": row.uid,
+            "key": sample.key,
+            "extensions": list(sample.members),
+            "offsets": [m.offset for m in sample.members.values()],
+            "sizes": [m.size for m in sample.members.values()],
+            "error": error,
+            "caption": row.caption,
+            "url": row.url,
+        }
+        for sample, row, error in zip(chosen, rows, errors, strict=True)
+    ]
+    if damage is not None:
+        records.append({"uid": damaged_uid(shard), "key": "", "error": "truncated_tar", "caption": None, "url": None})
+    for place, record in enumerate(records):
+        record["shard"], record["index"] = shard.path, first + place
+    return pa.Table.from_pylist(records, schema=store.BASE)
+
+
+def _with_signal(
+    table: pa.Table,
+    name: str,
+    signal: Signal,
+    identity: str,
+    batches: list[dict[str, pa.Array]] | None,
+    known: pa.Table | None,
+) -> pa.Table:
+    """Add a signal's columns; rows with an error get nulls."""
+    valid = table["error"].is_null().to_numpy()
+    places = pa.array((valid.cumsum() - 1).astype("int64"), mask=~valid)
+    for column, kind in signal.schema(name).items():
+        if known is not None:
+            values = known[column]
+        elif batches:
+            values = pa.concat_arrays([batch[column] for batch in batches]).take(places)
+        else:
+            values = pa.nulls(table.num_rows, kind)
+        table = table.append_column(pa.field(column, kind, metadata={"identity": identity}), values)
+    return table
+
+
+def count_errors(table: pa.Table) -> dict[str, int]:
+    counts = table["error"].drop_null().value_counts()
+    return {entry["values"]: entry["counts"] for entry in counts.to_pylist()}
+
+
+def part_errors(path: Path) -> dict[str, int]:
+    """The errors of a part that was measured before."""
+    import pyarrow.parquet as pq
+
+    return count_errors(pq.read_table(path, columns=["error"]))

@@ -1,0 +1,265 @@
+"""The three phases: what each finds done, does, counts and writes.
+
+Measure finds the parts that are in the store, select is quick and starts over,
+build finds the markers of the shards it has copied. Counts are checked where
+they arise: seen = kept + dropped + errors at every stage, or the run fails.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from curation import shards as building
+from curation import store
+from curation.config import CurateConfig
+from curation.errors import UserError
+from curation.hashing import config_hash
+from curation.ledger import write_ledger
+from curation.manifest import read_manifest, write_manifest
+from curation.measure import Measuring, part_errors
+from curation.pool import Shard
+from curation.report import write_report
+from curation.selection import engine
+from curation.selection.engine import MapParts, Part
+from curation.store import SignalSet, Unit
+from curation.workers import Workers, progress
+
+RAY_PARTS = 256  # from this many parts on, selection is spread over Ray; below, starting it costs more than it gives
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One invocation: the checked arguments and what follows from them."""
+
+    config: CurateConfig
+    pool: list[Shard]
+    out: Path
+    root: Path  # of the signal store
+    slice: tuple[int, int] | None
+    workers: Workers
+    identity: dict[str, Any]
+
+    def mine(self, items: Sequence[Any]) -> list[Any]:
+        """The items of this slice: those whose `index` (an input shard's place in the pool) is its turn."""
+        if self.slice is None:
+            return list(items)
+        number, of = self.slice
+        return [item for item in items if item.index % of == number - 1]
+
+    @property
+    def build_folder(self) -> Path:
+        """Named by the run, so that workers that outlive a killed run can only write what this one would."""
+        return self.out / f".build-{config_hash(self.identity)}"
+
+
+def known_units(run: Run, shards: Sequence[Shard]) -> list[Unit] | None:
+    """The units of these shards, or None where one was not scanned yet."""
+    units: list[Unit] = []
+    for shard in shards:
+        record = store.shard_record(run.root, shard)
+        if record is None:
+            return None
+        units += store.units_of(shard, record["samples"], record["damage"], run.config.unit_samples)
+    return units
+
+
+def signal_set_of(run: Run, units: list[Unit] | None) -> SignalSet:
+    return store.open_set(run.root, run.config.signals, run.config.unit_samples, units)
+
+
+def measure(run: Run) -> dict[str, Any]:
+    began, started = time.perf_counter(), run.workers.start_seconds
+    mine = run.mine(run.pool)
+    unscanned = [shard for shard in mine if store.shard_record(run.root, shard) is None]
+    setup = Measuring(signals=run.config.signals, signal_set=signal_set_of(run, None))
+    scans = run.workers.map(setup, unscanned)
+    for _ in progress(scans, label="scan", total=len(unscanned), unit="shards", amount=lambda _: 1):
+        pass
+    units = known_units(run, mine)
+    assert units is not None
+    rows = sum(unit.rows for unit in units)
+    if not rows and run.slice is None:
+        raise UserError("--pool: the shards hold no samples; name a folder of img2dataset tars")
+    signal_set = signal_set_of(run, units)
+    store.describe_set(signal_set)
+    missing = signal_set.missing(units)
+    absent = {unit.part for unit in missing}
+    errors: Counter[str] = Counter()
+    for unit in units:
+        if unit.part not in absent:
+            errors.update(part_errors(signal_set.path(unit)))
+    setup = Measuring(signals=run.config.signals, signal_set=signal_set)
+    measured = 0
+    results = run.workers.map(setup, missing)
+    total = sum(unit.rows for unit in missing)
+    for result in progress(results, label="measure", total=total, unit="pairs", amount=lambda r: r["rows"]):
+        measured += result["rows"]
+        errors.update(result["errors"])
+        _check_budget(run, errors, rows)
+    _check_budget(run, errors, rows)
+    wall = time.perf_counter() - began
+    manifest = {
+        "phase": "measure",
+        "seen": rows,
+        "errors": dict(sorted(errors.items())),
+        "signal_set": str(signal_set.folder),
+        "parts": [unit.part for unit in units],
+        "rows": [unit.rows for unit in units],
+        "measured": measured,
+        **_speed(measured, wall, run.workers.start_seconds - started),
+    }
+    if run.slice is None:
+        write_manifest(run.out / "measure.manifest.json", manifest)
+    return manifest
+
+
+def _check_budget(run: Run, errors: Counter[str], rows: int) -> None:
+    if errors.total() > run.config.max_error_rate * rows:
+        found = ", ".join(f"{reason} {n}" for reason, n in errors.most_common())
+        raise UserError(
+            f"max_error_rate: {errors.total()} of {rows} samples cannot be used ({found}), "
+            f"more than {run.config.max_error_rate:g} of them; mend the pool or raise max_error_rate"
+        )
+
+
+def measured_parts(run: Run) -> tuple[list[Part], dict[str, Any] | None]:
+    """The measured parts in the pool's order.
+
+    Raises:
+        UserError: something of the pool is not measured.
+    """
+    measured = read_manifest(run.out / "measure.manifest.json")
+    if measured is not None:
+        folder, names, rows = Path(measured["signal_set"]), measured["parts"], measured["rows"]
+    else:
+        units = known_units(run, run.pool)
+        signal_set = signal_set_of(run, units)
+        if units is None or signal_set.missing(units):
+            raise UserError(
+                f"--signals {run.root}: this pool is not measured there with this recipe's signals; "
+                "run --phase measure (or all) first"
+            )
+        folder, names, rows = signal_set.folder, [u.part for u in units], [u.rows for u in units]
+    parts, first = [], 0
+    for name, n in zip(names, rows, strict=True):
+        parts.append(Part(path=folder / name, first=first, rows=n))
+        first += n
+    return parts, measured
+
+
+def _map_parts(run: Run, parts: Sequence[Part]) -> MapParts:
+    """The builtin map, or Ray's where there are parts enough for it to pay."""
+    if len(parts) < RAY_PARTS:
+        return map
+
+    def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        numbered = run.workers.map(_Numbered(function), list(enumerate(items)))
+        return [result for _, result in sorted(numbered, key=lambda pair: pair[0])]
+
+    return spread
+
+
+class _Numbered:
+    """A function over (number, item) that hands the number back, because results come in any order."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
+
+    def __call__(self) -> Callable[[tuple[int, Any]], tuple[int, Any]]:
+        return lambda numbered: (numbered[0], self._function(numbered[1]))
+
+
+def select(run: Run) -> dict[str, Any]:
+    began, started = time.perf_counter(), run.workers.start_seconds
+    parts, measured = measured_parts(run)
+    map_parts = _map_parts(run, parts)
+    selection = engine.run(run.config.selectors, parts, map_parts)
+    counts = write_ledger(run.out / "ledger", parts, selection, map_parts)
+    stages = [_decode_stage(counts), *selection.stages]
+    _check_conservation(counts, stages, sum(part.rows for part in parts))
+    wall = time.perf_counter() - began
+    manifest = {
+        "phase": "select",
+        **counts,
+        "stages": stages,
+        "config": run.config.to_dict(),
+        "seed": run.config.seed,
+        **_speed(counts["seen"], wall, run.workers.start_seconds - started),
+    }
+    write_report(run.out, manifest, parts, {"measure": measured, "select": manifest})
+    write_manifest(run.out / "select.manifest.json", manifest)
+    return manifest
+
+
+def _decode_stage(counts: dict[str, Any]) -> dict[str, Any]:
+    errors = sum(counts["errors"].values())
+    return {"name": "readable", "in": counts["seen"], "out": counts["seen"] - errors, "dropped": errors}
+
+
+def _check_conservation(counts: dict[str, Any], stages: list[dict[str, Any]], rows: int) -> None:
+    """No sample is lost or counted twice, in all and at each stage."""
+    spent = counts["kept"] + sum(counts["dropped"].values()) + sum(counts["errors"].values())
+    if not counts["seen"] == rows == spent:
+        raise RuntimeError(f"conservation: {rows} measured, {counts['seen']} in the ledger, {spent} accounted for")
+    flow = counts["seen"]
+    for stage in stages:
+        if stage["in"] != flow or stage["in"] - stage["dropped"] != stage["out"]:
+            raise RuntimeError(f"conservation: stage {stage} does not follow on {flow}")
+        flow = stage["out"]
+        if stage["name"] != "readable" and stage["dropped"] != counts["dropped"].get(stage["name"], 0):
+            raise RuntimeError(f"conservation: stage {stage} and ledger {counts['dropped']} differ")
+    if flow != counts["kept"]:
+        raise RuntimeError(f"conservation: {flow} left the last stage, {counts['kept']} are kept")
+
+
+def build(run: Run) -> dict[str, Any]:
+    began, started = time.perf_counter(), run.workers.start_seconds
+    selected = read_manifest(run.out / "select.manifest.json")
+    if selected is None:
+        raise UserError(f"--out {run.out}: nothing is selected there; run --phase select (or all) first")
+    parts, _ = measured_parts(run)
+    ledger, target, folder = run.out / "ledger", run.out / "shards", run.build_folder
+    made = building.plan(
+        parts,
+        ledger,
+        seed=run.config.seed,
+        shard_samples=run.config.shard_samples,
+        map_parts=_map_parts(run, parts),
+    )
+    copied = Counter[str]()
+    if not target.exists():
+        building.prepare(folder)
+        mine = [c for c in run.mine(made.copies) if len(c.output) and not building.marker(folder, c).exists()]
+        total = sum(len(c.output) for c in mine)
+        results = run.workers.map(building.Copying(folder, made.sizes), mine)
+        for result in progress(results, label="build", total=total, unit="samples", amount=lambda r: r["samples"]):
+            copied.update(result)
+        if run.slice is None:
+            building.finish(folder, target, made, parts, ledger)
+    manifest = {
+        "phase": "build",
+        "shards": len(made.sizes),
+        "samples": sum(made.samples),
+        "bytes": sum(made.sizes),
+        "copied": copied["samples"],
+        **_speed(copied["samples"], time.perf_counter() - began, run.workers.start_seconds - started),
+    }
+    if run.slice is None:
+        if manifest["samples"] != selected["kept"]:
+            raise RuntimeError(f"conservation: {selected['kept']} kept, {manifest['samples']} in the shards")
+        write_manifest(run.out / "build.manifest.json", manifest)
+        building.forget(folder)
+    return manifest
+
+
+def _speed(pairs: int, wall: float, starting: float) -> dict[str, Any]:
+    """Ray's start is counted apart: it is the same for a thousand pairs and a billion."""
+    working = max(wall - starting, 1e-9)
+    return {
+        "wall_s": round(wall, 3),
+        "ray_start_s": round(starting, 3),
+        "pairs_per_s": round(pairs / working, 1),
+    }

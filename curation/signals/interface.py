@@ -1,0 +1,55 @@
+"""What a signal is: one file with a frozen dataclass of settings, and one line in `curation.signals.SIGNALS`.
+
+The settings object lives in the driver and is cheap; `load` runs once in each
+worker and returns the meter that does the work. A meter sees each decoded
+sample once (`see`) and turns up to 64 of what it took from them into columns
+(`columns`), so a picture is never held longer than all meters need to look at
+it, and a model still works in batches. The batches are fixed by the sample's
+place in its shard: values do not depend on workers or their number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import pyarrow as pa
+from PIL import Image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoded:
+    """A sample without error: its caption, its bytes as they lie in the shard, and its pixels in their own mode."""
+
+    caption: str
+    image: Image.Image
+    image_format: str
+    raw: bytes
+
+
+class Meter(Protocol):
+    """The working half of a signal, in a worker."""
+
+    def see(self, sample: Decoded) -> Any:
+        """Take from one sample what `columns` needs, without keeping the image."""
+
+    def columns(self, seen: Sequence[Any]) -> dict[str, pa.Array]:
+        """One array per column, in the order of `seen`."""
+
+
+class Signal(Protocol):
+    """The settings of a signal; `version` goes up when the same settings give other values."""
+
+    version: ClassVar[int]
+
+    def schema(self, name: str) -> dict[str, pa.DataType]:
+        """Columns and their types, where `name` is what the recipe calls this signal."""
+
+    def content(self) -> dict[str, Any]:
+        """What decides the values beside `version`: settings, and hashes of the files they name.
+
+        Raises:
+            UserError: a named file does not exist or cannot be read.
+        """
+
+    def load(self, name: str) -> Meter:
+        """Load models and return the meter."""

@@ -1,0 +1,185 @@
+"""Tar shards as byte ranges: which member of which sample lies where.
+
+Measuring, building, training and grading all read shards through this index.
+It walks the headers over a memory map and touches no payload, so a sample can
+be read, or copied raw into another tar, by offset alone. `tarfile` would build
+an object of twenty fields per member and cannot say what is left of a
+truncated file; webdataset's reader gives no offsets.
+
+Samples are grouped by key over the whole shard because img2dataset writes the
+members of one sample in any order. ustar, GNU long names and PAX headers are
+understood.
+"""
+
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BLOCK = 512
+Bytes = bytes | mmap.mmap
+
+
+class TarDamage(Exception):
+    """The archive cannot be read past this point; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file of a tar: its name, where its bytes begin and how many there are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(slots=True)
+class Sample:
+    """The members that share a key, by extension; `error` names what is wrong with the grouping."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+    error: str | None = None
+
+
+def _number(raw: bytes) -> int:
+    """A header number: octal text, or GNU's base-256 for sizes of 8 GiB and more."""
+    if raw[0] & 0x80:
+        return int.from_bytes(raw[1:], "big") + ((raw[0] & 0x7F) << (8 * (len(raw) - 1)))
+    text = raw.split(b"\0", 1)[0].strip()
+    return int(text, 8) if text else 0
+
+
+def _pax_records(payload: bytes) -> dict[str, str]:
+    records = {}
+    while payload:
+        length, _, rest = payload.partition(b" ")
+        record = payload[len(length) + 1 : int(length) - 1]
+        name, _, value = record.partition(b"=")
+        records[name.decode()] = value.decode("utf-8", "replace")
+        payload = payload[int(length) :]
+    return records
+
+
+def _text(raw: bytes) -> str:
+    return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
+
+
+def members(data: Bytes) -> Iterator[Member]:
+    """The regular files of a tar, in order.
+
+    Raises:
+        TarDamage: after the last whole member, where the archive is truncated,
+            lacks its end or a header does not check.
+    """
+    position, total = 0, len(data)
+    long_name: str | None = None
+    long_size: int | None = None
+    while position < total:
+        header = data[position : position + BLOCK]
+        if len(header) < BLOCK:
+            raise TarDamage(f"truncated header at byte {position}")
+        if header[0] == 0 and not any(header):
+            return
+        try:
+            stored, size = _number(header[148:156]), _number(header[124:136])
+        except ValueError:
+            raise TarDamage(f"unreadable header at byte {position}") from None
+        if stored != sum(header) - sum(header[148:156]) + 8 * 32:
+            raise TarDamage(f"header checksum differs at byte {position}")
+        kind, start = header[156:157], position + BLOCK
+        if kind in (b"0", b"\0", b"7") and long_size is not None:
+            size = long_size
+        if start + size > total:
+            raise TarDamage(f"truncated member at byte {position}")
+        if kind == b"x":
+            records = _pax_records(data[start : start + size])
+            long_name = records.get("path", long_name)
+            long_size = int(records["size"]) if "size" in records else None
+        elif kind == b"L":
+            long_name = _text(data[start : start + size])
+        else:
+            if kind in (b"0", b"\0", b"7"):
+                name = long_name
+                if name is None:
+                    prefix = _text(header[345:500]) if header[257:262] == b"ustar" else ""
+                    name = f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
+                yield Member(name, start, size)
+            if kind != b"g":
+                long_name = long_size = None
+        position = start + padded(size)
+    if total:
+        raise TarDamage(f"no end-of-archive block by byte {total}")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """webdataset's key and extension: the base name splits at its first dot, "a/b.seg.png" -> ("a/b", "seg.png")."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def samples(data: Bytes) -> tuple[list[Sample], str | None]:
+    """All samples of a shard in the order of their first members, and what damaged the rest of it (or None).
+
+    A key that repeats an extension starts a sample of its own with the error
+    "duplicate_key"; member names that leave the folder give "unsafe_name".
+    """
+    by_key: dict[str, Sample] = {}
+    found: list[Sample] = []
+    damage = None
+    try:
+        for member in members(data):
+            key, extension = split_name(member.name)
+            if not extension or key.rpartition("/")[2] == "":
+                continue
+            sample = by_key.get(key)
+            if sample is None or extension in sample.members:
+                repeated = sample is not None
+                sample = Sample(key, error="duplicate_key" if repeated else None)
+                by_key[key] = sample
+                found.append(sample)
+            if member.name.startswith("/") or ".." in member.name.split("/"):
+                sample.error = "unsafe_name"
+            sample.members[extension] = member
+    except TarDamage as reason:
+        damage = str(reason)
+    return found, damage
+
+
+def open_shard(path: str | Path) -> Bytes:
+    """A read-only memory map of a local tar (empty bytes for an empty file)."""
+    with open(path, "rb") as f:
+        if os.fstat(f.fileno()).st_size == 0:
+            return b""
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def header(name: str, size: int) -> bytes:
+    """A ustar header for a regular file, mode 0644, without owner or time, so that equal inputs give equal tars.
+
+    `name` is at most 100 bytes: ours are a 32-digit uid, a copy number and an extension.
+    """
+    encoded = name.encode()
+    assert len(encoded) <= 100 and size < 8**11, (name, size)
+    block = bytearray(BLOCK)
+    block[: len(encoded)] = encoded
+    block[100:108] = b"0000644\0"
+    block[108:124] = b"0000000\0" * 2
+    block[124:136] = b"%011o\0" % size
+    block[136:148] = b"00000000000\0"
+    block[148:156] = b" " * 8
+    block[156:157] = b"0"
+    block[257:265] = b"ustar\x0000"
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+END = bytes(2 * BLOCK)
+"""Two empty blocks close a tar."""
+
+
+def padded(size: int) -> int:
+    """Bytes that a payload of this size takes in a tar."""
+    return -(-size // BLOCK) * BLOCK

@@ -1,0 +1,150 @@
+"""Ray, as curation uses it: a few actors, one item in flight for each, results in any order.
+
+An actor loads its models once and is given the next item when it has answered
+the last one. That is all the scheduling that units of a thousand samples need,
+and it has none of Ray Data's object-store traffic or its starvation when the
+actors take every CPU. A killed worker is started again by Ray and its item
+with it: items write their own output atomically, so doing one twice is harmless.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Self
+
+from curation.errors import UserError
+
+RETRIES = 5  # per item; a unit that kills its worker more often is a defect, not bad luck
+OBJECT_STORE_BYTES = 200 << 20  # pixels never enter it
+REPORT_SECONDS = 5.0
+
+
+class Workers:
+    """A context manager that holds Ray: a local one of `count` workers, or the cluster at `address`.
+
+    Ray is started by the first `map`, so a run that finds everything done never starts it.
+    """
+
+    def __init__(self, count: int | None, address: str | None) -> None:
+        if count is not None and count < 1:
+            raise UserError(f"--workers {count}: at least 1")
+        self._count = count
+        self._address = address
+        self._started = False
+        self._actors: list[Any] = []
+        self._generation = 0
+        self.start_seconds = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._actors:
+            import ray
+
+            for actor in self._actors:
+                ray.kill(actor)
+            if self._started:
+                ray.shutdown()
+
+    def _start(self) -> int:
+        """Connect, and say how many workers to use."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        if not ray.is_initialized():
+            began = time.perf_counter()
+            if self._address is None:
+                ray.init(
+                    address="local",
+                    num_cpus=self._count or os.cpu_count() or 1,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                )
+            else:
+                ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
+            self._started = True
+            self.start_seconds = time.perf_counter() - began
+        return self._count or int(ray.cluster_resources().get("CPU", 1))
+
+    def map(self, setup: Callable[[], Callable[[Any], Any]], items: Sequence[Any]) -> Iterator[Any]:
+        """`setup()` once in each worker, then its function over the items; results as they come.
+
+        Raises:
+            UserError: as raised by `setup` or the function in a worker.
+        """
+        if not items:
+            return
+        actors = self._actors_for(len(items))
+        import ray
+
+        self._generation += 1
+        shared = ray.put(setup)
+        waiting = deque(items)
+        flying: dict[Any, Any] = {}
+        for actor in actors:
+            flying[actor.call.remote(self._generation, shared, waiting.popleft())] = actor
+        while flying:
+            done, _ = ray.wait(list(flying), num_returns=1)
+            actor = flying.pop(done[0])
+            try:
+                result = ray.get(done[0])
+            except ray.exceptions.RayTaskError as failure:
+                if isinstance(failure.cause, UserError):
+                    raise UserError(str(failure.cause)) from None
+                raise
+            if waiting:
+                flying[actor.call.remote(self._generation, shared, waiting.popleft())] = actor
+            yield result
+
+    def _actors_for(self, items: int) -> list[Any]:
+        """As many actors as there is work for; those of earlier maps are used again."""
+        count = min(self._start(), items)
+        import ray
+
+        kind: Any = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(_Actor)
+        while len(self._actors) < count:
+            self._actors.append(kind.remote())
+        return self._actors[:count]
+
+
+class _Actor:
+    """Sets up at the first call of a map: a restarted actor does too, and a user's error is that call's."""
+
+    def __init__(self) -> None:
+        self._generation = 0
+        self._function: Callable[[Any], Any] | None = None
+
+    def call(self, generation: int, setup: Callable[[], Callable[[Any], Any]], item: Any) -> Any:
+        if self._function is None or generation != self._generation:
+            self._function, self._generation = setup(), generation
+        return self._function(item)
+
+
+def progress(
+    results: Iterable[Any], *, label: str, total: int, unit: str, amount: Callable[[Any], int]
+) -> Iterator[Any]:
+    """Pass the results on while showing how far they are: a bar on a terminal, plain lines in a log."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=label, unit=unit, unit_scale=True) as bar:
+            for result in results:
+                bar.update(amount(result))
+                yield result
+        return
+    began = reported = time.monotonic()
+    done = 0
+    for result in results:
+        done += amount(result)
+        now = time.monotonic()
+        if now - reported >= REPORT_SECONDS or done == total:
+            rate = done / max(now - began, 1e-9)
+            print(f"{label}: {done:,} of {total:,} {unit}, {rate:,.0f}/s", file=sys.stderr, flush=True)
+            reported = now
+        yield result

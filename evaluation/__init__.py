@@ -1,0 +1,1 @@
+"""Grading of checkpoints: every figure with its n, chance level and confidence interval."""

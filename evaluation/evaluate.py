@@ -1,0 +1,166 @@
+"""`gemsmith evaluate`: one checkpoint, some tasks, lines in a results file.
+
+The identity of a result is the hash of the weights, the preprocessing, the
+data, the task's settings and the library versions. What is already in the file
+is not computed again, and the command says so.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from curation.errors import UserError
+from curation.hashing import config_hash, file_hash
+from curation.manifest import SCHEMA_VERSION
+from evaluation import encode, results
+from evaluation.encode import Model
+from evaluation.tasks import TASKS
+from evaluation.tasks.captioning import CaptioningSettings
+from evaluation.tasks.classification import ClassificationSettings
+from evaluation.tasks.retrieval import RetrievalSettings
+
+Load = Callable[[Path], Model]
+Sources = Path | Mapping[str, Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """`batch`: items encoded at a time (it changes numbers in the last digits, so it is part of every identity)."""
+
+    batch: int = encode.BATCH
+    retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
+    classification: ClassificationSettings = field(default_factory=ClassificationSettings)
+    captioning: CaptioningSettings = field(default_factory=CaptioningSettings)
+
+
+def load_config(overrides: Sequence[str]) -> EvaluateConfig:
+    """Settings from dotted overrides such as `["--retrieval.captions", "first"]`.
+
+    Raises:
+        UserError: an unknown setting, or a value of the wrong kind.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(EvaluateConfig, sub_configs=True)
+    try:
+        parsed = parser.instantiate(parser.parse_args(list(overrides)))
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    return EvaluateConfig(**{name: getattr(parsed, name) for name in EvaluateConfig.__dataclass_fields__})
+
+
+def load_checkpoint(checkpoint: Path) -> Model:
+    """The project's own loader; torch is imported with it."""
+    from training.inference import load
+
+    return load(checkpoint)
+
+
+def open_sources(tasks: Sequence[str], data: Sources) -> dict[str, Any]:
+    """The opened data of every task; tasks that read one folder share it.
+
+    Raises:
+        UserError: an unknown task, no folder for a task, or data that cannot be used.
+    """
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown or not tasks:
+        raise UserError(f"--tasks {','.join(unknown)}: unknown; the tasks are {', '.join(TASKS)}")
+    opened: dict[Any, Any] = {}
+    sources = {}
+    for task in tasks:
+        if isinstance(data, Mapping) and task not in data:
+            raise UserError(f"--data: names no folder for {task}; give one folder for all tasks or one for each")
+        folder = Path(data[task] if isinstance(data, Mapping) else data)
+        key = (TASKS[task].open, folder)
+        if key not in opened:
+            opened[key] = TASKS[task].open(folder)
+        sources[task] = opened[key]
+    return sources
+
+
+def evaluate(
+    *,
+    checkpoint: Path,
+    tasks: list[str],
+    data: Sources,
+    out: Path,
+    cache: Path | None = None,
+    config: EvaluateConfig | None = None,
+    load: Load = load_checkpoint,
+) -> list[dict[str, Any]]:
+    """Grade one checkpoint and append the lines to `out`.
+
+    Args:
+        checkpoint: what `load` takes.
+        tasks: names of `TASKS`.
+        data: one folder for all tasks, or a folder for each.
+        out: the results file; details go beside it.
+        cache: a folder for embeddings; None keeps none.
+        config: settings of the tasks.
+        load: how a path becomes a model, to grade models that are not ours.
+
+    Returns:
+        The rows of all tasks, new or found in `out`.
+
+    Raises:
+        UserError: unknown tasks, unusable data, NaN or collapsed embeddings,
+            and what `load` refuses.
+    """
+    sources = open_sources(tasks, data)
+    model = load(checkpoint)
+    rows: list[dict[str, Any]] = []
+    for task in tasks:
+        rows += grade(model, checkpoint, task, sources[task], out=out, cache=cache, config=config or EvaluateConfig())
+    return rows
+
+
+def grade(
+    model: Model, checkpoint: Path, task: str, data: Any, *, out: Path, cache: Path | None, config: EvaluateConfig
+) -> list[dict[str, Any]]:
+    """One task of a loaded model: the rows appended to `out`, or those found there."""
+    settings = getattr(config, task)
+    hashes = _hashes(model, task, data.content_hash, settings, config.batch)
+    if known := results.find(out, hashes["result"]):
+        print(f"{checkpoint}: {task} on {data.name} is already in {out}, nothing to do", flush=True)
+        return known
+    began = time.perf_counter()
+    graded = TASKS[task].grade(model, data, settings, cache=cache, batch=config.batch)
+    details = results.save_details(out, hashes["result"], graded, data.left_out)
+    rows = [
+        {
+            "schema_version": SCHEMA_VERSION,
+            "checkpoint": str(checkpoint),
+            "step": model.step,
+            "task": task,
+            "dataset": data.name,
+            **dataclasses.asdict(measurement),
+            "ci95": list(measurement.ci95),
+            "hashes": hashes,
+            "details": details,
+        }
+        for measurement in graded.measurements
+    ]
+    results.append(out, rows)
+    figures = ", ".join(f"{m.metric} {m.value:.4g}" for m in graded.measurements)
+    print(f"{checkpoint}: {task} on {data.name} in {time.perf_counter() - began:.1f} s: {figures}", flush=True)
+    return rows
+
+
+def _hashes(model: Model, task: str, data_hash: str, settings: Any, batch: int) -> dict[str, str]:
+    """Everything a result depends on, and `result`, the hash of it all. Files named in settings count by content."""
+    plain = dataclasses.asdict(settings)
+    for name, value in plain.items():
+        if isinstance(value, Path):
+            plain[name] = file_hash([value]) if value.is_file() else "absent"
+    parts = {
+        "weights": model.weights_hash,
+        "preprocess": config_hash(model.preprocess),
+        "data": data_hash,
+        "settings": config_hash({"task": task, "batch": batch, **plain}),
+        "software": config_hash(encode.software()),
+    }
+    return {**parts, "result": config_hash(parts)}

@@ -1,0 +1,133 @@
+"""The results file: one JSON line a number, appended whole, identified by content.
+
+All lines of a task go into one `write` on a file opened with O_APPEND, so
+several evaluations may share a file and a killed one leaves at most one torn
+last line, which the next append closes and readers pass over. A task that was
+already graded (the same weights, data, settings and library versions, whatever
+the files are called) is found by its hash and not graded again.
+
+Scores by query and written captions lie beside the file in
+`STEM.details/HASH/`, for paired tests and for pages; they are written before
+the lines that name them.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curation.errors import UserError
+from curation.manifest import SCHEMA_VERSION
+from evaluation.statistics import Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One number of a task: `n` queries, the score of guessing (None where there is no such thing), its interval."""
+
+    metric: str
+    value: float
+    n: int
+    chance: float | None
+    ci95: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graded:
+    """What a task returns.
+
+    `per_query` holds an array [n] for every metric that is a mean (or median)
+    over queries, and under `cluster/METRIC` the cluster of each query where
+    queries are not independent. `records` are written out as JSON lines.
+    """
+
+    measurements: list[Measurement]
+    per_query: dict[str, np.ndarray] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All rows of a results file in order; a torn line is passed over with a word.
+
+    Raises:
+        UserError: there is no such file, or it was written by a newer version.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such results file; write one with `gemsmith evaluate --out {path}`")
+    rows = []
+    for number, line in enumerate(path.read_text(errors="replace").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            print(f"{path}:{number}: passed over a torn line", flush=True)
+            continue
+        if (found := row["schema_version"]) > SCHEMA_VERSION:
+            raise UserError(f"{path}: schema_version {found} is newer than {SCHEMA_VERSION}; update gemsmith")
+        rows.append(row)
+    return rows
+
+
+def find(path: Path, result_hash: str) -> list[dict[str, Any]]:
+    """The rows of this result, none where it was not graded yet."""
+    return [row for row in read(path) if row["hashes"]["result"] == result_hash] if path.exists() else []
+
+
+def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows in one write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    block = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            block = b"\n" + block  # close the line that a killed writer left open
+        written = os.write(descriptor, block)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if written != len(block):
+        raise OSError(f"{path}: only {written} of {len(block)} bytes were written; is the disk full?")
+
+
+def save_details(path: Path, result_hash: str, graded: Graded, left_out: list[dict[str, str]]) -> str:
+    """Write what belongs to a result beside the results file.
+
+    Returns:
+        The folder, relative to the results file's folder.
+    """
+    name = f"{path.stem}.details/{result_hash}"
+    folder = path.parent / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if graded.per_query:
+        np.savez(folder / "per_query.npz", **graded.per_query)  # type: ignore[arg-type]
+    for file, records in (("records.jsonl", graded.records), ("left_out.jsonl", left_out)):
+        if records:
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            (folder / file).write_text(lines)
+    return name
+
+
+def per_query(path: Path, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """The scores by query behind a row of this results file, and their clusters (None where queries are independent).
+
+    None where the metric is not a mean over queries or the file is gone.
+    """
+    file = path.parent / row["details"] / "per_query.npz"
+    if not file.exists():
+        return None
+    with np.load(file) as arrays:
+        if row["metric"] not in arrays:
+            return None
+        return arrays[row["metric"]], arrays.get(f"cluster/{row['metric']}")
+
+
+def records(path: Path, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The records behind a row (for captioning: uid, caption, references, cider_d), none where there are none."""
+    file = path.parent / row["details"] / "records.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

@@ -1,0 +1,126 @@
+"""`gemsmith watch`: grades the checkpoints of a run as they land, beside the training.
+
+A checkpoint exists once its manifest.json does, because the trainer writes
+that last; until then the folder is not looked into. Training may delete old
+checkpoints (`keep_last`) at any moment, also between listing and loading: a
+checkpoint whose manifest has gone is reported and passed over. The watch ends
+when the run's own manifest is there and every complete checkpoint was graded.
+What was graded before is found in the results file, so a watch can be killed
+and started again at any time.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from curation.errors import UserError
+from evaluation.evaluate import EvaluateConfig, Load, Sources, grade, load_checkpoint, open_sources
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run that are there as a whole, in the order of their steps."""
+    return [path.parent for path in sorted((run / "checkpoints").glob("step_*/manifest.json"))]
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; signals reach the main thread only, so elsewhere it stays unset."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def watch(
+    *,
+    run: Path,
+    tasks: list[str],
+    data: Sources,
+    out: Path,
+    cache: Path | None = None,
+    config: EvaluateConfig | None = None,
+    poll_seconds: float = 2.0,
+    idle_seconds: float | None = None,
+    threads: int | None = None,
+    load: Load = load_checkpoint,
+) -> int:
+    """Grade every checkpoint of `run`, from its first to its last.
+
+    Ends when the run is finished, when `idle_seconds` pass without a new
+    checkpoint (a run that died leaves no manifest), or on SIGTERM after the
+    task in hand. `threads` limits torch, so that the training beside it keeps
+    its cores.
+
+    Returns:
+        How many checkpoints were graded completely (those found in `out` count too).
+
+    Raises:
+        UserError: unknown tasks or unusable data. A checkpoint that cannot be
+            graded (NaN, collapsed, cut short) is reported and passed over.
+    """
+    sources = open_sources(tasks, data)
+    config = config or EvaluateConfig()
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    seen: set[Path] = set()
+    graded, last_news = 0, time.monotonic()
+    with _stop_on_sigterm() as stop:
+        while not stop.is_set():
+            finished = (run / "manifest.json").exists()  # before listing: a checkpoint may land in between
+            for checkpoint in complete_checkpoints(run):
+                if checkpoint in seen or stop.is_set():
+                    continue
+                seen.add(checkpoint)
+                try:
+                    graded += _grade_all(checkpoint, sources, out, cache, config, load, stop)
+                except Exception as error:
+                    stop.wait(poll_seconds)  # a removal that is under way gets the time to end
+                    if not (checkpoint / "manifest.json").exists():
+                        print(f"{checkpoint}: removed before it was graded", flush=True)
+                    elif isinstance(error, UserError):
+                        print(f"{checkpoint}: not graded: {error}", flush=True)
+                    else:
+                        raise
+                last_news = time.monotonic()
+            if finished and not stop.is_set():
+                print(f"{run}: finished, {graded} of {len(seen)} checkpoints graded into {out}", flush=True)
+                return graded
+            if idle_seconds is not None and time.monotonic() - last_news > idle_seconds:
+                print(f"{run}: no checkpoint for {idle_seconds:g} s and no manifest.json, gave up waiting", flush=True)
+                return graded
+            stop.wait(poll_seconds)
+    print(f"{run}: stopped, {graded} checkpoints graded into {out}", flush=True)
+    return graded
+
+
+def _grade_all(
+    checkpoint: Path,
+    sources: dict[str, object],
+    out: Path,
+    cache: Path | None,
+    config: EvaluateConfig,
+    load: Load,
+    stop: threading.Event,
+) -> bool:
+    """All tasks of one checkpoint; False where a stop came in between."""
+    model = load(checkpoint)
+    for task, source in sources.items():
+        if stop.is_set():
+            return False
+        grade(model, checkpoint, task, source, out=out, cache=cache, config=config)
+    return True

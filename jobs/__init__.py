@@ -1,0 +1,1 @@
+"""The `gemsmith` command, the demo and the cluster jobs."""

@@ -1,0 +1,245 @@
+"""The `gemsmith` command: one subcommand per arrow of the pipeline, each importing only what it runs.
+
+A user's error is one line on stderr and exit code 2. Whatever is not a
+command's own option goes to its recipe as a dotted override.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from curation.errors import UserError
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {}
+
+
+def command(name: str, summary: str) -> Callable[[Callable[[list[str]], int]], Callable[[list[str]], int]]:
+    def keep(function: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+        COMMANDS[name] = (summary, function)
+        return function
+
+    return keep
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UserError(f"gemsmith {name}: {message}; `gemsmith {name} --help` shows the options")
+
+    return Parser(prog=f"gemsmith {name}", description=COMMANDS[name][0], allow_abbrev=False)
+
+
+@command("synth", "make an embedded pool with known noise, or a clean evaluation set")
+def synth(arguments: list[str]) -> int:
+    parser = _parser("synth")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--pairs", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clean", action="store_true", help="no noise: trusted pairs or an evaluation set")
+    parser.add_argument("--layout", choices=["pairs", "classification"], default="pairs")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--overwrite", action="store_true")
+    a = parser.parse_args(arguments)
+    from curation.synth import synthesise
+
+    synthesise(
+        out=a.out,
+        pairs=a.pairs,
+        seed=a.seed,
+        noise=not a.clean,
+        layout=a.layout,
+        workers=a.workers,
+        overwrite=a.overwrite,
+    )
+    return 0
+
+
+@command("curate", "measure, select, build: a raw pool becomes shards")
+def curate(arguments: list[str]) -> int:
+    parser = _parser("curate")
+    parser.add_argument("--config", type=Path, required=True, help="recipe, e.g. recipes/curate/datacomp_basic.yaml")
+    parser.add_argument("--pool", action="append", required=True, help="folder of img2dataset tars; may be repeated")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--phase", choices=["measure", "select", "build", "all"], default="all")
+    parser.add_argument("--signals", type=Path, metavar="STORE", help="signal store (default: OUT/signals)")
+    parser.add_argument("--workers", type=int, help="Ray actors (default: one a CPU)")
+    parser.add_argument("--part", metavar="I/N", help="only the I-th of N slices of the measure or build phase")
+    parser.add_argument("--ray.address", dest="ray_address", help="a running cluster (default: start Ray here)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    parser.add_argument("--overwrite", action="store_true", help="discard what OUT holds")
+    a, overrides = parser.parse_known_args(arguments)
+    from curation.config import load_config
+    from curation.pipeline import curate as run
+
+    run(
+        load_config(a.config, overrides),
+        pools=a.pool,
+        out=a.out,
+        phase=a.phase,
+        signals=a.signals,
+        workers=a.workers,
+        part=a.part,
+        dry_run=a.dry_run,
+        overwrite=a.overwrite,
+        ray_address=a.ray_address,
+    )
+    return 0
+
+
+@command("train", "train a recipe on shards, through the deepspeed launcher")
+def train(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        from training.config import make_parser
+
+        make_parser().print_help()
+        print("\n--ranks N: processes to launch here (default: GPUs, else 2)")
+        return 0
+    ranks_parser = _parser("train")
+    ranks_parser.add_argument("--ranks", type=int)
+    a, rest = ranks_parser.parse_known_args(arguments)
+    from jobs.launch import launch
+    from training.train import parse, prepare
+
+    ranks = a.ranks or _accelerators() or 2
+    config, shards, run, overwrite = parse(rest)
+    if not prepare(config, shards, run, world_size=ranks, overwrite=overwrite):
+        return 0
+    return launch([word for word in rest if word != "--overwrite"], run, ranks)
+
+
+def _accelerators() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _grading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", required=True, help="retrieval, classification, captioning: a list with commas")
+    parser.add_argument(
+        "--data", action="append", required=True, metavar="[TASK=]DIR", help="a folder for all tasks, or TASK=DIR each"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="results.jsonl; lines are appended")
+    parser.add_argument("--cache", type=Path, help="folder that keeps embeddings by content")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+
+
+def _sources(tasks: Sequence[str], data: Sequence[str]) -> Any:
+    named = dict(item.split("=", 1) for item in data if "=" in item)
+    common = [item for item in data if "=" not in item]
+    if len(common) > 1:
+        raise UserError(f"--data {common[1]}: a second folder for all tasks; write TASK=DIR")
+    missing = [task for task in tasks if task not in named] if not common else []
+    if missing:
+        raise UserError(f"--data: no folder for {', '.join(missing)}; add {missing[0]}=DIR")
+    return {task: Path(named.get(task, common[0] if common else "")) for task in tasks}
+
+
+@command("evaluate", "grade one checkpoint")
+def evaluate(arguments: list[str]) -> int:
+    parser = _parser("evaluate")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step_* or RUN/export")
+    _grading(parser)
+    a, overrides = parser.parse_known_args(arguments)
+    from evaluation.evaluate import evaluate as run
+    from evaluation.evaluate import load_config
+
+    _set_threads(a.threads)
+    tasks = a.tasks.split(",")
+    run(
+        checkpoint=a.checkpoint,
+        tasks=tasks,
+        data=_sources(tasks, a.data),
+        out=a.out,
+        cache=a.cache,
+        config=load_config(overrides),
+    )
+    return 0
+
+
+@command("watch", "grade each checkpoint of a run as it lands")
+def watch(arguments: list[str]) -> int:
+    parser = _parser("watch")
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--idle-seconds", type=float, help="give up after so long without a new checkpoint")
+    _grading(parser)
+    a, overrides = parser.parse_known_args(arguments)
+    from evaluation.evaluate import load_config
+    from evaluation.watch import watch as run
+
+    tasks = a.tasks.split(",")
+    run(
+        run=a.run,
+        tasks=tasks,
+        data=_sources(tasks, a.data),
+        out=a.out,
+        cache=a.cache,
+        config=load_config(overrides),
+        idle_seconds=a.idle_seconds,
+        threads=a.threads,
+    )
+    return 0
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@command("compare", "compare two results files, paired query by query")
+def compare(arguments: list[str]) -> int:
+    parser = _parser("compare")
+    parser.add_argument("a", type=Path)
+    parser.add_argument("b", type=Path)
+    a = parser.parse_args(arguments)
+    from evaluation.compare import as_text
+    from evaluation.compare import compare as run
+
+    print(as_text(run(a=a.a, b=a.b)))
+    return 0
+
+
+@command("report", "one static page over all results below a folder")
+def report(arguments: list[str]) -> int:
+    parser = _parser("report")
+    parser.add_argument("folder", type=Path)
+    a = parser.parse_args(arguments)
+    from evaluation.report import report as run
+
+    print(run(a.folder))
+    return 0
+
+
+@command("demo", "the whole path on an embedded pool, ending in one page")
+def demo(arguments: list[str]) -> int:
+    parser = _parser("demo")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args(arguments)
+    from jobs.demo import demo as run
+
+    run(a.out, a.seed)
+    return 0
+
+
+def main() -> None:
+    # Nothing is fetched from a hub unless the user asks for it; the launcher and Ray inherit both.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if name in ("-h", "--help"):
+        print("usage: gemsmith COMMAND ...  (gemsmith COMMAND --help shows its options)\n")
+        print("\n".join(f"  {n:10} {summary}" for n, (summary, _) in COMMANDS.items()))
+        return
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"gemsmith {name}: no such command; one of {', '.join(COMMANDS)}")
+        code = COMMANDS[name][1](arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)

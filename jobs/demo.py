@@ -1,0 +1,215 @@
+"""The main job in small, end to end: does curation pay?
+
+    pool ──┬── as it is ─────────────▶ raw arm     ─┐
+           ├── gemsmith curate ──────▶ curated arm ─┼─▶ same model, same samples seen ─▶ same held-out scenes
+           └── truth.parquet ────────▶ oracle arm  ─┘
+    trusted pairs ─▶ small CLIP ─▶ the CLIPScore of `curate` (the data-filtering-network recipe)
+
+Every step is the command that users run, as a process of its own: nothing here
+has another way in. The training goes through the plain `deepspeed` launcher
+with `gemsmith watch` grading checkpoints beside it. The page tells the story.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from curation.errors import UserError
+from curation.manifest import claim, write_manifest
+from jobs.memory import PeakMemory
+from training.config import ROOT
+
+ARMS = ("raw", "curated", "oracle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSizes:
+    """Pairs in each set. The pool and the held-out set of one seed share no scene; other seeds are other worlds."""
+
+    pool: int = 16_000
+    trusted: int = 4_000  # trains the scorer
+    reference: int = 1_000  # sets its threshold: trusted pairs that it was not trained on
+    heldout: int = 4_000
+    classes: int = 1_600
+
+
+@dataclass(slots=True)
+class Story:
+    """The folders of one demo and the seconds its steps took."""
+
+    out: Path
+    seed: int
+    sizes: DemoSizes
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, name: str, *command: object, beside: Sequence[object] | None = None) -> None:
+        """Run a step, with another process beside it; both must end well."""
+        print(f"\n=== {name}: {' '.join(map(str, command[:2]))} ...", flush=True)
+        begun, environment = time.monotonic(), {**os.environ, "OMP_NUM_THREADS": "1"}
+        companion = None
+        if beside is not None:
+            # The training has the cores; grading takes what it leaves.
+            companion = subprocess.Popen(["nice", "-n", "5", *map(str, beside)], cwd=ROOT, env=environment)
+        code = subprocess.run([*map(str, command)], cwd=ROOT, env=environment).returncode
+        if companion is not None:
+            if code:
+                companion.terminate()
+            code = code or companion.wait()
+        self.seconds[name] = time.monotonic() - begun
+        if code:
+            raise UserError(f"demo: the step {name!r} ended with {code}; what it printed above says why")
+
+    def gemsmith(self, name: str, *arguments: object, beside: Sequence[object] | None = None) -> None:
+        self.run(name, _tool("gemsmith"), *arguments, beside=beside)
+
+
+def _tool(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def demo(out: Path, seed: int, sizes: DemoSizes = DemoSizes()) -> dict[str, Any]:  # noqa: B008
+    """Run the story into `out` and return its summary; a finished one is only pointed at."""
+    page, summary_file = out / "report" / "index.html", out / "summary.json"
+    out = out.resolve()
+    claim(out, {"demo": 1, "seed": seed, "sizes": vars(sizes) if hasattr(sizes, "__dict__") else str(sizes)})
+    if summary_file.exists():
+        print(f"already complete: {page}")
+        return json.loads(summary_file.read_text())
+    begun = time.monotonic()
+    story = Story(out, seed, sizes)
+    with PeakMemory() as memory:
+        make_data(story)
+        make_scorer(story)
+        curate_arms(story)
+        for arm in ARMS:
+            train_arm(story, arm)
+        for arm in ARMS:
+            grade_arm(story, arm)
+        from jobs.demo_page import summarise, write_page
+
+        summary = summarise(out)
+        write_page(out, summary, story.seconds)
+    summary |= {
+        "seed": seed,
+        "wall_s": time.monotonic() - begun,
+        "peak_pss_mib": memory.peak_mib,
+        "seconds": story.seconds,
+    }
+    write_page(out, summary, story.seconds)
+    write_manifest(summary_file, summary)
+    gap = summary["gap_closed"]
+    print(f"\ncurated closes {gap:.0%} of the gap; {summary['wall_s']:.0f} s, {memory.peak_mib:.0f} MiB at most")
+    print(page)
+    return summary
+
+
+def make_data(story: Story) -> None:
+    """The pool and three clean sets. Clean sets of one seed are the same scenes, so each takes its own."""
+    out, seed, sizes = story.out, story.seed, story.sizes
+    story.gemsmith("synth pool", "synth", "--out", out / "pool", "--pairs", sizes.pool, "--seed", seed)
+    for number, (name, pairs) in enumerate(
+        (("heldout", sizes.heldout), ("trusted", sizes.trusted), ("reference", sizes.reference))
+    ):
+        other = seed + number * 1_000_003
+        story.gemsmith(f"synth {name}", "synth", "--out", out / name, "--pairs", pairs, "--seed", other, "--clean")
+    story.gemsmith(
+        "synth classes", "synth", "--out", out / "classes", "--pairs", sizes.classes, "--seed", seed,
+        "--layout", "classification",
+    )  # fmt: skip
+
+
+def precision() -> str:
+    """bf16 where the processor multiplies it, else fp32: emulated bf16 is slower than fp32."""
+    import torch
+
+    fast = (
+        torch.cuda.is_available()
+        or torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return "bf16" if fast and torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def make_scorer(story: Story) -> None:
+    """A small CLIP on the trusted pairs."""
+    story.gemsmith(
+        "train scorer", "train", "--config", "recipes/train/tiny_clip.yaml", "--data", story.out / "trusted",
+        "--out", story.out / "scorer", "--seed", story.seed, "--precision", precision(),
+    )  # fmt: skip
+
+
+def curate_arms(story: Story) -> None:
+    """The same pool three times, from one signal store: measured once, selected and built for each arm."""
+    out, store = story.out, story.out / "signals"
+    scorer = out / "scorer" / "export"
+    recipe = ["--config", "recipes/curate/tiny_demo.yaml", "--signals.clip_score.model", scorer, "--seed", story.seed]
+    recipe += ["--selectors.clip_score.reference", out / "reference_measured"]
+    story.gemsmith(
+        "measure reference", "curate", *recipe, "--pool", out / "reference", "--phase", "measure",
+        "--out", out / "reference_measured",
+    )  # fmt: skip
+    pool = ("--pool", out / "pool", "--signals", store)
+    story.gemsmith("curate curated", "curate", *recipe, *pool, "--out", out / "curated")
+    raw = ("--config", "recipes/curate/tiny_raw.yaml", "--seed", story.seed)
+    story.gemsmith("curate raw", "curate", *raw, *pool, "--out", out / "raw")
+    uids = out / "clean_uids.txt"
+    truth = pq.read_table(out / "pool" / "truth.parquet", columns=["uid", "noise"]).to_pylist()
+    uids.write_text("".join(f"{row['uid']}\n" for row in truth if row["noise"] == "clean"))
+    oracle = ("--selectors.truth.kind", "uids", "--selectors.truth.path", uids)
+    story.gemsmith("curate oracle", "curate", *raw, *oracle, *pool, "--out", out / "oracle")
+
+
+def train_arm(story: Story, arm: str) -> None:
+    """Through the plain launcher, with every checkpoint graded as it lands."""
+    out, run = story.out, story.out / "runs" / arm
+    watch = [
+        _tool("gemsmith"), "watch", "--run", run, "--tasks", "retrieval", "--data", out / "heldout",
+        "--out", out / "watched" / arm / "results.jsonl", "--threads", 1, "--retrieval.limit", 500,
+        "--retrieval.captions", "first", "--idle-seconds", 300,
+    ]  # fmt: skip
+    story.run(
+        f"train {arm}", _tool("deepspeed"), "--num_accelerators", 2, "training/train.py",
+        "--config", "recipes/train/tiny_mmgem.yaml", "--data", out / arm / "shards", "--out", run,
+        "--seed", story.seed, "--precision", precision(),
+        "--mmgem.tokenizer.name_or_path", tokenizer(story),
+        beside=watch,
+    )  # fmt: skip
+
+
+def tokenizer(story: Story) -> Path:
+    """One tokenizer for the three arms, trained on the pool's own captions: the same model everywhere."""
+    folder = story.out / "tokenizer"
+    if not folder.exists():
+        from training.config import TokenizerConfig
+        from training.data import Shards
+        from training.tokenizer import load_tokenizer, save_tokenizer
+        from training.train import parse
+
+        recipe = parse(["--config", str(ROOT / "recipes/train/tiny_mmgem.yaml"), "--data", ".", "--out", "."])[0]
+        assert recipe.mmgem is not None
+        size = recipe.mmgem.tokenizer.vocab_size
+        captions = Shards(story.out / "raw" / "shards").every_caption
+        save_tokenizer(load_tokenizer(TokenizerConfig(vocab_size=size), captions), folder)
+    return folder
+
+
+def grade_arm(story: Story, arm: str) -> None:
+    """All tasks for the last checkpoint, opened from its shards."""
+    from training.checkpoint import latest
+
+    out = story.out
+    story.gemsmith(
+        f"evaluate {arm}", "evaluate", "--checkpoint", latest(out / "runs" / arm),
+        "--tasks", "retrieval,classification,captioning",
+        "--data", f"retrieval={out / 'heldout'}", "--data", f"captioning={out / 'heldout'}",
+        "--data", f"classification={out / 'classes'}", "--out", out / "graded" / arm / "results.jsonl",
+        "--retrieval.captions", "first", "--captioning.limit", 500, "--threads", 2, "--cache", out / "embeddings",
+    )  # fmt: skip

@@ -1,0 +1,128 @@
+"""Small pools made by tarfile and Pillow, and one local Ray for all tests of curation."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TINY_CLIP = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+
+
+def picture(seed: int, size: tuple[int, int] = (96, 80), kind: str = "JPEG", mode: str = "RGB") -> bytes:
+    """A smooth random picture: its perceptual hash survives encoding, and no two look alike."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize(size, Image.Resampling.BICUBIC).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def sample(n: int, **members: bytes) -> dict[str, bytes]:
+    """A whole img2dataset sample; members given replace or add to it."""
+    caption = f"a picture of the thing with number {n} on the table"
+    meta = {"uid": f"{n:032x}", "caption": caption, "url": f"https://example.org/{n}.jpg", "key": f"{n:09d}"}
+    return {"jpg": picture(n), "txt": caption.encode(), "json": json.dumps(meta).encode(), **members}
+
+
+def write_tar(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples.items():
+            for extension, payload in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(payload)
+                tar.addfile(info, io.BytesIO(payload))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards of 40 samples: sound ones, copies (bytes, pixels, uid), other languages, and one of each error."""
+    folder = tmp_path_factory.mktemp("pool")
+    for shard in range(3):
+        samples = {f"{n:09d}": sample(n) for n in range(40 * shard, 40 * shard + 40)}
+        write_tar(folder / f"{shard:05d}.tar", samples)
+    odd = {f"{n:09d}": sample(n) for n in range(120, 140)}
+    odd["000000120"]["json"] = b"{not json"
+    odd["000000121"]["txt"] = b"\xff\xfe caption"
+    odd["000000122"]["jpg"] = odd["000000122"]["jpg"][:300]
+    del odd["000000123"]["jpg"]
+    odd["000000124"] = {"jpg": picture(124)}
+    odd["000000125"]["jpg"] = picture(3)  # the bytes of sample 3
+    odd["000000126"]["json"] = odd["000000127"]["json"]  # the uid of sample 127
+    odd["000000128"]["txt"] = "ein kleiner Hund läuft über die grüne Wiese hinter dem Haus".encode()
+    odd["000000129"] = {"png": picture(129, kind="PNG"), "txt": b"a picture without any json beside it"}
+    odd["000000130"]["seg.npy"] = b"another member of this sample"
+    odd["000000131"]["txt"] = b"<script>alert('out of the page')</script> a caption that bites"
+    odd["000000132"]["txt"] = b"IMG_2041.JPG"
+    write_tar(folder / "00003.tar", odd)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(model config, checkpoint) of a small open_clip model with random weights."""
+    import open_clip
+    import torch
+
+    folder = tmp_path_factory.mktemp("clip")
+    config, weights = folder / "tiny_clip_for_tests.json", folder / "weights.pt"
+    config.write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(config)
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model(config.stem).state_dict(), weights)
+    return config, weights
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """One Ray for the session; curate finds it and leaves it running."""
+    import logging
+
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=200 << 20,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_clip: tuple[Path, Path]) -> dict[str, object]:
+    """A recipe with every kind of signal and most selectors, as YAML would give it."""
+    return {
+        "signals": {
+            "text": {"kind": "text"},
+            "language": {"kind": "language"},
+            "image": {"kind": "image"},
+            "fingerprints": {"kind": "fingerprints"},
+            "clip_score": {"kind": "clip", "model": str(tiny_clip[0]), "pretrained": str(tiny_clip[1])},
+        },
+        "selectors": {
+            "language": {"kind": "language", "languages": ["en"]},
+            "caption_rules": {"kind": "caption_rules", "min_words": 3},
+            "score": {"kind": "fraction", "column": "clip_score", "fraction": 0.8},
+            "copies": {"kind": "exact_duplicates"},
+            "near": {"kind": "near_duplicates"},
+            "balance": {"kind": "cluster_balance", "clusters": 5, "cap_quantile": 0.7},
+        },
+        "seed": 3,
+        "unit_samples": 16,
+        "shard_samples": 25,
+        "max_error_rate": 0.2,
+    }

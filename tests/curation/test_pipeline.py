@@ -1,0 +1,289 @@
+"""The whole of `curate`: conservation, determinism, resume, slices, sharing of signals, and what it refuses."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from curation.config import load_config, parse_config
+from curation.errors import UserError
+from curation.pipeline import curate
+from tests.conftest import ROOT
+from tests.curation.conftest import sample, write_tar
+
+EXPECTED_ERRORS = {
+    "caption_missing": 1,
+    "caption_not_utf8": 1,
+    "image_decode": 1,
+    "image_missing": 1,
+    "json_parse": 1,
+}
+
+
+def ledger(out: Path) -> list[dict[str, object]]:
+    return pa.concat_tables([pq.read_table(p) for p in sorted((out / "ledger").iterdir())]).to_pylist()
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Everything that curation makes except timings: signals, ledger and shards."""
+    folders = [out / "shards", out / "ledger", *(d for d in (out / "signals").iterdir() if d.name != "shards")]
+    files = [p for folder in folders for p in sorted(folder.iterdir())]
+    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, pool: Path, recipe: dict[str, object], ray_here: None) -> Path:
+    out = tmp_path_factory.mktemp("done") / "out"
+    curate(parse_config(recipe), pools=[str(pool)], out=out, workers=2)
+    return out
+
+
+def test_conservation_and_reasons(done: Path) -> None:
+    manifest = json.loads((done / "manifest.json").read_text())
+    rows = ledger(done)
+    assert manifest["errors"] == EXPECTED_ERRORS
+    assert manifest["seen"] == len(rows) == 140
+    assert manifest["seen"] == manifest["kept"] + sum(manifest["dropped"].values()) + sum(manifest["errors"].values())
+    assert len({(r["shard"], r["key"]) for r in rows}) == 140
+    assert Counter(r["verdict"] for r in rows)["kept"] == manifest["kept"] > 20
+    assert Counter(r["reason"] for r in rows if r["verdict"] == "dropped") == manifest["dropped"]
+    by_key = {r["key"]: r for r in rows}
+    assert by_key["000000128"]["reason"] == "language"
+    # Language models have no opinion to rely on about a file name; that the rules name it is what matters.
+    assert "caption_rules" in by_key["000000132"]["failed"]  # type: ignore[operator]
+    assert by_key["000000122"]["verdict"] == "error" and by_key["000000122"]["reason"] == "image_decode"
+    for row in rows:
+        assert (row["copies"] == 1) == (row["verdict"] == "kept") == (row["reason"] is None)
+        if row["verdict"] == "dropped":
+            assert row["reason"] == row["failed"][0]  # type: ignore[index]
+    assert (done / "report" / "index.html").is_file()
+
+
+def test_a_second_run_does_nothing_and_says_so(
+    done: Path, pool: Path, recipe: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in done.rglob("*")}
+    manifest = curate(parse_config(recipe), pools=[str(pool)], out=done)
+    assert "already complete" in capsys.readouterr().out
+    assert manifest == json.loads((done / "manifest.json").read_text())
+    assert before == {p: p.stat().st_mtime_ns for p in done.rglob("*")}
+
+
+def test_one_worker_gives_the_same_bytes_as_two(
+    done: Path, tmp_path: Path, pool: Path, recipe: dict[str, object]
+) -> None:
+    curate(parse_config(recipe), pools=[str(pool)], out=tmp_path / "out", workers=1)
+    assert digests(tmp_path / "out") == digests(done)
+
+
+def test_slices_in_any_order_then_the_merge(done: Path, tmp_path: Path, pool: Path, recipe: dict[str, object]) -> None:
+    config, out = parse_config(recipe), tmp_path / "out"
+    for part in ("3/3", "1/3"):
+        curate(config, pools=[str(pool)], out=out, phase="measure", part=part, workers=1)
+    with pytest.raises(UserError, match="not measured"):
+        curate(config, pools=[str(pool)], out=out, phase="select")
+    curate(config, pools=[str(pool)], out=out, phase="measure", part="2/3", workers=1)
+    assert curate(config, pools=[str(pool)], out=out, phase="measure")["measured"] == 0
+    curate(config, pools=[str(pool)], out=out, phase="select")
+    for part in ("2/2", "1/2"):
+        assert curate(config, pools=[str(pool)], out=out, phase="build", part=part, workers=1)["copied"] > 0
+    merged = curate(config, pools=[str(pool)], out=out, workers=1)
+    assert json.loads((out / "build.manifest.json").read_text())["copied"] == 0
+    assert merged["kept"] == json.loads((done / "manifest.json").read_text())["kept"]
+    assert digests(out) == digests(done)
+
+
+def test_another_recipe_selects_over_the_same_signals(
+    done: Path, tmp_path: Path, pool: Path, recipe: dict[str, object]
+) -> None:
+    other = parse_config({**recipe, "selectors": {"long": {"kind": "threshold", "column": "caption_chars", "min": 50}}})
+    manifest = curate(other, pools=[str(pool)], out=tmp_path / "a", phase="select", signals=done / "signals")
+    assert manifest["kept"] + manifest["dropped"]["long"] == 135
+    # Fewer signals: the set that has more serves as it is.
+    fewer = parse_config({**recipe, "signals": {"text": {"kind": "text"}}, "selectors": other_selectors()})
+    assert curate(fewer, pools=[str(pool)], out=tmp_path / "b", phase="select", signals=done / "signals")["kept"]
+
+
+def other_selectors() -> dict[str, object]:
+    return {"long": {"kind": "threshold", "column": "caption_chars", "min": 50}}
+
+
+def test_a_grown_pool_and_one_more_signal_measure_only_what_is_new(
+    tmp_path: Path, recipe: dict[str, object], ray_here: None
+) -> None:
+    folder, store = tmp_path / "pool", tmp_path / "signals"
+    write_tar(folder / "0.tar", {str(n): sample(n) for n in range(20)})
+    signals = {"text": {"kind": "text"}, "image": {"kind": "image"}}
+    first = parse_config({"signals": signals})
+    assert curate(first, pools=[str(folder)], out=tmp_path / "a", signals=store, workers=1)["kept"] == 20
+    write_tar(folder / "1.tar", {str(n): sample(n) for n in range(30, 37)})
+    assert (
+        measured(curate(first, pools=[str(folder)], out=tmp_path / "b", signals=store, workers=1), tmp_path / "b") == 7
+    )
+    more = parse_config({"signals": {**signals, "fingerprints": {"kind": "fingerprints"}}})
+    assert (
+        measured(curate(more, pools=[str(folder)], out=tmp_path / "c", signals=store, workers=1), tmp_path / "c") == 27
+    )
+    whole = parse_config({"signals": {**signals, "fingerprints": {"kind": "fingerprints"}}})
+    curate(whole, pools=[str(folder)], out=tmp_path / "d", workers=1)
+    for name in ("b", "c", "d"):
+        assert json.loads((tmp_path / name / "manifest.json").read_text())["kept"] == 27
+    tables = [read_signals(tmp_path / name) for name in ("c", "d")]
+    assert tables[0].equals(tables[1])
+
+
+def measured(out: Path) -> int:
+    return json.loads((out / "measure.manifest.json").read_text())["measured"]
+
+
+def read_signals(out: Path) -> pa.Table:
+    manifest = json.loads((out / "measure.manifest.json").read_text())
+    return pa.concat_tables([pq.read_table(Path(manifest["signal_set"]) / p) for p in manifest["parts"]])
+
+
+def test_a_truncated_tar_is_one_row_and_the_run_goes_on(tmp_path: Path, ray_here: None) -> None:
+    folder = tmp_path / "pool"
+    path = write_tar(folder / "0.tar", {str(n): sample(n) for n in range(10)})
+    with open(path, "r+b") as f:
+        f.truncate(path.stat().st_size * 6 // 10)
+    write_tar(folder / "1.tar", {str(n): sample(n) for n in range(10, 20)})
+    (folder / "2.tar").write_bytes(b"")
+    (folder / "3.tar").write_bytes(b"not a tar at all, but long enough to look into" * 20)
+    config = parse_config({"max_error_rate": 0.5, "unit_samples": 4})
+    manifest = curate(config, pools=[str(folder)], out=tmp_path / "out", workers=1)
+    assert manifest["errors"]["truncated_tar"] == 2
+    rows = ledger(tmp_path / "out")
+    assert [r["reason"] for r in rows if r["key"] == ""] == ["truncated_tar"] * 2
+    assert sum(str(r["shard"]).endswith("1.tar") and r["verdict"] == "kept" for r in rows) == 10
+    assert 14 < manifest["kept"] < 18
+
+
+def test_too_many_errors_stop_the_run_and_a_higher_budget_goes_on(pool: Path, tmp_path: Path, ray_here: None) -> None:
+    with pytest.raises(UserError, match=r"max_error_rate: 5 of 140 .*image_decode 1.*raise max_error_rate"):
+        curate(parse_config({"max_error_rate": 0.03}), pools=[str(pool)], out=tmp_path / "out", workers=1)
+    assert not (tmp_path / "out" / "measure.manifest.json").exists()
+    manifest = curate(parse_config({"max_error_rate": 0.05}), pools=[str(pool)], out=tmp_path / "out", workers=1)
+    assert manifest["kept"] == 135
+
+
+def test_what_is_refused(done: Path, pool: Path, recipe: dict[str, object], tmp_path: Path, ray_here: None) -> None:
+    config = parse_config(recipe)
+    before = digests(done)
+    with pytest.raises(UserError, match="--overwrite"):
+        curate(parse_config({**recipe, "seed": 4}), pools=[str(pool)], out=done)
+    write_tar(tmp_path / "other" / "0.tar", {"1": sample(1)})
+    with pytest.raises(UserError, match=r"different pool.*--overwrite"):
+        curate(config, pools=[str(pool), str(tmp_path / "other")], out=done)
+    assert digests(done) == before
+    with pytest.raises(UserError, match="--phase sort"):
+        curate(config, pools=[str(pool)], out=tmp_path / "x", phase="sort")
+    for part in ("0/2", "3/2", "half"):
+        with pytest.raises(UserError, match="--part"):
+            curate(config, pools=[str(pool)], out=tmp_path / "x", phase="measure", part=part)
+    with pytest.raises(UserError, match="--part"):
+        curate(config, pools=[str(pool)], out=tmp_path / "x", part="1/2")
+    with pytest.raises(UserError, match="--workers"):
+        curate(config, pools=[str(pool)], out=tmp_path / "x", workers=0)
+    with pytest.raises(UserError, match="--phase select"):
+        curate(config, pools=[str(pool)], out=tmp_path / "y", phase="build")
+    write_tar(tmp_path / "none" / "0.tar", {})
+    with pytest.raises(UserError, match="no samples"):
+        curate(config, pools=[str(tmp_path / "none")], out=tmp_path / "z", workers=1)
+
+
+def test_models_that_are_not_there(pool: Path, tmp_path: Path, tiny_clip: tuple[Path, Path], ray_here: None) -> None:
+    def clip(model: object, pretrained: object):
+        return parse_config({"signals": {"s": {"kind": "clip", "model": str(model), "pretrained": str(pretrained)}}})
+
+    with pytest.raises(UserError, match=r"weights\.pt: no such file"):
+        curate(clip(tiny_clip[0], tmp_path / "weights.pt"), pools=[str(pool)], out=tmp_path / "a")
+    with pytest.raises(UserError, match="unknown to open_clip"):
+        clip("ViT-Z-99", "openai")
+    with pytest.raises(UserError, match="cannot load the weights"):
+        curate(clip("ViT-B-32", tiny_clip[1]), pools=[str(pool)], out=tmp_path / "b", workers=1)
+
+
+def test_dry_run_writes_nothing(
+    pool: Path, tmp_path: Path, recipe: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = curate(parse_config(recipe), pools=[str(pool)], out=tmp_path / "out", dry_run=True)
+    assert said["shards"] == 4 and "4 shards" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_of_the_repository_parse(tiny_clip: tuple[Path, Path]) -> None:
+    clip = ["--signals.clip_score.model", str(tiny_clip[0]), f"--signals.clip_score.pretrained={tiny_clip[1]}"]
+    for path in sorted((ROOT / "recipes" / "curate").glob("*.yaml")):
+        config = load_config(path, clip if "clip_score:\n" in path.read_text() else [])
+        assert parse_config(yaml.safe_load(json.dumps(config.to_dict()))) == config
+    changed = load_config(ROOT / "recipes/curate/datacomp_basic.yaml", ["--selectors.words.min", "5", "--seed=2"])
+    assert changed.to_dict()["selectors"]["words"]["min"] == 5 and changed.seed == 2
+    with pytest.raises(UserError, match=r"selectors\.words\.minn"):
+        load_config(ROOT / "recipes/curate/datacomp_basic.yaml", ["--selectors.words.minn", "5"])
+
+
+DRIVER = """
+import json, sys
+from pathlib import Path
+from curation.config import parse_config
+from curation.pipeline import curate
+recipe, pool, out = json.loads(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+curate(parse_config(recipe), pools=[pool], out=out, workers=2)
+"""
+
+
+def start(recipe: dict[str, object], pool: Path, out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", DRIVER, json.dumps(recipe), str(pool), str(out)]
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+
+
+def wait_for(condition: object, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_killed_midway_and_run_again_gives_the_same_bytes(
+    done: Path, tmp_path: Path, pool: Path, recipe: dict[str, object]
+) -> None:
+    out = tmp_path / "out"
+    process = start(recipe, pool, out)
+    wait_for(lambda: len(list(out.glob("signals/*/*.parquet"))) >= 3, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    there = {p: p.stat().st_mtime_ns for p in out.glob("signals/*/*.parquet")}
+    assert not (out / "manifest.json").exists()
+    curate(parse_config(recipe), pools=[str(pool)], out=out, workers=2)
+    assert {p: p.stat().st_mtime_ns for p in there} == there, "finished parts were measured again"
+    assert digests(out) == digests(done)
+
+
+def test_a_killed_worker_does_not_stop_the_run(
+    done: Path, tmp_path: Path, pool: Path, recipe: dict[str, object]
+) -> None:
+    import psutil
+
+    out = tmp_path / "out"
+    process = start(recipe, pool, out)
+    wait_for(lambda: list(out.glob("signals/*/*.parquet")), process)
+    workers = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if p.name().startswith("ray::_Actor") or any("_Actor" in word for word in p.cmdline()[:1])
+    ]
+    assert workers
+    workers[0].kill()
+    assert process.wait(timeout=240) == 0
+    assert digests(out) == digests(done)

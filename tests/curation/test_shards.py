@@ -1,0 +1,139 @@
+"""The build: bytes, order, offsets and the files beside the tars, read by tarfile and webdataset."""
+
+import hashlib
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset as wds
+
+from curation import shards
+from curation.hashing import hash64
+from curation.ledger import SCHEMA
+from curation.measure import Measuring
+from curation.pool import list_shards
+from curation.selection.engine import Part
+from curation.shards import Copying
+from curation.store import Unit, open_set
+from tests.curation.conftest import sample, write_tar
+
+SHARD_SAMPLES = 20
+DROPPED = {5, 17, 44}
+
+
+def build(folder: Path, pool: Path, order: list[int]) -> Path:
+    """Measure nothing, drop `DROPPED` by place in the pool, and copy the input shards in this order."""
+    signal_set = open_set(folder / "signals", {}, 16, None)
+    measure = Measuring(signals={}, signal_set=signal_set)()
+    parts, first = [], 0
+    (folder / "ledger").mkdir(parents=True)
+    for shard in list_shards([str(pool)]):
+        rows = measure(shard)["rows"]
+        for number in range(-(-rows // 16)):
+            unit = Unit(shard=shard, number=number, rows=min(16, rows - 16 * number))
+            measure(unit)
+            table = pq.read_table(signal_set.path(unit))
+            copies = [int(e is None and first + i not in DROPPED) for i, e in enumerate(table["error"].to_pylist())]
+            ledger = {**{n: table[n] for n in ("uid", "shard", "key")}, "copies": pa.array(copies, pa.int32())}
+            ledger |= {n: pa.nulls(len(copies), SCHEMA.field(n).type) for n in ("verdict", "reason", "failed")}
+            pq.write_table(pa.table(ledger), folder / "ledger" / unit.part)
+            parts.append(Part(path=signal_set.path(unit), first=first, rows=unit.rows))
+            first += unit.rows
+    made = shards.plan(parts, folder / "ledger", seed=9, shard_samples=SHARD_SAMPLES)
+    hidden = folder / ".build"
+    shards.prepare(hidden)
+    for index in order:
+        Copying(hidden, made.sizes).do(made.copies[index])
+    shards.finish(hidden, folder / "shards", made, parts, folder / "ledger")
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def sources(pool: Path) -> dict[str, list[dict[str, bytes]]]:
+    """What should be in the shards, by uid: read by tarfile and kept by this test's own reading of the pool."""
+    found: dict[str, list[dict[str, bytes]]] = {}
+    place = 0
+    for path in sorted(pool.glob("*.tar")):
+        by_key: dict[str, dict[str, bytes]] = {}
+        with tarfile.open(path) as tar:
+            for info in tar:
+                key, _, extension = info.name.partition(".")
+                by_key.setdefault(key, {})[extension] = tar.extractfile(info).read()  # type: ignore[union-attr]
+        for key, members in by_key.items():
+            if int(key) not in {120, 121, 122, 123, 124} and place not in DROPPED:
+                text, image = members["txt"], members.get("jpg") or members["png"]
+                uid = json.loads(members["json"])["uid"] if "json" in members else hashlib.md5(image + text).hexdigest()
+                found.setdefault(uid, []).append(members)
+            place += 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, pool: Path) -> Path:
+    return build(tmp_path_factory.mktemp("built"), pool, [0, 1, 2, 3])
+
+
+def test_every_member_is_byte_equal_and_in_hash_order(built: Path, sources: dict[str, list[dict[str, bytes]]]) -> None:
+    keys: list[str] = []
+    for path in sorted(built.glob("*.tar")):
+        by_key: dict[str, dict[str, bytes]] = {}
+        with tarfile.open(path) as tar:
+            for info in tar:
+                key, _, extension = info.name.partition(".")
+                by_key.setdefault(key, {})[extension] = tar.extractfile(info).read()  # type: ignore[union-attr]
+        assert path.stat().st_size % 512 == 0 and len(by_key) <= SHARD_SAMPLES
+        for key, members in by_key.items():
+            uid, _, copy = key.rpartition("-")
+            assert members == sources[uid][int(copy)]
+        keys += by_key
+    uids = [key.rpartition("-")[0] for key in keys]
+    assert Counter(uids) == {uid: len(members) for uid, members in sources.items()}
+    assert len(set(keys)) == len(keys) and max(Counter(uids).values()) == 2
+    hashes = [hash64("9/shuffle", uid) for uid in uids]
+    assert hashes == sorted(hashes)
+
+
+def test_webdataset_reads_them(built: Path, sources: dict[str, list[dict[str, bytes]]]) -> None:
+    urls = [str(p) for p in sorted(built.glob("*.tar"))]
+    found = Counter(s["__key__"].rpartition("-")[0] for s in wds.WebDataset(urls, shardshuffle=False))
+    assert found == {uid: len(members) for uid, members in sources.items()}
+
+
+def test_files_beside_the_tars(built: Path, sources: dict[str, list[dict[str, bytes]]]) -> None:
+    total = sum(map(len, sources.values()))
+    sizes = json.loads((built / "sizes.json").read_text())
+    names = sorted(p.name for p in built.glob("*.tar"))
+    assert list(sizes) == names and sum(sizes.values()) == total
+    assert set(list(sizes.values())[:-1]) == {SHARD_SAMPLES}
+    index = json.loads((built / "index.json").read_text())
+    assert (index["__kind__"], index["wids_version"]) == ("wids-shard-index-v1", 1)
+    assert {s["url"]: s["nsamples"] for s in index["shardlist"]} == sizes
+    meta = json.loads((built / "meta.json").read_text())
+    assert [meta["output_shard_format"].format(i) for i in range(meta["output_shard_count"])] == names
+    for i, n in enumerate(sizes.values()):
+        assert json.loads((built / f"{i:08d}_stats.json").read_text())["successes"] == n
+    ids = np.load(built / "sample_ids.npy")
+    expected = sorted((int(u[:16], 16), int(u[16:], 16)) for u, m in sources.items() for _ in m)
+    assert ids.dtype == np.dtype("u8,u8") and ids.tolist() == expected
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_any_order_of_input_shards_gives_the_same_bytes(tmp_path: Path, built: Path, pool: Path) -> None:
+    assert digests(build(tmp_path, pool, [3, 1, 0, 2])) == digests(built)
+
+
+def test_many_members_and_an_empty_one(tmp_path: Path) -> None:
+    members = {**sample(1), **{f"m{i}": bytes([i % 256]) * i for i in range(600)}}
+    write_tar(tmp_path / "pool" / "00000.tar", {"a": members, "b": sample(2)})
+    folder = build(tmp_path, tmp_path / "pool", [0])
+    with tarfile.open(folder / "00000000.tar") as tar:
+        found = {i.name.partition(".")[2]: tar.extractfile(i).read() for i in tar if i.name.startswith(f"{1:032x}")}  # type: ignore[union-attr]
+    assert found == members

@@ -1,0 +1,196 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from curation.errors import UserError
+from evaluation import results
+from evaluation.watch import complete_checkpoints, watch
+
+
+class Loader:
+    """Reads the weights' seed from the checkpoint; a folder that is not complete is a failure of the test."""
+
+    def __init__(self, make_model):
+        self.make_model = make_model
+        self.loaded: list[str] = []
+
+    def __call__(self, checkpoint):
+        if not (checkpoint / "manifest.json").exists():
+            raise AssertionError(f"{checkpoint} was touched before its manifest")
+        if not (checkpoint / "weights").exists():
+            raise UserError(f"{checkpoint}: no weights")
+        self.loaded.append(checkpoint.name)
+        seed, size = (checkpoint / "weights").read_text().split()
+        if size != "whole":
+            raise AssertionError(f"{checkpoint} is half written")
+        return self.make_model(int(seed), step=int(checkpoint.name[5:]))
+
+
+@pytest.fixture
+def loader(make_model):
+    return Loader(make_model)
+
+
+def land(run, step, pause=0.0):
+    """A checkpoint as a trainer writes it: folder, half a file, the whole file, manifest last."""
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    for text in (str(step), f"{step} who", f"{step} whole"):
+        (folder / "weights").write_text(text)
+        time.sleep(pause)
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+def options(tmp_path, pairs_folder, loader):
+    return {
+        "run": tmp_path / "run",
+        "tasks": ["retrieval", "captioning"],
+        "data": pairs_folder,
+        "out": tmp_path / "results.jsonl",
+        "poll_seconds": 0.01,
+        "load": loader,
+    }
+
+
+def test_checkpoints_are_graded_as_they_land_and_never_half_written(tmp_path, pairs_folder, loader, capsys):
+    arguments = options(tmp_path, pairs_folder, loader)
+
+    def train():
+        time.sleep(0.1)
+        for step in (10, 20, 30):
+            land(arguments["run"], step, pause=0.06)
+        (arguments["run"] / "checkpoints" / "step_00000040").mkdir()  # a save that never ended
+        (arguments["run"] / "manifest.json").write_text("{}")
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    graded = watch(**arguments, idle_seconds=60)
+    trainer.join()
+    assert graded == 3
+    assert loader.loaded == ["step_00000010", "step_00000020", "step_00000030"]
+    rows = results.read(arguments["out"])
+    assert sorted({row["step"] for row in rows}) == [10, 20, 30]
+    assert {row["task"] for row in rows} == {"retrieval", "captioning"}
+    assert "3 of 3 checkpoints graded" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_manifest_is_not_listed(tmp_path):
+    for step in (2, 10, 1):
+        land(tmp_path, step)
+    (tmp_path / "checkpoints" / "step_00000002" / "manifest.json").unlink()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000001", "step_00000010"]
+
+
+def test_a_checkpoint_landing_with_the_end_of_the_run_is_not_missed(tmp_path, pairs_folder, loader):
+    """The last checkpoint and the run's manifest appear while an earlier one is being graded."""
+    arguments = options(tmp_path, pairs_folder, loader)
+    land(arguments["run"], 10)
+
+    def load(checkpoint):
+        if checkpoint.name == "step_00000010":
+            land(arguments["run"], 20)
+            (arguments["run"] / "manifest.json").write_text("{}")
+        return loader(checkpoint)
+
+    assert watch(**{**arguments, "load": load}) == 2
+    assert loader.loaded == ["step_00000010", "step_00000020"]
+
+
+@pytest.mark.parametrize("kind", [UserError, FileNotFoundError, RuntimeError])
+def test_removed_between_listing_and_loading(tmp_path, pairs_folder, loader, capsys, kind):
+    arguments = options(tmp_path, pairs_folder, loader)
+    land(arguments["run"], 10)
+    land(arguments["run"], 20)
+    (arguments["run"] / "manifest.json").write_text("{}")
+
+    def load(checkpoint):
+        if checkpoint.name == "step_00000010":
+            shutil.rmtree(checkpoint)
+            raise kind("weights are gone")
+        return loader(checkpoint)
+
+    assert watch(**{**arguments, "load": load}) == 1
+    assert "step_00000010: removed before it was graded" in capsys.readouterr().out
+    assert {row["step"] for row in results.read(arguments["out"])} == {20}
+
+
+def test_a_bad_checkpoint_is_reported_and_the_next_one_graded(tmp_path, pairs_folder, loader, capsys):
+    arguments = options(tmp_path, pairs_folder, loader)
+    (land(arguments["run"], 10) / "weights").unlink()
+    land(arguments["run"], 20)
+    (arguments["run"] / "manifest.json").write_text("{}")
+    assert watch(**arguments) == 1
+    out = capsys.readouterr().out
+    assert "step_00000010: not graded" in out and "no weights" in out and "1 of 2 checkpoints graded" in out
+
+
+def test_a_defect_is_not_swallowed(tmp_path, pairs_folder, loader):
+    arguments = options(tmp_path, pairs_folder, loader)
+    (land(arguments["run"], 10) / "weights").write_text("10 half")
+    with pytest.raises(AssertionError, match="half written"):
+        watch(**arguments)
+
+
+def test_a_second_watch_grades_nothing_twice(tmp_path, pairs_folder, loader):
+    arguments = options(tmp_path, pairs_folder, loader)
+    land(arguments["run"], 10)
+    (arguments["run"] / "manifest.json").write_text("{}")
+    assert watch(**arguments) == 1
+    before = arguments["out"].read_bytes()
+    assert watch(**arguments) == 1
+    assert arguments["out"].read_bytes() == before
+
+
+def test_a_dead_run_ends_by_the_idle_limit(tmp_path, pairs_folder, loader, capsys):
+    arguments = options(tmp_path, pairs_folder, loader)
+    land(arguments["run"], 10)
+    assert watch(**arguments, idle_seconds=0.2) == 1
+    assert "gave up waiting" in capsys.readouterr().out
+
+
+def test_wrong_data_is_refused_before_waiting(tmp_path, loader):
+    with pytest.raises(UserError, match="no such folder"):
+        watch(**options(tmp_path, tmp_path / "absent", loader))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from evaluation.watch import watch
+run, data, out = map(Path, sys.argv[1:])
+print("watching", flush=True)
+watch(run=run, tasks=["retrieval"], data=data, out=out, poll_seconds=30)
+"""
+
+
+def test_sigterm_ends_it_cleanly(tmp_path, pairs_folder):
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "run"), str(pairs_folder), str(tmp_path / "r.jsonl")]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    try:
+        assert process.stdout.readline() == "watching\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "stopped, 0 checkpoints graded" in rest
+
+
+def test_rows_carry_the_step_for_the_curves(tmp_path, pairs_folder, loader):
+    arguments = options(tmp_path, pairs_folder, loader)
+    land(arguments["run"], 7)
+    (arguments["run"] / "manifest.json").write_text("{}")
+    watch(**arguments)
+    line = json.loads(arguments["out"].read_text().splitlines()[0])
+    assert (line["step"], Path(line["checkpoint"]).name) == (7, "step_00000007")

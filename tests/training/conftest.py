@@ -1,0 +1,57 @@
+"""Small clean shards and the smallest recipes that take every path of the engine."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from curation import tar
+from training.config import TrainConfig
+from training.train import parse
+
+TINY = ["--mmgem.vision.image_size", "32", "--mmgem.vision.patch_size", "8", "--mmgem.vision.width", "32"]
+TINY += ["--mmgem.vision.layers", "2", "--mmgem.vision.head_width", "16", "--mmgem.embed_dim", "24"]
+TINY += ["--mmgem.language.hidden_size", "32", "--mmgem.language.intermediate_size", "64"]
+TINY += ["--mmgem.language.num_hidden_layers", "2", "--mmgem.tokenizer.vocab_size", "320"]
+TINY += ["--loader.batch", "32", "--loader.chunk", "8", "--precision", "fp32", "--optim.warmup_steps", "2"]
+
+
+def tiny_config(*overrides: str) -> TrainConfig:
+    arguments = ["--config", "recipes/train/tiny_mmgem.yaml", "--data", ".", "--out", "."]
+    return parse([*arguments, *TINY, *overrides])[0]
+
+
+def write_shards(folder: Path, sizes: list[int], captions: Any = None) -> Path:
+    """Shards of flat-coloured pictures whose captions name their number."""
+    import io
+
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    for shard, size in enumerate(sizes):
+        parts = []
+        for _ in range(size):
+            buffer = io.BytesIO()
+            colour = (number * 37 % 256, number * 91 % 256, number * 53 % 256)
+            Image.new("RGB", (48, 40), colour).save(buffer, "JPEG")
+            record: dict[str, Any] = {"uid": f"{number:032x}", "caption": f"thing {number} of colour {colour[0]}"}
+            if captions is not None:
+                record["captions"] = captions(number)
+            members = (
+                ("jpg", buffer.getvalue()),
+                ("txt", record["caption"].encode()),
+                ("json", json.dumps(record).encode()),
+            )
+            for extension, payload in members:
+                parts += [tar.header(f"{number:06d}.{extension}", len(payload)), payload]
+                parts += [bytes(tar.padded(len(payload)) - len(payload))]
+            number += 1
+        (folder / f"{shard:08d}.tar").write_bytes(b"".join([*parts, tar.END]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"), [40, 25, 35])

@@ -1,0 +1,126 @@
+"""The loader: one order for any world size, every sample once an epoch, resuming without replay, holes for broken samples."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curation import tar
+from curation.errors import UserError
+from tests.training.conftest import write_shards
+from training.config import LoaderConfig
+from training.data import ImageSpec, Loader, Order, Shards
+
+SPEC = ImageSpec(size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+CONFIG = LoaderConfig(batch=12, chunk=4, window_shards=2)
+
+
+def encode(captions):
+    return {"number": torch.tensor([int(c.split()[1]) if c else -1 for c in captions])}
+
+
+def loader(folder, rank=0, world_size=1, cache=None, **changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    return Loader(Shards(folder), config, SPEC, encode, seed=5, rank=rank, world_size=world_size, cache=cache)
+
+
+def numbers(chunks):
+    return [int(n) for c in chunks for n in c["number"]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=9), window=st.integers(1, 10), seed=st.integers(0, 99))
+def test_an_epoch_is_a_permutation_and_positions_are_independent(sizes, window, seed):
+    total, order = sum(sizes), Order(np.array(sizes), seed, window)
+    for epoch in (0, 1):
+        drawn = [order(epoch * total + i) for i in range(total)]
+        assert {e for e, _, _ in drawn} == {epoch}
+        assert sorted((s, i) for _, s, i in drawn) == [(s, i) for s, n in enumerate(sizes) for i in range(n)]
+        fresh = [Order(np.array(sizes), seed, window)(epoch * total + i) for i in (total - 1, 0, total // 2)]
+        assert fresh == [drawn[i] for i in (total - 1, 0, total // 2)]
+        shards_in_turn = [s for _, s, _ in drawn]
+        first_window = {s for s in shards_in_turn[: sum(sorted(sizes)[:window])]}
+        assert len(first_window) <= window
+
+
+def test_global_batches_do_not_depend_on_the_world_size(shards):
+    alone = [numbers(b) for b in loader(shards).batches(0, 20)]
+    halves = [[numbers(b) for b in loader(shards, r, 2).batches(0, 20)] for r in (0, 1)]
+    assert alone == [a + b for a, b in zip(*halves)]
+    assert sorted(n for batch in alone for n in batch)[:2] == [0, 0]  # 240 draws of 100 samples: epochs follow on
+    keys = [[int(k) for k in loader(shards).ids(b)] for b in range(20)]
+    assert keys == alone
+
+
+def test_resuming_is_starting_at_another_batch(shards):
+    whole = [numbers(b) for b in loader(shards, threads=3).batches(0, 12)]
+    assert [numbers(b) for b in loader(shards).batches(7, 12)] == whole[7:]
+
+
+def test_pixels_are_the_normalised_picture_with_and_without_the_cache(shards, tmp_path):
+    plain = list(loader(shards).batches(0, 9))
+    first = list(loader(shards, cache=tmp_path / "decoded.u8").batches(0, 9))
+    again = list(loader(shards, cache=tmp_path / "decoded.u8").batches(0, 9))
+    for a, b, c in zip(plain, first, again):
+        for x, y, z in zip(a, b, c):
+            assert torch.equal(x["pixel_values"], y["pixel_values"]) and torch.equal(
+                x["pixel_values"], z["pixel_values"]
+            )
+    chunk = plain[0][0]
+    red = chunk["number"] * 37 % 256
+    back = chunk["pixel_values"][:, 0].mean((1, 2)) * 0.2 + 0.5
+    torch.testing.assert_close(back * 255, red.float(), atol=3.0, rtol=0)  # JPEG moves a flat colour a little
+
+
+def test_one_of_the_captions_is_drawn_by_seed_epoch_and_sample(tmp_path):
+    folder = write_shards(tmp_path / "five", [30], captions=lambda n: [f"thing {n * 10 + i}" for i in range(5)])
+    epochs = [numbers(b) for b in loader(folder, batch=30, captions="random").batches(0, 4)]
+    assert [n // 10 for n in epochs[0]] != sorted(n // 10 for n in epochs[0])
+    by_epoch = [{n // 10: n % 10 for n in e} for e in epochs]
+    assert len({tuple(sorted(e.items())) for e in by_epoch}) == 4  # another draw each epoch
+    assert {c for e in by_epoch for c in e.values()} == {0, 1, 2, 3, 4}
+    assert [numbers(b) for b in loader(folder, batch=30, captions="random", threads=4).batches(0, 4)] == epochs
+
+
+def test_a_broken_sample_leaves_a_hole_and_later_ids_do_not_shift(shards, tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for path in shards.glob("*.tar"):
+        data = bytearray(path.read_bytes())
+        if path.name == "00000001.tar":
+            found, _ = tar.samples(bytes(data))
+            broken = found[3].members["jpg"]
+            data[broken.offset : broken.offset + broken.size] = bytes(broken.size)
+        (folder / path.name).write_bytes(data)
+    whole, holed = (list(loader(f).batches(0, 9)) for f in (shards, folder))
+    holes = [(int(a["number"][i]), float(b["pixel_values"][i].std())) for x, y in zip(whole, holed)
+             for a, b in zip(x, y) for i in range(len(a["number"])) if not b["valid"][i]]  # fmt: skip
+    assert [n for n, _ in holes] == [43] * len(holes) and 1 <= len(holes) <= 2
+    for a, b in zip(whole, holed):
+        rest = [(x, y) for x, y in zip(numbers(a), numbers(b)) if y >= 0]
+        assert all(x == y for x, y in rest)
+
+
+def test_crops_and_flips_are_functions_of_the_position(shards):
+    settings = {"decode_size": 24, "crop_scale": (0.5, 0.9), "flip": True}
+    once = list(loader(shards, **settings).batches(0, 3))
+    twice = list(loader(shards, threads=4, **settings).batches(0, 3))
+    assert all(torch.equal(x["pixel_values"], y["pixel_values"]) for a, b in zip(once, twice) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("trouble", ["missing", "empty", "truncated", "lying sizes"])
+def test_bad_shards_are_one_clear_line(shards, tmp_path, trouble):
+    folder = tmp_path / "data"
+    if trouble != "missing":
+        folder.mkdir()
+    if trouble == "truncated":
+        (folder / "00000000.tar").write_bytes((shards / "00000000.tar").read_bytes()[:9_000])
+    if trouble == "lying sizes":
+        (folder / "00000000.tar").write_bytes((shards / "00000000.tar").read_bytes())
+        (folder / "sizes.json").write_text(json.dumps({"00000000.tar": 41}))
+    with pytest.raises(UserError, match=str(folder)):
+        Shards(folder)

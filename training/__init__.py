@@ -1,0 +1,1 @@
+"""Contrastive and generative training under DeepSpeed, through one gradient-cached step."""

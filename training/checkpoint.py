@@ -1,0 +1,110 @@
+"""Checkpoints: sharded as the ranks hold them, complete only with a manifest, checked before they are trusted.
+
+    RUN/checkpoints/step_00000100/       DeepSpeed's files of every rank
+                                  manifest.json   written last: step, samples, recipe, every file's size,
+                                                  and the weights' hash that evaluation caches by
+
+The position in the data and the learning rate are functions of the step, so a
+checkpoint holds weights, optimiser moments and random states, and no more.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from curation.errors import UserError
+from curation.hashing import config_hash, file_hash
+from curation.manifest import read_manifest, write_manifest
+from training.distributed import World
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def complete(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(m.parent for m in (run / "checkpoints").glob("step_*/manifest.json"))
+
+
+def save(engine: Any, run: Path, step: int, facts: dict[str, Any], keep_last: int) -> None:
+    """Write the checkpoint of `step`, its manifest last; then drop all but the last `keep_last`."""
+    world, folder = World.current(), step_folder(run, step)
+    if world.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # the remains of a save that was cut short
+    world.barrier()
+    state = {"rng": torch.get_rng_state(), "numpy": np.random.get_state()}
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
+    world.barrier()
+    if world.rank == 0:
+        files = sorted(f for f in folder.rglob("*.pt"))
+        write_manifest(
+            folder / "manifest.json",
+            {
+                "step": step,
+                "world_size": world.size,
+                "weights_hash": file_hash(files),
+                "files": {str(f.relative_to(folder)): f.stat().st_size for f in files},
+                **facts,
+            },
+        )
+        for old in complete(run)[:-keep_last]:
+            (old / "manifest.json").unlink()  # first, so that no reader takes the rest for complete
+            shutil.rmtree(old)
+    world.barrier()
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there.
+
+    Raises:
+        UserError: no such folder, no manifest, or a file missing or cut short.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--checkpoint {folder}: no such folder; name a RUN/checkpoints/step_* or an export")
+    manifest = read_manifest(folder / "manifest.json")
+    if manifest is None:
+        raise UserError(f"--checkpoint {folder}: has no manifest.json, so it was cut short; take an earlier one")
+    for name, size in manifest["files"].items():
+        found = (folder / name).stat().st_size if (folder / name).exists() else None
+        if found != size:
+            raise UserError(f"--checkpoint {folder}: {name} has {found} bytes of {size}; take another checkpoint")
+    return manifest
+
+
+def latest(run: Path) -> Path | None:
+    found = complete(run)
+    return found[-1] if found else None
+
+
+def resume(engine: Any, folder: Path, config: dict[str, Any]) -> int:
+    """Load a checkpoint into the engine; the step that it was saved after.
+
+    Raises:
+        UserError: the checkpoint is of another recipe or number of ranks.
+    """
+    manifest, world = check(folder), World.current()
+    if manifest["config_hash"] != config_hash(config):
+        raise UserError(f"--out {folder.parent.parent}: its checkpoints are of another recipe; pass --overwrite")
+    if manifest["world_size"] != world.size:
+        raise UserError(
+            f"--ranks {world.size}: {folder} was written by {manifest['world_size']} ranks; resume with as many"
+        )
+    _, state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    torch.set_rng_state(state["rng"])
+    np.random.set_state(state["numpy"])
+    return manifest["step"]
+
+
+def consolidated(folder: Path) -> dict[str, torch.Tensor]:
+    """The fp32 weights of a sharded checkpoint, on the CPU, by parameter name."""
+    manifest = check(folder)
+    if manifest["zero_stage"] == 0:
+        return torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    return {name: tensor.clone() for name, tensor in state.items()}

@@ -1,0 +1,61 @@
+"""The few collectives that training needs, the same for one process and for many.
+
+Everything that is global in a step (embeddings, counts, metrics, the stop
+flag) goes through `World`. One process needs no process group: tests and
+notebooks run the very step that the cluster runs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Rank and size of the process group; every method is the identity at size 1."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> "World":
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """In-place sum over ranks."""
+        if self.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.SUM)
+        return x
+
+    def max(self, x: torch.Tensor) -> torch.Tensor:
+        """In-place maximum over ranks."""
+        if self.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of every rank, in rank order: [n, ...] -> [size * n, ...]."""
+        if self.size == 1:
+            return x
+        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        dist.all_gather_single(out, x.contiguous())
+        return out
+
+    def scatter_sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, of which each keeps its own rows: [size * n, ...] -> [n, ...]."""
+        if self.size == 1:
+            return x
+        out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
+        dist.reduce_scatter_single(out, x.contiguous())
+        return out
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return bool(self.max(torch.tensor([float(flag)])).item())
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()

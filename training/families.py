@@ -1,0 +1,114 @@
+"""What the loop needs of a model family, and the families by name.
+
+A family is its model, how captions become tensors, what its images look like,
+and how it is exported for people who take the model away.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.config import TrainConfig
+from training.data import ImageSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """encode_text: captions -> tensors of a chunk · encode_query: captions -> input of `embed_texts` ·
+    export: (state dict, folder) writes what `from_pretrained` or open_clip reads · read_export: the state back."""
+
+    model: Any
+    image: ImageSpec
+    encode_text: Callable[[list[str]], dict[str, torch.Tensor]]
+    export: Callable[[dict[str, torch.Tensor], Path], None]
+    read_export: Callable[[Path], dict[str, torch.Tensor]]
+    tokenizer: Any
+
+
+def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
+    from training.models.mmgem import MMGem
+    from training.tokenizer import EMB, TokenizerConfig, load_tokenizer, save_tokenizer
+
+    assert config.mmgem is not None
+    recipe = config.mmgem
+    if (tokenizer_folder / "tokenizer_config.json").exists():
+        tokenizer = load_tokenizer(TokenizerConfig(name_or_path=str(tokenizer_folder)), captions)
+    else:
+        tokenizer = load_tokenizer(recipe.tokenizer, captions)
+        save_tokenizer(tokenizer, tokenizer_folder)
+    model = MMGem.from_backbones(
+        recipe.vision,
+        recipe.language,
+        tokenizer,
+        embed_dim=recipe.embed_dim,
+        initial_temperature=config.objective.temperature,
+        resize_mode=config.loader.resize_mode,
+    )
+    emb, eos, pad = tokenizer.convert_tokens_to_ids(EMB), tokenizer.eos_token_id, tokenizer.pad_token_id
+
+    def encode_text(texts: list[str]) -> dict[str, torch.Tensor]:
+        ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=config.loader.max_tokens - 1)[
+            "input_ids"
+        ]
+        longest = max(map(len, ids)) + 1
+        return {
+            "input_ids": torch.tensor([row + [emb] + [pad] * (longest - 1 - len(row)) for row in ids]),
+            "labels": torch.tensor([row + [eos] + [-100] * (longest - 1 - len(row)) for row in ids]),
+            "length": torch.tensor([len(row) for row in ids]),
+        }
+
+    def export(state: dict[str, torch.Tensor], folder: Path) -> None:
+        model.load_state_dict(state)
+        model.float().save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
+
+    side = int(model.vision.image_size[0])
+    spec = ImageSpec(size=side, mean=tuple(model.config.image_mean), std=tuple(model.config.image_std))
+    return Family(
+        model=model,
+        image=spec,
+        encode_text=encode_text,
+        export=export,
+        read_export=lambda folder: MMGem.from_pretrained(folder).state_dict(),
+        tokenizer=tokenizer,
+    )
+
+
+def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    from open_clip.tokenizer import SimpleTokenizer
+
+    from training.models.clip import Clip, export, read_export
+
+    assert config.clip is not None
+    model = Clip.from_recipe(config.clip, config.objective.temperature)
+    side = model.model_cfg["vision_cfg"]["image_size"]
+    spec = ImageSpec(size=side, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
+    tokenizer = SimpleTokenizer(context_length=model.model_cfg["text_cfg"].get("context_length", 77))
+    preprocess = {
+        "size": [side, side],
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "interpolation": "bicubic",
+        "resize_mode": config.loader.resize_mode,
+    }
+    return Family(
+        model=model,
+        image=spec,
+        encode_text=lambda texts: {"input_ids": tokenizer(texts)},
+        export=lambda state, folder: export(model, state, preprocess, folder),
+        read_export=read_export,
+        tokenizer=tokenizer,
+    )
+
+
+FAMILIES = {"mmgem": _mmgem, "clip": _clip}
+
+
+def build(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
+    """The recipe's family; a tokenizer trained on `captions()` is kept in `tokenizer_folder` and used again."""
+    torch.manual_seed(config.seed)
+    return FAMILIES[config.family](config, tokenizer_folder, captions)

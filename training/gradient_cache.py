@@ -1,0 +1,119 @@
+"""The gradient-cached step: a batch as large as the loss wants in the memory of one chunk.
+
+1. Embed every chunk without a graph, remembering the random state each began with.
+2. Take the coupled loss over the global batch, and its gradient with respect
+   to the embeddings, in closed form.
+3. Run every chunk again with a graph, from the same random state, and
+   back-propagate <embedding, cached gradient> together with the separable sums
+   (captioning, ...) of that chunk. Separable sums need no cache, so they are
+   not computed in the first pass.
+
+The sum of these chunk gradients is the gradient of the full-batch loss: the
+coupled part by the chain rule, the separable part because sums are divided by
+counts over the whole global batch, agreed before the second pass. Gao et al.,
+"Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
+(2021), extended by separable losses and by ZeRO.
+
+ZeRO averages gradients over the ranks, where the loss is already global: local
+parts are multiplied by the world size. The temperature's gradient is global on
+every rank, so averaging leaves it as it is.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from training.distributed import World
+from training.objectives.infonce import CoupledGradient
+
+Chunk = Mapping[str, torch.Tensor]
+
+
+@dataclass(slots=True)
+class Outputs:
+    """What a model says of one chunk.
+
+    left, right: unit embeddings of the pair's sides, fp32 [c, D] · log_scale: [1] ·
+    sums: separable losses summed over their units (tokens, samples) [].
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    log_scale: torch.Tensor
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+Coupled = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, World], CoupledGradient]
+
+
+class Replay:
+    """The random state at the beginning of a chunk, so that dropout falls the same way twice."""
+
+    def __init__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        self.device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            torch.cuda.set_rng_state(self.device)
+
+
+def gradient_cached_step(
+    *,
+    forward: Callable[[Chunk, bool], Outputs],
+    backward: Callable[[torch.Tensor], None],
+    chunks: Sequence[Chunk],
+    counts: Mapping[str, float],
+    weights: Mapping[str, float],
+    coupled: Coupled,
+    world: World,
+) -> dict[str, torch.Tensor]:
+    """Accumulate the gradient of `coupled + sum of weights * separable means` over the global batch.
+
+    Args:
+        forward: (chunk, separable) -> Outputs; `separable` asks for the sums.
+        backward: back-propagates a scalar, e.g. `engine.backward`.
+        chunks: this rank's part of the batch; every rank has as many chunks. `chunk["valid"]`
+            is bool [c]: rows that count.
+        counts: units of each separable sum on this rank (tokens to be predicted, ...).
+        weights: of the separable losses.
+
+    Returns:
+        The global "loss", "loss_embed", "loss_<separable>" and "gradient_log_scale", each [].
+    """
+    states, embedded = [], []
+    with torch.no_grad():
+        for chunk in chunks:
+            states.append(Replay())
+            embedded.append(forward(chunk, False))
+    after = Replay()
+    log_scale = embedded[0].log_scale.detach().float()
+    left, right = (torch.cat([getattr(e, side) for e in embedded]) for side in ("left", "right"))
+    cached = coupled(left, right, log_scale, torch.cat([c["valid"] for c in chunks]), world)
+    names = sorted(counts)
+    totals = world.sum(torch.tensor([float(counts[n]) for n in names], dtype=torch.float64))
+    total = {name: max(float(t), 1.0) for name, t in zip(names, totals)}
+
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
+    row = 0
+    for i, (chunk, state) in enumerate(zip(chunks, states)):
+        state.restore()
+        out = forward(chunk, True)
+        rows = slice(row, row + out.left.shape[0])
+        row = rows.stop
+        surrogate = ((out.left * cached.left[rows]).sum() + (out.right * cached.right[rows]).sum()) * world.size
+        # Once per step, and 0 in the other chunks so that each backward meets the same parameters on every rank.
+        surrogate = surrogate + (out.log_scale * (cached.log_scale if i == 0 else 0.0)).sum()
+        for name, value in out.sums.items():
+            surrogate = surrogate + value * (weights[name] * world.size / total[name])
+            sums[name] += value.detach().double().cpu()
+        backward(surrogate)
+    after.restore()
+
+    metrics = {"loss_embed": cached.value, "gradient_log_scale": cached.log_scale}
+    means = world.sum(torch.stack([sums[n] / total[n] for n in names])) if names else ()
+    metrics |= {f"loss_{name}": mean for name, mean in zip(names, means)}
+    metrics["loss"] = cached.value + sum(weights[n] * float(metrics[f"loss_{n}"]) for n in names)
+    return metrics

@@ -1,0 +1,132 @@
+"""A trained model for grading and use: from a sharded checkpoint or from an export, the same object.
+
+Images go through open_clip's own evaluation transform (Pillow, bicubic,
+unscaled decoding), in fp32 on the device at hand.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from curation.errors import UserError
+from curation.hashing import config_hash, file_hash
+from curation.manifest import read_manifest
+from training import checkpoint
+from training.config import TrainConfig, as_dict
+from training.families import Family, build
+
+
+def rebuild(config: TrainConfig, tokenizer: Path) -> Family:
+    """The family of a run, with fresh weights and the run's own tokenizer."""
+
+    def no_captions() -> list[str]:
+        raise UserError(f"tokenizer: {tokenizer} is missing; copy it from where the run was made")
+
+    return build(config, tokenizer, no_captions)
+
+
+@dataclass(slots=True)
+class Model:
+    """What evaluation needs of a model; every method runs without a graph.
+
+    weights_hash and preprocess name exactly what was used: they are part of every cache key.
+    """
+
+    name: str
+    step: int | None
+    weights_hash: str
+    preprocess: dict[str, Any]
+    can_caption: bool
+    family: Family
+    transform: Any
+
+    def images(self, pictures: list[Image.Image]) -> torch.Tensor:
+        """[B, 3, S, S]"""
+        return torch.stack([self.transform(picture) for picture in pictures])
+
+    @torch.no_grad()
+    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Unit embeddings, fp32 [B, D]."""
+        model = self.family.model
+        if hasattr(model, "get_image_features"):
+            return model.get_image_features(pixels).pooler_output
+        return torch.nn.functional.normalize(model.towers.encode_image(pixels).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        """Unit embeddings, fp32 [B, D]."""
+        model, tokens = self.family.model, self.family.encode_text(texts)
+        if hasattr(model, "get_text_features"):
+            return model.get_text_features(tokens["input_ids"]).pooler_output
+        return torch.nn.functional.normalize(model.towers.encode_text(tokens["input_ids"]).float(), dim=-1)
+
+    @torch.no_grad()
+    def caption(self, pixels: torch.Tensor, max_new_tokens: int = 32) -> list[str]:
+        """A greedy caption per image."""
+        ids = self.family.model.generate(pixels, max_new_tokens=max_new_tokens)
+        return [text.strip() for text in self.family.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def _config_from(record: dict[str, Any]) -> TrainConfig:
+    from training.config import make_parser
+
+    parser = make_parser()
+    parsed = parser.instantiate(parser.parse_object({**record, "data": "", "out": ""}))
+    return TrainConfig(**{name: getattr(parsed, name) for name in TrainConfig.__dataclass_fields__})
+
+
+def load(folder: Path) -> Model:
+    """Open RUN/checkpoints/step_*, or a RUN/export together with its run.
+
+    Raises:
+        UserError: no such folder, cut short, or not a checkpoint of ours.
+    """
+    from open_clip.transform import image_transform
+
+    run, exported = folder.parent, sorted(folder.glob("*.safetensors"))
+    if not exported:
+        manifest = checkpoint.check(folder)
+        config, run = _config_from(manifest["config"]), folder.parent.parent
+        family = rebuild(config, run / "tokenizer")
+        family.model.load_state_dict(checkpoint.consolidated(folder))
+        step, weights_hash = manifest["step"], manifest["weights_hash"]
+        name = f"{run.name}/{folder.name}"
+    else:
+        family, config, step = _exported(folder)
+        weights_hash, name = file_hash(exported), f"{run.name}/{folder.name}"
+    family.model.eval()
+    spec = family.image
+    preprocess = {
+        "size": spec.size,
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "resize_mode": config.loader.resize_mode,
+        "max_tokens": config.loader.max_tokens,
+        "precision": "fp32",
+        "recipe": config_hash(as_dict(config)),
+        "tokenizer": file_hash(sorted((run / "tokenizer").glob("*.json"))),
+    }
+    transform = image_transform(
+        spec.size,
+        is_train=False,
+        mean=tuple(spec.mean),
+        std=tuple(spec.std),
+        resize_mode=config.loader.resize_mode,
+        interpolation="bicubic",
+    )
+    can_caption = hasattr(family.model, "generate")
+    return Model(name, step, weights_hash, preprocess, can_caption, family, transform)
+
+
+def _exported(folder: Path) -> tuple[Family, TrainConfig, int]:
+    """An export's family, from the run it lies in."""
+    record = read_manifest(folder.parent / "manifest.json")
+    if record is None:
+        raise UserError(f"--checkpoint {folder}: the run's manifest.json is missing beside it; keep RUN together")
+    config = _config_from(record["config"])
+    family = rebuild(config, folder.parent / "tokenizer")
+    family.model.load_state_dict(family.read_export(folder))
+    return family, config, record["steps"]

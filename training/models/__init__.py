@@ -1,0 +1,1 @@
+"""Model families by name: each builds from its recipe, embeds a chunk and gives its separable sums."""

@@ -1,0 +1,78 @@
+"""CLIP kin through open_clip: any of its architectures, trained by our step, exported as its own checkpoint.
+
+The exported folder opens with `open_clip.create_model_and_transforms("local-dir:RUN/export")`,
+so a scorer trained here is used by curation like any published one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from curation.errors import UserError
+from training.config import ClipRecipe
+
+
+class Clip(nn.Module):
+    """open_clip's two towers with a temperature of shape [1], which ZeRO-3 can partition."""
+
+    separable = ()
+
+    def __init__(self, model_cfg: dict[str, Any], pretrained: Any = None, initial_temperature: float = 0.07) -> None:
+        super().__init__()
+        from open_clip.model import CLIP
+
+        self.model_cfg = model_cfg
+        self.towers = CLIP(**{k: v for k, v in model_cfg.items() if k != "custom_text"})
+        if pretrained is not None:
+            self.towers.load_state_dict(pretrained)
+        del self.towers.logit_scale
+        self.log_scale = nn.Parameter(torch.tensor([-torch.tensor(initial_temperature).log().item()]))
+
+    @classmethod
+    def from_recipe(cls, recipe: ClipRecipe, initial_temperature: float) -> "Clip":
+        import open_clip
+
+        if (recipe.arch is None) == (recipe.model_cfg is None):
+            raise UserError("clip: exactly one of `arch` (an open_clip name) and `model_cfg` is needed")
+        if recipe.model_cfg is not None:
+            return cls(recipe.model_cfg, initial_temperature=initial_temperature)
+        assert recipe.arch is not None
+        model_cfg = open_clip.get_model_config(recipe.arch)
+        if model_cfg is None:
+            raise UserError(f"clip.arch: open_clip knows no {recipe.arch!r}; open_clip.list_models() names them")
+        weights = open_clip.create_model(recipe.arch, recipe.pretrained).state_dict() if recipe.pretrained else None
+        return cls(model_cfg, weights, initial_temperature)
+
+    def forward(self, chunk: Any, separable: bool = False) -> dict[str, Any]:
+        """One chunk of pairs: pixel_values [B, 3, S, S] · input_ids [B, T] as open_clip's tokenizer gives them."""
+        pixels = chunk["pixel_values"].to(next(self.towers.visual.parameters()).dtype)
+        image = self.towers.encode_image(pixels)
+        text = self.towers.encode_text(chunk["input_ids"])
+        left, right = (F.normalize(side.float(), dim=-1) for side in (image, text))
+        return {"left": left, "right": right, "log_scale": 1.0 * self.log_scale.float()}
+
+    @staticmethod
+    def counts(chunk: Any) -> dict[str, float]:
+        return {}
+
+
+def export(model: Clip, state: dict[str, torch.Tensor], preprocess: dict[str, Any], folder: Path) -> None:
+    """Write open_clip's folder layout: open_clip_config.json and open_clip_model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k.removeprefix("towers."): v.contiguous() for k, v in state.items() if k.startswith("towers.")}
+    tensors["logit_scale"] = state["log_scale"].reshape(())
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    config = {"model_cfg": model.model_cfg, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
+
+
+def read_export(folder: Path) -> dict[str, torch.Tensor]:
+    """The state that `export` was given."""
+    tensors = load_file(folder / "open_clip_model.safetensors")
+    log_scale = tensors.pop("logit_scale").reshape(1)
+    return {"log_scale": log_scale, **{f"towers.{name}": tensor for name, tensor in tensors.items()}}

@@ -1,0 +1,213 @@
+"""MM-GEM stage 1: one causal LLM that embeds texts and writes captions, and a ViT (arXiv 2405.19333, section 3).
+
+    V      = ViT(image)                        [B, N, Dv]  feature map
+    V_emb  = h1(V)                             [B, N, E]
+    image  = unit(mean_N V_emb)                [B, E]      PoolAggregator of stage 1
+    text   = unit(h2(LLM(caption [EMB])))      [B, E]      hidden state at [EMB]
+    V_in   = h3(mean_N V_emb)                  [B, 1, H]
+    L_gen  = CE(LLM(V_in [CAP] caption) -> caption </s>)
+
+Both passes through the LLM are stacked on the batch axis where both are asked
+for, so that ZeRO-3 gathers each layer once. Captions are padded on the right:
+under a causal mask no real token sees padding, so no mask is built.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from training.config import LanguageConfig, VisionConfig
+from training.tokenizer import CAP, EMB
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""open_clip's image statistics."""
+
+
+class MMGemConfig(PretrainedConfig):
+    """vision_config: open_clip's vision_cfg · text_config: the LLM's own config, as a dict."""
+
+    model_type = "mmgem"
+
+    def __init__(
+        self,
+        vision_config: dict[str, Any] | None = None,
+        text_config: dict[str, Any] | None = None,
+        embed_dim: int = 512,
+        emb_token_id: int = 0,
+        cap_token_id: int = 0,
+        eos_token_id: int = 0,
+        pad_token_id: int = 0,
+        initial_temperature: float = 0.07,
+        image_mean: tuple[float, ...] = MEAN,
+        image_std: tuple[float, ...] = STD,
+        resize_mode: str = "squash",
+        **kwargs: Any,
+    ) -> None:
+        self.vision_config = vision_config or asdict(VisionConfig())
+        self.text_config = text_config or {}
+        self.embed_dim = embed_dim
+        self.emb_token_id, self.cap_token_id = emb_token_id, cap_token_id
+        self.initial_temperature = initial_temperature
+        self.image_mean, self.image_std, self.resize_mode = list(image_mean), list(image_std), resize_mode
+        super().__init__(**{"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, **kwargs})
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
+        """The family's own config: its LLM is configured by the dict."""
+        return self
+
+
+def _vision_tower(settings: dict[str, Any], weights: str | None = None) -> Any:
+    """open_clip's ViT without its projection: image [B, 3, S, S] -> (_, patches [B, N, Dv])."""
+    import open_clip
+
+    visual: Any
+    if settings.get("arch"):
+        visual = open_clip.create_model(settings["arch"], pretrained=weights).visual
+    else:
+        from open_clip.model import CLIPVisionCfg, _build_vision_tower
+
+        known = {k: v for k, v in settings.items() if k in CLIPVisionCfg.__dataclass_fields__}
+        visual = _build_vision_tower(embed_dim=settings["width"], vision_cfg=CLIPVisionCfg(**known))
+    visual.proj = None
+    visual.output_tokens = True
+    return visual
+
+
+class MMGem(PreTrainedModel):
+    """A model that embeds images and texts in one space and captions images."""
+
+    config_class = MMGemConfig
+    base_model_prefix = "mmgem"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _no_split_modules = {"ResidualAttentionBlock", "LlamaDecoderLayer"}  # noqa: RUF012
+    separable = ("generate",)
+
+    def __init__(self, config: MMGemConfig) -> None:
+        super().__init__(config)
+        text = dict(config.text_config)
+        text_config = AutoConfig.for_model(text.pop("model_type", "llama"), **text)
+        self.vision: Any = _vision_tower(config.vision_config)
+        self.llm = AutoModelForCausalLM.from_config(text_config)
+        width, hidden = self.vision.conv1.out_channels, text_config.hidden_size
+        self.h1 = nn.Linear(width, config.embed_dim)
+        self.h2 = nn.Linear(hidden, config.embed_dim)
+        self.h3 = nn.Linear(config.embed_dim, hidden)
+        # Shape [1]: ZeRO-3 cannot partition a parameter without dimensions.
+        self.log_scale = nn.Parameter(torch.tensor([-torch.tensor(config.initial_temperature).log().item()]))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The towers have initialised themselves as their own libraries do; only h1, h2, h3 are ours."""
+        if isinstance(module, nn.Linear) and module in (self.h1, self.h2, self.h3):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_backbones(cls, vision: VisionConfig, language: LanguageConfig, tokenizer: Any, **settings: Any) -> "MMGem":
+        """Build from the recipe: pretrained towers where it names them, else towers from scratch."""
+        if language.name_or_path:
+            pretrained = AutoModelForCausalLM.from_pretrained(language.name_or_path)
+            pretrained.resize_token_embeddings(len(tokenizer))
+            text_config = pretrained.config.to_dict()
+        else:
+            sizes = {k: v for k, v in asdict(language).items() if k != "name_or_path"}
+            text_config = LlamaConfig(
+                vocab_size=len(tokenizer),
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                **sizes,
+            ).to_dict()
+        config = MMGemConfig(
+            vision_config=asdict(vision),
+            text_config=text_config,
+            emb_token_id=tokenizer.convert_tokens_to_ids(EMB),
+            cap_token_id=tokenizer.convert_tokens_to_ids(CAP),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **settings,
+        )
+        model = cls(config)
+        if language.name_or_path:
+            model.llm.load_state_dict(pretrained.state_dict())
+        if vision.arch and vision.pretrained:
+            model.vision.load_state_dict(_vision_tower(config.vision_config, vision.pretrained).state_dict())
+        return model
+
+    def _pooled(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """mean_N h1(V): [B, 3, S, S] -> [B, E]."""
+        _, patches = self.vision(pixel_values.to(self.h1.weight.dtype))
+        return self.h1(patches).mean(1)
+
+    def _at_emb(self, hidden: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        """Unit text embeddings from hidden states [B, T, H]; [EMB] stands at position `length`."""
+        at = hidden[torch.arange(len(hidden), device=hidden.device), length]
+        return F.normalize(self.h2(at).float(), dim=-1)
+
+    def forward(self, chunk: Any, separable: bool = False) -> dict[str, Any]:
+        """One chunk of pairs -> the fields of `gradient_cache.Outputs` (a dict: ZeRO-3's hooks look into no other type).
+
+        chunk: pixel_values [B, 3, S, S] · input_ids [B, T] caption, [EMB], padding ·
+        length [B] of the caption · labels [B, T] caption, </s>, then -100 · valid [B].
+        """
+        pooled = self._pooled(chunk["pixel_values"])
+        embed = self.llm.get_input_embeddings()
+        tokens = embed(chunk["input_ids"])  # [B, T, H]
+        image = F.normalize(pooled.float(), dim=-1)
+        if not separable:
+            hidden = self.llm.base_model(inputs_embeds=tokens, use_cache=False).last_hidden_state
+            text = self._at_emb(hidden, chunk["length"])
+            return {"left": image, "right": text, "log_scale": 1.0 * self.log_scale.float()}
+
+        b, t, _ = tokens.shape
+        visual = self.h3(pooled)[:, None]  # [B, 1, H]
+        cap = embed(chunk["input_ids"].new_full((b, 1), self.config.cap_token_id))
+        generation = torch.cat([visual, cap, tokens[:, :-1]], 1)  # [B, T + 1, H]
+        both = torch.cat([F.pad(tokens, (0, 0, 0, 1)), generation])  # [2 B, T + 1, H]
+        hidden = self.llm.base_model(inputs_embeds=both, use_cache=False).last_hidden_state
+        labels = torch.where(chunk["valid"][:, None], chunk["labels"], -100)
+        counted = labels >= 0
+        logits = self.llm.lm_head(hidden[b:, 1:][counted])  # [tokens, vocabulary]
+        total = F.cross_entropy(logits.float(), labels[counted], reduction="sum")
+        text = self._at_emb(hidden[:b], chunk["length"])
+        return {"left": image, "right": text, "log_scale": 1.0 * self.log_scale.float(), "sums": {"generate": total}}
+
+    @staticmethod
+    def counts(chunk: Any) -> dict[str, float]:
+        """Tokens to be predicted in the chunk, known before any forward pass."""
+        return {"generate": float((chunk["labels"][chunk["valid"]] >= 0).sum())}
+
+    @torch.no_grad()
+    def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        """`pooler_output`: unit image embeddings [B, E]."""
+        return BaseModelOutputWithPooling(pooler_output=F.normalize(self._pooled(pixel_values).float(), dim=-1))
+
+    @torch.no_grad()
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> BaseModelOutputWithPooling:
+        """`pooler_output`: unit text embeddings [B, E]; the [EMB] token is the last real token of each row."""
+        at = (input_ids == self.config.emb_token_id).int().argmax(1)
+        hidden = self.llm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return BaseModelOutputWithPooling(pooler_output=self._at_emb(hidden, at), last_hidden_state=hidden)
+
+    @torch.no_grad()
+    def generate(self, pixel_values: torch.Tensor, max_new_tokens: int = 50, **kwargs: Any) -> torch.Tensor:
+        """Caption token ids [B, T] (greedy unless asked otherwise); ends with </s>, then padding."""
+        visual = self.h3(self._pooled(pixel_values))[:, None]
+        ids = torch.full((len(visual), 1), self.config.cap_token_id, device=visual.device)
+        prompt = torch.cat([visual, self.llm.get_input_embeddings()(ids)], 1)
+        return self.llm.generate(
+            inputs_embeds=prompt,
+            attention_mask=prompt.new_ones(prompt.shape[:2], dtype=torch.long),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.config.eos_token_id,
+            pad_token_id=self.config.pad_token_id,
+            **{"do_sample": False, **kwargs},
+        )

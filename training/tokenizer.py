@@ -1,0 +1,53 @@
+"""Tokenizers: any Hugging Face one by name or folder, or a byte-level BPE trained on the captions at hand.
+
+MM-GEM's [EMB] and [CAP] are added to whichever tokenizer is used. A trained
+tokenizer is a function of the captions alone (its input is sorted), and of all
+shards up to 50,000 captions, drawn by hash.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from curation.hashing import hash64
+from training.config import TokenizerConfig
+
+EMB, CAP = "[EMB]", "[CAP]"
+TRAINED_ON = 50_000
+
+
+def train_bpe(captions: list[str], vocab_size: int) -> Any:
+    """A `PreTrainedTokenizerFast` of at most `vocab_size` entries over lower-cased captions."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    chosen = sorted(captions, key=lambda c: hash64("tokenizer", c))[:TRAINED_ON]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>", EMB, CAP],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sorted(chosen), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def load_tokenizer(config: TokenizerConfig, captions: Any) -> Any:
+    """The recipe's tokenizer with [EMB] and [CAP]; `captions()` is called only where one is trained."""
+    from transformers import AutoTokenizer
+
+    if config.name_or_path is None:
+        return train_bpe(list(captions()), config.vocab_size)
+    tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.add_tokens([EMB, CAP], special_tokens=True)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,117 @@
+"""One rank of a training run; the launcher starts as many as there are accelerators:
+
+    deepspeed --num_accelerators 2 training/train.py --config recipes/train/tiny_mmgem.yaml --data SHARDS --out RUN
+
+`gemsmith train` wraps just that. User's errors are found before anything is
+launched or joined, so they come out as one line, and exit code 2.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# A script's own folder comes first on the path, where data.py or config.py would hide packages of those names.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+
+from curation.errors import UserError
+from curation.hashing import config_hash
+from curation.manifest import claim, read_manifest
+from training.config import TrainConfig, as_dict, deepspeed_config, make_parser
+from training.data import Shards
+
+
+def parse(arguments: list[str]) -> tuple[TrainConfig, Path, Path, bool]:
+    """(config, shards, run, overwrite) from the command line; the launcher's `--local_rank` is accepted and ignored.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong kind, a recipe that does not exist.
+    """
+    from jsonargparse import ArgumentError
+
+    parser = make_parser()
+    kept = [a for a in arguments if not a.startswith("--local_rank")]
+    try:
+        parsed = parser.instantiate(parser.parse_args(kept))
+    except (ArgumentError, TypeError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    names = TrainConfig.__dataclass_fields__
+    config = TrainConfig(**{name: getattr(parsed, name) for name in names})
+    return config, Path(parsed.data), Path(parsed.out), parsed.overwrite
+
+
+def prepare(config: TrainConfig, shards: Path, run: Path, *, world_size: int, overwrite: bool) -> bool:
+    """Check what can be checked before launching and claim the folder; False where the run is complete already."""
+    deepspeed_config(config, world_size)
+    Shards(shards)
+    done = read_manifest(run / "manifest.json")
+    recipe = as_dict(config)
+    if done is not None and done["config_hash"] == config_hash(recipe) and not overwrite:
+        print(f"{run} is already complete: {done['steps']} steps, {done['samples']} samples")
+        return False
+    claim(run, {"config": recipe, "data": str(shards.resolve())}, overwrite=overwrite)
+    return True
+
+
+def save_config(config: TrainConfig, run: Path) -> None:
+    import yaml
+
+    (run / "config.yaml").write_text(yaml.safe_dump(_plain(as_dict(config)), sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: YAML has no tuples that other readers know."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if v is not None}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def main(arguments: list[str]) -> int:
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    config, shards, run, overwrite = parse(arguments)
+    if rank == 0:
+        # The folder is claimed by one rank; the others meet it at the process group.
+        if not prepare(config, shards, run, world_size=world_size, overwrite=overwrite):
+            return 0
+        save_config(config, run)
+    elif not overwrite and read_manifest(run / "manifest.json") is not None:
+        return 0
+    import deepspeed
+    import torch.distributed as dist
+
+    from training.loop import train
+
+    tune_for_cpu()
+    deepspeed.init_distributed(dist_backend=None, verbose=False)
+    (run / "ranks").mkdir(parents=True, exist_ok=True)
+    pid_file = run / "ranks" / f"{rank}.pid"
+    pid_file.write_text(str(os.getpid()))  # `gemsmith train` passes SIGTERM on by these
+    finished = train(config, shards, run)
+    dist.barrier()
+    pid_file.unlink()
+    return 0 if finished else 143
+
+
+def tune_for_cpu() -> None:
+    """One thread pool per rank, and plain attention: torch's fused CPU kernel takes three times as long in the
+    backward pass under bf16 (64 tokens, heads of 64). GPUs keep the fused kernels."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    torch.backends.cuda.enable_flash_sdp(False)
+    with contextlib.suppress(KeyError):
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+if __name__ == "__main__":
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Gloo's threads can abort the interpreter's own exit after all is done and written.
+    os._exit(code)
