@@ -41,12 +41,13 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def claim(out: Path, identity: dict[str, Any], *, overwrite: bool = False) -> None:
+def claim(out: Path, identity: dict[str, Any], *, overwrite: bool = False, keep: tuple[str, ...] = ()) -> None:
     """Make `out` the folder of this work, or refuse.
 
     `identity` is what makes two invocations the same work (configuration,
     inputs). It is stored in `out/.identity.json` when the folder is new and
-    compared when it is not.
+    compared when it is not. `overwrite` empties the folder but for the names
+    in `keep`, which are right for any work (a signal store).
 
     Raises:
         UserError: `out` holds other work, or files that are nobody's.
@@ -55,15 +56,17 @@ def claim(out: Path, identity: dict[str, Any], *, overwrite: bool = False) -> No
     wanted = json.loads(json.dumps(identity, default=str))
     if overwrite and out.exists():
         if any(out.iterdir()) and not mark.exists():
-            raise UserError(f"--out {out}: not a folder that gemsmith made, so --overwrite leaves it alone; name another")
-        shutil.rmtree(out)
+            raise UserError(f"--out {out}: not made by gemsmith, so --overwrite leaves it alone; name another")
+        for entry in out.iterdir():
+            if entry.name in keep:
+                continue
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     found = read_manifest(mark)
     if found is None:
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(entry.name not in keep for entry in out.iterdir()):
             raise UserError(f"--out {out}: not empty and not of this run; name another folder or empty it")
         write_json(mark, wanted)
     elif found != wanted:
         differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-        raise UserError(
-            f"--out {out}: holds another run (different {', '.join(differing)}); name another folder or pass --overwrite"
-        )
+        what = ", ".join(differing)
+        raise UserError(f"--out {out}: holds another run (different {what}); name another folder or pass --overwrite")

@@ -24,6 +24,7 @@ from curation.pool import Shard, list_shards
 from curation.report import write_report
 from curation.workers import Workers
 
+KEPT = ("signals",)  # what was measured is right for any recipe
 PACKAGES = (
     "ray",
     "torch",
@@ -123,13 +124,13 @@ def _claim(run: phases.Run, overwrite: bool) -> None:
     """`claim`; slices may start at the same moment, when one makes the folder and the others see it half made."""
     for _ in range(20 if run.slice else 0):
         try:
-            claim(run.out, run.identity)
+            claim(run.out, run.identity, keep=KEPT)
             return
         except UserError:
             if (run.out / ".identity.json").exists():
                 break
             time.sleep(0.1)
-    claim(run.out, run.identity, overwrite=overwrite)
+    claim(run.out, run.identity, overwrite=overwrite, keep=KEPT)
 
 
 def _finish(run: phases.Run, results: dict[str, dict[str, Any]]) -> dict[str, Any]:

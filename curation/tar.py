@@ -54,7 +54,7 @@ def _number(raw: bytes) -> int:
 def _pax_records(payload: bytes) -> dict[str, str]:
     records = {}
     while payload:
-        length, _, rest = payload.partition(b" ")
+        length = payload.partition(b" ")[0]
         record = payload[len(length) + 1 : int(length) - 1]
         name, _, value = record.partition(b"=")
         records[name.decode()] = value.decode("utf-8", "replace")

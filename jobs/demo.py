@@ -75,7 +75,7 @@ def _tool(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def demo(out: Path, seed: int, sizes: DemoSizes = DemoSizes()) -> dict[str, Any]:  # noqa: B008
+def demo(out: Path, seed: int, sizes: DemoSizes = DemoSizes()) -> dict[str, Any]:
     """Run the story into `out` and return its summary; a finished one is only pointed at."""
     page, summary_file = out / "report" / "index.html", out / "summary.json"
     out = out.resolve()
@@ -130,10 +130,8 @@ def precision() -> str:
     """bf16 where the processor multiplies it, else fp32: emulated bf16 is slower than fp32."""
     import torch
 
-    fast = (
-        torch.cuda.is_available()
-        or torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = torch.cuda.is_available() or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
     return "bf16" if fast and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
@@ -163,7 +161,7 @@ def curate_arms(story: Story) -> None:
     uids = out / "clean_uids.txt"
     truth = pq.read_table(out / "pool" / "truth.parquet", columns=["uid", "noise"]).to_pylist()
     uids.write_text("".join(f"{row['uid']}\n" for row in truth if row["noise"] == "clean"))
-    oracle = ("--selectors.truth.kind", "uids", "--selectors.truth.path", uids)
+    oracle = ("--selectors.truth.kind", "uids", "--selectors.truth.file", uids)
     story.gemsmith("curate oracle", "curate", *raw, *oracle, *pool, "--out", out / "oracle")
 
 

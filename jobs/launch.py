@@ -32,7 +32,7 @@ def launch(arguments: list[str], run: Path, ranks: int) -> int:
         "--num_accelerators",
         str(ranks),
         "--master_port",
-        str(_free_port()),
+        str(free_port()),
         str(ROOT / "training" / "train.py"),
         *arguments,
     ]
@@ -60,7 +60,7 @@ def launch(arguments: list[str], run: Path, ranks: int) -> int:
     return 143 if stopped else code or 1
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port for this run's rendezvous, so that two runs on one host do not meet."""
     import socket
 

@@ -4,15 +4,14 @@
                                   manifest.json   written last: step, samples, recipe, every file's size,
                                                   and the weights' hash that evaluation caches by
 
-The position in the data and the learning rate are functions of the step, so a
-checkpoint holds weights, optimiser moments and random states, and no more.
+The position in the data, the learning rate and the random state are functions
+of the step, so a checkpoint holds weights and optimiser moments, and no more.
 """
 
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from curation.errors import UserError
@@ -36,8 +35,7 @@ def save(engine: Any, run: Path, step: int, facts: dict[str, Any], keep_last: in
     if world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # the remains of a save that was cut short
     world.barrier()
-    state = {"rng": torch.get_rng_state(), "numpy": np.random.get_state()}
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
     world.barrier()
     if world.rank == 0:
         files = sorted(f for f in folder.rglob("*.pt"))
@@ -93,9 +91,7 @@ def resume(engine: Any, folder: Path, config: dict[str, Any]) -> int:
         raise UserError(
             f"--ranks {world.size}: {folder} was written by {manifest['world_size']} ranks; resume with as many"
         )
-    _, state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    torch.set_rng_state(state["rng"])
-    np.random.set_state(state["numpy"])
+    engine.load_checkpoint(str(folder.parent), tag=folder.name)
     return manifest["step"]
 
 

@@ -110,7 +110,8 @@ class OptimConfig:
 class LoaderConfig:
     """What a batch is made of.
 
-    batch: samples of a global batch · chunk: samples a rank holds activations for ·
+    batch: samples of a global batch · chunk: samples that a rank runs at a time · retain: samples whose activations
+    a rank keeps instead of computing them again; as many as memory has room for, since the step costs less ·
     captions: the json's `caption`, or at each visit one of its `captions` ·
     resize_mode: "squash" keeps the whole picture, "shortest" its centre square ·
     decode_size: side that decoded pictures are cached at (crops are cut from it; null = the model's) ·
@@ -119,6 +120,7 @@ class LoaderConfig:
 
     batch: int = 256
     chunk: int = 64
+    retain: int = 0
     captions: Literal["caption", "random"] = "caption"
     max_tokens: int = 48
     resize_mode: Literal["squash", "shortest"] = "squash"
@@ -184,9 +186,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"deepspeed: {path} is not JSON ({error}); mend it") from None
     if config.loader.batch % world_size:
-        raise UserError(
-            f"loader.batch: {config.loader.batch} does not divide over {world_size} ranks; take a multiple of {world_size}"
-        )
+        raise UserError(f"loader.batch: {config.loader.batch} does not divide over {world_size} ranks; take a multiple")
     ours = {
         "train_micro_batch_size_per_gpu": config.loader.batch // world_size,
         "gradient_accumulation_steps": 1,

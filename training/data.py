@@ -15,6 +15,7 @@ that all ranks of a host share: later epochs then cost a copy.
 """
 
 import io
+import itertools
 import json
 import queue
 import threading
@@ -227,6 +228,8 @@ class Loader:
     def batches(self, step: int, steps: int) -> Iterator[list[dict[str, torch.Tensor]]]:
         """The chunks of this rank for the batches `step` .. `steps` - 1."""
         local = self.config.batch // self.world_size
+        kept = min(self.config.retain, local)
+        bounds = [*([0] if kept else []), *range(kept, local, self.config.chunk), local]
         ready: queue.Queue = queue.Queue(maxsize=2)
         stop = threading.Event()
 
@@ -246,8 +249,7 @@ class Loader:
                         start = batch * self.config.batch + self.rank * local
                         places = [self.order(p) for p in range(start, start + local)]  # in this thread: it has a state
                         rows = list(pool.map(self._sample, places))
-                        size = self.config.chunk
-                        if not offer([self._collate(rows[i : i + size]) for i in range(0, local, size)]):
+                        if not offer([self._collate(rows[a:b]) for a, b in itertools.pairwise(bounds)]):
                             return
                 offer(None)
             except BaseException as error:  # handed to the training thread, which raises it

@@ -8,6 +8,11 @@
    (captioning, ...) of that chunk. Separable sums need no cache, so they are
    not computed in the first pass.
 
+The first chunk may be retained: it is run once, with its graph and separable
+sums. It is as large as memory has room for graphs (one chunk and not several,
+since ZeRO-3 allows no second forward before the first one's backward), so the
+step costs between 4/3 (nothing retained) and 1 (all) of a plain full-batch step.
+
 The sum of these chunk gradients is the gradient of the full-batch loss: the
 coupled part by the chain rule, the separable part because sums are divided by
 counts over the whole global batch, agreed before the second pass. Gao et al.,
@@ -69,6 +74,7 @@ def gradient_cached_step(
     weights: Mapping[str, float],
     coupled: Coupled,
     world: World,
+    retain: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Accumulate the gradient of `coupled + sum of weights * separable means` over the global batch.
 
@@ -79,37 +85,46 @@ def gradient_cached_step(
             is bool [c]: rows that count.
         counts: units of each separable sum on this rank (tokens to be predicted, ...).
         weights: of the separable losses.
+        retain: keep the first chunk's graph from the first pass.
 
     Returns:
         The global "loss", "loss_embed", "loss_<separable>" and "gradient_log_scale", each [].
     """
-    states, embedded = [], []
-    with torch.no_grad():
-        for chunk in chunks:
-            states.append(Replay())
-            embedded.append(forward(chunk, False))
+    states: list[Replay] = []
+    embedded: list[Outputs] = []
+    for number, chunk in enumerate(chunks):
+        states.append(Replay())
+        kept = retain and number == 0
+        with torch.set_grad_enabled(kept):
+            embedded.append(forward(chunk, kept))
     after = Replay()
+    left = torch.cat([e.left.detach() for e in embedded])
+    right = torch.cat([e.right.detach() for e in embedded])
     log_scale = embedded[0].log_scale.detach().float()
-    left, right = (torch.cat([getattr(e, side) for e in embedded]) for side in ("left", "right"))
     cached = coupled(left, right, log_scale, torch.cat([c["valid"] for c in chunks]), world)
     names = sorted(counts)
     totals = world.sum(torch.tensor([float(counts[n]) for n in names], dtype=torch.float64))
     total = {name: max(float(t), 1.0) for name, t in zip(names, totals)}
-
     sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
-    row = 0
-    for i, (chunk, state) in enumerate(zip(chunks, states)):
-        state.restore()
-        out = forward(chunk, True)
-        rows = slice(row, row + out.left.shape[0])
-        row = rows.stop
-        surrogate = ((out.left * cached.left[rows]).sum() + (out.right * cached.right[rows]).sum()) * world.size
-        # Once per step, and 0 in the other chunks so that each backward meets the same parameters on every rank.
-        surrogate = surrogate + (out.log_scale * (cached.log_scale if i == 0 else 0.0)).sum()
+    ends = torch.tensor([len(c["valid"]) for c in chunks]).cumsum(0).tolist()
+
+    def surrogate(number: int, out: Outputs) -> torch.Tensor:
+        """The scalar whose gradient is this chunk's part of the loss's."""
+        rows = slice(ends[number] - out.left.shape[0], ends[number])
+        scalar = ((out.left * cached.left[rows]).sum() + (out.right * cached.right[rows]).sum()) * world.size
+        # Once per step, and times 0 in other chunks, so that every backward meets the same parameters on every rank.
+        scalar = scalar + (out.log_scale * (cached.log_scale if number == 0 else 0.0)).sum()
         for name, value in out.sums.items():
-            surrogate = surrogate + value * (weights[name] * world.size / total[name])
+            scalar = scalar + value * (weights[name] * world.size / total[name])
             sums[name] += value.detach().double().cpu()
-        backward(surrogate)
+        return scalar
+
+    if retain:
+        backward(surrogate(0, embedded[0]))
+    embedded.clear()
+    for number in range(int(retain), len(chunks)):
+        states[number].restore()
+        backward(surrogate(number, forward(chunks[number], True)))
     after.restore()
 
     metrics = {"loss_embed": cached.value, "gradient_log_scale": cached.log_scale}

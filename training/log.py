@@ -21,7 +21,7 @@ class RunLog:
             lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if line["step"] <= start_step]
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(self.path, "a", buffering=1)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step") if terminal else None

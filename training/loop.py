@@ -1,7 +1,7 @@
 """The training loop of one rank: loader -> gradient-cached step -> engine.step, until the samples are seen.
 
 Everything a step needs is a function of its number (batch, learning rate,
-masks), so resuming is loading the last complete checkpoint and counting on.
+random state), so resuming is loading the last complete checkpoint and counting on.
 SIGTERM sets a flag that all ranks agree on after each step; then all of them
 save together, which a signal handler could not.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from curation.errors import UserError
-from curation.hashing import config_hash
+from curation.hashing import config_hash, hash64
 from curation.manifest import write_manifest
 from training import checkpoint
 from training.config import TrainConfig, as_dict, deepspeed_config
@@ -74,10 +74,12 @@ class Trainer:
             weights={name: objective.weights.get(name, 1.0) for name in counts},
             coupled=COUPLED[objective.coupled](reduction=objective.reduction),
             world=self.world,
+            retain=self.config.loader.retain > 0,
         )
 
     def step(self, number: int, chunks: Sequence[Chunk]) -> dict[str, float]:
         set_lr(self.engine.optimizer, share := factor(number, self.config.steps, self.config.optim))
+        torch.manual_seed(hash64(self.config.seed, "step", number, self.world.rank) >> 1)
         metrics = self.accumulate(chunks)
         self.engine.step()
         with torch.no_grad():
@@ -115,6 +117,8 @@ def make_trainer(config: TrainConfig, shards: Shards, run: Path) -> Trainer:
     if world.rank > 0:
         family = build(config, tokenizer, shards.every_caption)
     groups = parameter_groups(family.model.named_parameters(), config.optim)
+    # ZeRO-3 gathers a transformer block at a time: its hooks on every small module of a block cost more than they save.
+    deepspeed.utils.set_z3_leaf_modules(family.model, sorted(family.model.blocks), raise_if_not_found=False)
     engine, *_ = deepspeed.initialize(
         model=family.model,
         optimizer=adamw(groups, config.optim),
@@ -153,7 +157,6 @@ def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
     step, last = 0, checkpoint.latest(run)
     if last is not None:
         step = checkpoint.resume(trainer.engine, last, recipe)
-    torch.manual_seed(config.seed * 1_000_003 + world.rank * 1009 + step)
     facts = {
         "config": recipe,
         "config_hash": config_hash(recipe),

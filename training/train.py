@@ -101,6 +101,7 @@ def tune_for_cpu() -> None:
     if torch.cuda.is_available():
         return
     torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # else it casts to fp32 and back; sums stay fp32
     with contextlib.suppress(KeyError):
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -54,23 +54,22 @@ class Clip:
         Raises:
             UserError: open_clip has no such model, or the file is no model config.
         """
-        if self.model.endswith(".json") or Path(self.model).is_dir():
+        folder = Path(self.model).is_dir()
+        if folder or self.model.endswith(".json"):
+            file = Path(self.model) / "open_clip_config.json" if folder else Path(self.model)
             try:
-                if Path(self.model).is_dir():
-                    return int(json.loads((Path(self.model) / "open_clip_config.json").read_text())["model_cfg"]["embed_dim"])
-                return int(json.loads(Path(self.model).read_text())["embed_dim"])
+                config = json.loads(file.read_text())
+                return int((config["model_cfg"] if folder else config)["embed_dim"])
             except FileNotFoundError:
-                raise UserError(f"clip model {self.model}: no such file; name an open_clip model config") from None
+                raise UserError(f"clip model {file}: no such file; name an open_clip model config") from None
             except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"clip model {self.model}: not an open_clip model config (JSON with embed_dim)"
-                ) from None
+                raise UserError(f"clip model {file}: not an open_clip model config (JSON with embed_dim)") from None
         import open_clip
 
-        config = open_clip.get_model_config(self.model)
-        if config is None:
+        known = open_clip.get_model_config(self.model)
+        if known is None:
             raise UserError(f"clip model {self.model}: unknown to open_clip; see open_clip.list_models()")
-        return int(config["embed_dim"])
+        return int(known["embed_dim"])
 
 
 def embedding_column(name: str) -> str:

@@ -17,9 +17,9 @@ from training.loop import make_trainer
 
 
 def main() -> None:
-    shards, run, stage = Path(sys.argv[-3]), Path(sys.argv[-2]), sys.argv[-1]
+    shards, run, (stage, retain) = Path(sys.argv[-4]), Path(sys.argv[-3]), sys.argv[-2:]
     deepspeed.init_distributed()
-    config = tiny_config("--deepspeed", str(ROOT / f"ds_configs/zero{stage}.json"))
+    config = tiny_config("--deepspeed", str(ROOT / f"ds_configs/zero{stage}.json"), "--loader.retain", retain)
     trainer = make_trainer(config, Shards(shards), run)
     (chunks,) = list(trainer.loader.batches(0, 1))
     metrics = trainer.accumulate(chunks)

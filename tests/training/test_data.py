@@ -1,4 +1,4 @@
-"""The loader: one order for any world size, every sample once an epoch, resuming without replay, holes for broken samples."""
+"""The loader: one order for any world size, each sample once an epoch, resume without replay, holes for broken ones."""
 
 import dataclasses
 import json

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from jobs.launch import free_port
 from tests.conftest import ROOT
 from tests.training.conftest import tiny_config
 from tests.training.plain import differences, plain_gradients
@@ -18,12 +19,12 @@ from training.gradient_cache import Outputs, gradient_cached_step
 from training.objectives.infonce import InfoNCE
 
 
-def chunks_of(shards, family, config, chunk, hole=None):
+def chunks_of(shards, family, config, chunk, hole=None, retain=0):
     import dataclasses
 
     loader = Loader(
         Shards(shards),
-        dataclasses.replace(config.loader, chunk=chunk),
+        dataclasses.replace(config.loader, chunk=chunk, retain=retain),
         family.image,
         family.encode_text,
         seed=0,
@@ -32,11 +33,14 @@ def chunks_of(shards, family, config, chunk, hole=None):
     )
     (chunks,) = list(loader.batches(0, 1))
     if hole is not None:
-        chunks[hole // chunk]["valid"][hole % chunk] = False
+        joined = torch.cat([c["valid"] for c in chunks])
+        joined[hole] = False
+        for c, valid in zip(chunks, joined.split([len(c["valid"]) for c in chunks])):
+            c["valid"] = valid
     return chunks
 
 
-def cached_gradients(model, chunks):
+def cached_gradients(model, chunks, retain=False):
     model.zero_grad()
     counts = {"generate": sum(model.counts(c)["generate"] for c in chunks)}
     metrics = gradient_cached_step(
@@ -47,24 +51,26 @@ def cached_gradients(model, chunks):
         weights={"generate": 1.0},
         coupled=InfoNCE(reduction="sum"),
         world=World(),
+        retain=retain,
     )
     return metrics["loss"], {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 32])
 @pytest.mark.parametrize("hole", [None, 5])
-def test_float64_equals_the_full_batch(shards, tmp_path, chunk, hole):
+@pytest.mark.parametrize("retain", [0, 5, 32])
+def test_float64_equals_the_full_batch(shards, tmp_path, chunk, hole, retain):
     config = tiny_config()
     family = build(config, tmp_path, Shards(shards).every_caption)
     model = family.model.double()
     chunks = [
         {k: v.double() if v.is_floating_point() else v for k, v in c.items()}
-        for c in chunks_of(shards, family, config, chunk, hole)
+        for c in chunks_of(shards, family, config, chunk, hole, retain)
     ]
     # Embeddings are normalised in float32 by the models; float64 needs the same graph without that cast.
     with patched_float():
         loss, expected = plain_gradients(model, chunks)
-        cached_loss, found = cached_gradients(model, chunks)
+        cached_loss, found = cached_gradients(model, chunks, retain > 0)
     whole, worst = differences(found, expected)
     assert whole < 1e-13 and worst < 1e-12, (whole, worst)
     assert abs(float(cached_loss - loss)) < 1e-12
@@ -112,13 +118,13 @@ def test_dropout_falls_the_same_way_in_both_passes(shards, tmp_path):
     assert not torch.equal(first[0], seen[1])
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_equal_one_plain_process(shards, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "retain"), [(2, 0), (3, 0), (3, 6), (3, 16)])
+def test_two_ranks_equal_one_plain_process(shards, tmp_path, stage, retain):
     """Float32, real launcher: the whole vector, each parameter and the temperature within 1e-6."""
     run = tmp_path / "run"
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "0"]
-    command[4] = str(29000 + stage)
-    command += [str(ROOT / "tests/training/rank_gradients.py"), str(shards), str(run), str(stage)]
+    command[4] = str(free_port())
+    command += [str(ROOT / "tests/training/rank_gradients.py"), str(shards), str(run), str(stage), str(retain)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert (run / "gradients.pt").exists(), done.stdout[-3000:] + done.stderr[-5000:]
     saved = torch.load(run / "gradients.pt", weights_only=True)
@@ -134,8 +140,8 @@ def test_two_ranks_equal_one_plain_process(shards, tmp_path, stage):
         exact_chunks = [{k: v.double() if v.is_floating_point() else v for k, v in c.items()} for c in chunks]
         _, exact = plain_gradients(double, exact_chunks)
     ours, plains = differences(saved["gradients"], exact)[0], differences(expected, exact)[0]
-    print(json.dumps({"stage": stage, "whole": whole, "worst_parameter": worst, "temperature": temperature,
-                      "ours_to_float64": ours, "plain_to_float64": plains}))  # fmt: skip
+    figures = {"whole": whole, "worst_parameter": worst, "temperature": temperature, "ours_to_float64": ours}
+    print(json.dumps({"stage": stage, "retain": retain, **figures, "plain_to_float64": plains}))
     assert whole < 1e-6 and worst < 1e-6 and temperature < 1e-6, (whole, worst, temperature)
     assert abs(float(saved["loss"] - loss)) < 1e-5
     assert ours < 2 * plains + 1e-8, (ours, plains)

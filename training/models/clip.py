@@ -21,6 +21,7 @@ class Clip(nn.Module):
     """open_clip's two towers with a temperature of shape [1], which ZeRO-3 can partition."""
 
     separable = ()
+    blocks = frozenset({"ResidualAttentionBlock"})
 
     def __init__(self, model_cfg: dict[str, Any], pretrained: Any = None, initial_temperature: float = 0.07) -> None:
         super().__init__()

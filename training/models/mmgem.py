@@ -94,6 +94,7 @@ class MMGem(PreTrainedModel):
         text_config = AutoConfig.for_model(text.pop("model_type", "llama"), **text)
         self.vision: Any = _vision_tower(config.vision_config)
         self.llm = AutoModelForCausalLM.from_config(text_config)
+        self.blocks = {"ResidualAttentionBlock", *(self.llm._no_split_modules or ())}
         width, hidden = self.vision.conv1.out_channels, text_config.hidden_size
         self.h1 = nn.Linear(width, config.embed_dim)
         self.h2 = nn.Linear(hidden, config.embed_dim)
@@ -151,7 +152,7 @@ class MMGem(PreTrainedModel):
         return F.normalize(self.h2(at).float(), dim=-1)
 
     def forward(self, chunk: Any, separable: bool = False) -> dict[str, Any]:
-        """One chunk of pairs -> the fields of `gradient_cache.Outputs` (a dict: ZeRO-3's hooks look into no other type).
+        """One chunk of pairs -> the fields of `gradient_cache.Outputs`, as a dict: ZeRO-3's hooks look into no other.
 
         chunk: pixel_values [B, 3, S, S] · input_ids [B, T] caption, [EMB], padding ·
         length [B] of the caption · labels [B, T] caption, </s>, then -100 · valid [B].
@@ -165,7 +166,7 @@ class MMGem(PreTrainedModel):
             text = self._at_emb(hidden, chunk["length"])
             return {"left": image, "right": text, "log_scale": 1.0 * self.log_scale.float()}
 
-        b, t, _ = tokens.shape
+        b = len(tokens)
         visual = self.h3(pooled)[:, None]  # [B, 1, H]
         cap = embed(chunk["input_ids"].new_full((b, 1), self.config.cap_token_id))
         generation = torch.cat([visual, cap, tokens[:, :-1]], 1)  # [B, T + 1, H]

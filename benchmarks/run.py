@@ -1,0 +1,140 @@
+"""Run the benchmarks, print a table, and write one row for each comparison to benchmarks/results/latest.json.
+
+    python -m benchmarks.run                    all rows, five runs of either side
+    python -m benchmarks.run --only build_keep  those whose name contains this; other rows of the file stay
+    python -m benchmarks.run --quick            small sizes, one run: whether it works, not how fast it is
+
+Both sides of a row run in turn in one process on the same data, so that
+whatever else the machine does hits both, and the side that begins changes with
+each run. A figure is the median of its runs; the ratio is that of the medians.
+A row that misses its reach is written like any other, with "passed": false.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import curation_rows, training_rows
+from benchmarks.case import Bench, Case
+from curation.errors import UserError
+from curation.manifest import SCHEMA_VERSION, write_json
+
+LATEST = Path(__file__).parent / "results" / "latest.json"
+RUNS = 5
+Group = Callable[[Bench], Iterator[Case]]
+GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
+    "measure": (curation_rows.measuring, ("measure_tiny_clip", "reselect")),
+    "build": (curation_rows.building, ("build_keep_1.0", "build_keep_0.2", "build_tarwriter")),
+    "step": (training_rows.steps, ("step_chunk_8_of_64", "step_chunk_32_of_256")),
+    "loss": (training_rows.losses, ("loss_8192_time", "loss_8192_products", "loss_8192_memory")),
+}
+"""Cases that share what is set up for them, with their names, so that `--only` sets up nothing in vain."""
+
+
+def measure(case: Case, runs: int) -> dict[str, Any]:
+    """The row of one case, after one run of each side that is not counted."""
+    ours, peer = [], []
+    sides = [(case.ours, ours), (case.peer, peer)]
+    for run in range(runs + 1):
+        for side, figures in sides if run % 2 else sides[::-1]:
+            figure = side()
+            if run:  # the first one warms caches
+                figures.append(figure)
+    ratio = statistics.median(ours) / statistics.median(peer)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": case.name,
+        "area": case.area,
+        "ours": statistics.median(ours),
+        "peer": statistics.median(peer),
+        "peer_name": case.peer_name,
+        "ratio": ratio,
+        "better": case.better,
+        "reach": case.reach,
+        "passed": ratio >= case.reach if case.better == "higher" else ratio <= case.reach,
+        "unit": case.unit,
+        "runs": runs,
+        "ours_runs": ours,
+        "peer_runs": peer,
+        "device": device(),
+        "command": f"python -m benchmarks.run --only {case.name}",
+    }
+
+
+def device() -> str:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return f"{cpu}, {len(os.sched_getaffinity(0))} cores"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [("row", "ours", "peer", "unit", "ratio", "reach", "", "peer is")]
+    for row in rows:
+        sign = ">=" if row["better"] == "higher" else "<="
+        figures = (f"{row['ours']:,.4g}", f"{row['peer']:,.4g}", row["unit"], f"{row['ratio']:.3g}")
+        verdict = "passed" if row["passed"] else "MISSED"
+        lines.append((row["name"], *figures, f"{sign} {row['reach']:g}", verdict, row["peer_name"]))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def run(only: str, quick: bool, work: Path | None, out: Path) -> list[dict[str, Any]]:
+    """Measure the chosen rows and bring them into `out`, each as soon as it is there.
+
+    Raises:
+        UserError: no row has such a name.
+    """
+    names = [name for _, group in GROUPS.values() for name in group]
+    chosen = [name for name in names if only in name]
+    if not chosen:
+        raise UserError(f"--only {only}: in no row's name; the rows are {', '.join(names)}")
+    kept = {row["name"]: row for row in json.loads(out.read_text())} if out.exists() else {}
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="gemsmith-bench-", dir=work) as folder:
+        for label, (group, of) in GROUPS.items():
+            if not set(of) & set(chosen):
+                continue
+            place = Path(folder) / label
+            place.mkdir()
+            for case in group(Bench(work=place, quick=quick)):
+                assert case.name in of, case.name
+                if case.name not in chosen:
+                    continue
+                row = measure(case, 1 if quick else RUNS)
+                print(f"{case.name}: {row['ours']:.4g} to {row['peer']:.4g} {case.unit}", file=sys.stderr, flush=True)
+                rows.append(row)
+                kept[case.name] = row
+                write_json(out, [kept[name] for name in names if name in kept])
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", allow_abbrev=False)
+    parser.add_argument("--only", default="", metavar="NAME", help="rows whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="small sizes and one run: no figures to go by")
+    parser.add_argument("--work", type=Path, help="where to put the data (default: the temporary folder)")
+    parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/latest.json)")
+    a = parser.parse_args()
+    if a.quick and a.out is None:
+        parser.error("--quick figures are no results: name another file with --out")
+    try:
+        rows = run(a.only, a.quick, a.work, a.out or LATEST)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Gemsmith on a running Ray cluster."""

@@ -1,0 +1,170 @@
+"""Whole runs through the real launcher: killed, stopped, resumed, refused; and what they leave for others."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from curation.errors import UserError
+from tests.conftest import ROOT, gemsmith
+from tests.training.conftest import TINY, write_shards
+from training import checkpoint
+from training.inference import load
+
+STEPS = 24
+
+
+def arguments(shards: Path, run: Path, *more: str) -> list[str]:
+    recipe = ["--config", "recipes/train/tiny_mmgem.yaml", *TINY, "--samples", str(STEPS * 32), "--log_every", "1"]
+    return [*recipe, "--checkpoint_every", "4", "--data", str(shards), "--out", str(run), *more]
+
+
+def start(shards: Path, run: Path) -> subprocess.Popen:
+    command = [str(Path(sys.executable).with_name("gemsmith")), "train", *arguments(shards, run), "--ranks", "2"]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for(condition, seconds: float = 120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def family_of(pid: int) -> list[psutil.Process]:
+    me = psutil.Process(pid)
+    return [me, *me.children(recursive=True)]
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    """Weights and both moments of every parameter, from the last checkpoint's files of all ranks."""
+    folder = checkpoint.latest(run)
+    assert folder is not None
+    tensors = {}
+    for file in sorted(folder.glob("*optim_states.pt")):
+        state = torch.load(file, weights_only=False)["optimizer_state_dict"]
+        for group, flat in enumerate(state["fp32_flat_groups"]):
+            tensors[f"{file.name}/{group}/weights"] = flat
+        for group, moments in state["optimizer_state_dict"]["state"].items():
+            tensors |= {f"{file.name}/{group}/{k}": v for k, v in moments.items() if torch.is_tensor(v)}
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    gemsmith("train", *arguments(shards, run), "--ranks", 2)
+    return run
+
+
+def test_a_run_leaves_what_the_contract_says(finished, shards):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(line["loss"] == pytest.approx(line["loss_embed"] + line["loss_generate"], rel=1e-5) for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {"temperature", "grad_norm", "lr", "samples_per_second", "data_share", "samples"} <= set(lines[0])
+    assert [p.name for p in checkpoint.complete(finished)] == ["step_00000016", "step_00000020", "step_00000024"]
+    assert list((finished / "tensorboard").glob("events*"))
+    done = gemsmith("train", *arguments(shards, finished), "--ranks", 2)
+    assert "already complete" in done.stdout
+
+
+def test_export_and_sharded_checkpoint_are_the_same_model(finished):
+    from PIL import Image
+
+    pictures = [Image.new("RGB", (50, 40), c) for c in ("red", "green", "navy")]
+    models = [load(finished / "export"), load(finished / "checkpoints" / f"step_{STEPS:08d}")]
+    pixels = models[0].images(pictures)
+    assert torch.equal(pixels, models[1].images(pictures))
+    images = [m.embed_images(pixels) for m in models]
+    texts = [m.embed_texts(["a thing", "another thing of colour 3"]) for m in models]
+    assert torch.equal(*images) and torch.equal(*texts)
+    assert torch.allclose(images[0].norm(dim=1), torch.ones(3), atol=1e-5)
+    assert models[0].caption(pixels) == models[1].caption(pixels)
+    # A text's embedding does not depend on what it is padded beside.
+    alone = models[0].embed_texts(["a thing"])
+    torch.testing.assert_close(alone[0], texts[0][0], atol=1e-5, rtol=0)
+
+
+def test_sigkill_and_resume_give_the_same_bits(finished, shards, tmp_path):
+    run = tmp_path / "killed"
+    process = start(shards, run)
+    wait_for(lambda: len(checkpoint.complete(run)) >= 2 or process.poll() is not None)
+    for victim in family_of(process.pid):
+        victim.kill()
+    process.wait()
+    assert not (run / "manifest.json").exists()
+    done = gemsmith("train", *arguments(shards, run), "--ranks", 2)
+    assert "resuming after step" in done.stdout
+    expected, found = state_of(finished), state_of(run)
+    assert expected.keys() == found.keys() and len(expected) > 4
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    metrics = [[json.loads(x) for x in (r / "metrics.jsonl").read_text().splitlines()] for r in (finished, run)]
+    assert [m["loss"] for m in metrics[0]] == [m["loss"] for m in metrics[1]]
+
+
+def test_sigterm_saves_together_and_leaves_no_orphans(shards, tmp_path):
+    run = tmp_path / "stopped"
+    process = start(shards, run)
+    wait_for(lambda: len(checkpoint.complete(run)) >= 1 or process.poll() is not None)
+    ranks = [int(f.read_text()) for f in (run / "ranks").glob("*.pid")]
+    begun = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output[-2000:]
+    assert time.monotonic() - begun < 30
+    assert len(ranks) == 2 and not any(psutil.pid_exists(pid) for pid in ranks)
+    last = checkpoint.latest(run)
+    assert last is not None
+    stopped_at = json.loads((last / "manifest.json").read_text())["step"]
+    assert stopped_at < STEPS
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == stopped_at  # no step was done and lost
+
+
+def test_other_work_is_refused_and_nothing_written_over(finished, shards, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    refused = gemsmith("train", *arguments(shards, finished, "--optim.lr", "1e-4"), "--ranks", 2, check=False)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: ") and "--overwrite" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_a_checkpoint_cut_short_is_named(finished, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    folder = checkpoint.latest(copy)
+    assert folder is not None
+    file = max(folder.glob("*.pt"), key=lambda p: p.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=file.name):
+        load(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="cut short"):
+        load(folder)
+
+
+def test_broken_samples_past_the_budget_stop_the_run(tmp_path):
+    data = write_shards(tmp_path / "data", [64])
+    tarred = data / "00000000.tar"
+    from curation import tar
+
+    content = bytearray(tarred.read_bytes())
+    for sample in tar.samples(bytes(content))[0][:20]:
+        jpg = sample.members["jpg"]
+        content[jpg.offset : jpg.offset + jpg.size] = bytes(jpg.size)
+    tarred.write_bytes(content)
+    done = gemsmith("train", *arguments(data, tmp_path / "run"), "--ranks", 2, check=False)
+    assert done.returncode == 2 and "max_error_rate" in done.stderr
