@@ -32,7 +32,7 @@ Group = Callable[[Bench], Iterator[Case]]
 GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
     "measure": (curation_rows.measuring, ("measure_tiny_clip", "reselect")),
     "build": (curation_rows.building, ("build_keep_1.0", "build_keep_0.2", "build_tarwriter")),
-    "step": (training_rows.steps, ("step_chunk_8_of_64", "step_chunk_32_of_256")),
+    "step": (training_rows.steps, ("step_chunk_8_of_64", "step_chunk_32_of_256", "step_retained_256")),
     "loss": (training_rows.losses, ("loss_8192_time", "loss_8192_products", "loss_8192_memory")),
 }
 """Cases that share what is set up for them, with their names, so that `--only` sets up nothing in vain."""
@@ -40,7 +40,8 @@ GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
 
 def measure(case: Case, runs: int) -> dict[str, Any]:
     """The row of one case, after one run of each side that is not counted."""
-    ours, peer = [], []
+    ours: list[float] = []
+    peer: list[float] = []
     sides = [(case.ours, ours), (case.peer, peer)]
     for run in range(runs + 1):
         for side, figures in sides if run % 2 else sides[::-1]:

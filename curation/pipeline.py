@@ -83,9 +83,10 @@ def curate(
         if done is not None:
             print(f"{out}: already complete ({phase}); nothing to do")
             return done
-        if phase != "all":
-            return STEPS[phase](run)
-        return _finish(run, {name: read_manifest(_manifest(out, name)) or step(run) for name, step in STEPS.items()})
+        wanted = STEPS if phase == "all" else {phase: STEPS[phase]}
+        last = [read_manifest(_manifest(out, name)) or step(run) for name, step in wanted.items()][-1]
+        results = {name: read_manifest(_manifest(out, name)) for name in STEPS}
+        return _finish(run, results) if all(results.values()) else last
 
 
 STEPS: dict[str, Callable[[phases.Run], dict[str, Any]]] = {
@@ -133,7 +134,7 @@ def _claim(run: phases.Run, overwrite: bool) -> None:
     claim(run.out, run.identity, overwrite=overwrite, keep=KEPT)
 
 
-def _finish(run: phases.Run, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _finish(run: phases.Run, results: dict[str, Any]) -> dict[str, Any]:
     """The page, and last of all the manifest that says complete."""
     selected = results["select"]
     parts, _ = phases.measured_parts(run)

@@ -10,6 +10,7 @@ has another way in. The training goes through the plain `deepspeed` launcher
 with `gemsmith watch` grading checkpoints beside it. The page tells the story.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -32,13 +33,17 @@ ARMS = ("raw", "curated", "oracle")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSizes:
-    """Pairs in each set. The pool and the held-out set of one seed share no scene; other seeds are other worlds."""
+    """Pairs in each set, and samples seen by each model. The pool and the clean sets of one seed share no scene."""
 
     pool: int = 16_000
     trusted: int = 4_000  # trains the scorer
     reference: int = 1_000  # sets its threshold: trusted pairs that it was not trained on
     heldout: int = 4_000
     classes: int = 1_600
+    scorer_samples: int = 40_960
+    arm_samples: int = 36_864  # the same for every arm
+    watched: int = 500  # held-out scenes that checkpoints are graded on while they land
+    captioned: int = 500
 
 
 @dataclass(slots=True)
@@ -79,7 +84,7 @@ def demo(out: Path, seed: int, sizes: DemoSizes = DemoSizes()) -> dict[str, Any]
     """Run the story into `out` and return its summary; a finished one is only pointed at."""
     page, summary_file = out / "report" / "index.html", out / "summary.json"
     out = out.resolve()
-    claim(out, {"demo": 1, "seed": seed, "sizes": vars(sizes) if hasattr(sizes, "__dict__") else str(sizes)})
+    claim(out, {"seed": seed, "sizes": dataclasses.asdict(sizes)})
     if summary_file.exists():
         print(f"already complete: {page}")
         return json.loads(summary_file.read_text())
@@ -141,6 +146,7 @@ def make_scorer(story: Story) -> None:
     story.gemsmith(
         "train scorer", "train", "--config", "recipes/train/tiny_clip.yaml", "--data", story.out / "trusted",
         "--out", story.out / "scorer", "--seed", story.seed, "--precision", precision(),
+        "--samples", story.sizes.scorer_samples,
     )  # fmt: skip
 
 
@@ -170,13 +176,13 @@ def train_arm(story: Story, arm: str) -> None:
     out, run = story.out, story.out / "runs" / arm
     watch = [
         _tool("gemsmith"), "watch", "--run", run, "--tasks", "retrieval", "--data", out / "heldout",
-        "--out", out / "watched" / arm / "results.jsonl", "--threads", 1, "--retrieval.limit", 500,
+        "--out", out / "watched" / arm / "results.jsonl", "--threads", 1, "--retrieval.limit", story.sizes.watched,
         "--retrieval.captions", "first", "--idle-seconds", 300,
     ]  # fmt: skip
     story.run(
         f"train {arm}", _tool("deepspeed"), "--num_accelerators", 2, "training/train.py",
         "--config", "recipes/train/tiny_mmgem.yaml", "--data", out / arm / "shards", "--out", run,
-        "--seed", story.seed, "--precision", precision(),
+        "--seed", story.seed, "--precision", precision(), "--samples", story.sizes.arm_samples,
         "--mmgem.tokenizer.name_or_path", tokenizer(story),
         beside=watch,
     )  # fmt: skip
@@ -209,5 +215,6 @@ def grade_arm(story: Story, arm: str) -> None:
         "--tasks", "retrieval,classification,captioning",
         "--data", f"retrieval={out / 'heldout'}", "--data", f"captioning={out / 'heldout'}",
         "--data", f"classification={out / 'classes'}", "--out", out / "graded" / arm / "results.jsonl",
-        "--retrieval.captions", "first", "--captioning.limit", 500, "--threads", 2, "--cache", out / "embeddings",
+        "--retrieval.captions", "first", "--captioning.limit", story.sizes.captioned, "--threads", 2,
+        "--cache", out / "embeddings",
     )  # fmt: skip

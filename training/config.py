@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A ViT: an open_clip architecture by name (with weights), or sizes for one from scratch."""
+    """A ViT: an open_clip architecture by name (with weights), or sizes for one from scratch.
+
+    patch_dropout: share of patches left out while training (FLIP, arXiv 2212.00794).
+    """
 
     arch: str | None = None
     pretrained: str | None = None
@@ -28,6 +31,7 @@ class VisionConfig:
     layers: int = 12
     head_width: int = 64
     mlp_ratio: float = 4.0
+    patch_dropout: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

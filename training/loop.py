@@ -124,6 +124,7 @@ def make_trainer(config: TrainConfig, shards: Shards, run: Path) -> Trainer:
         optimizer=adamw(groups, config.optim),
         config=deepspeed_config(config, world.size),
     )
+    engine.train()
     loader = Loader(
         shards,
         config.loader,
