@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/gemsmith demo --out runs/demo --seed $(SEED)
+	$(BIN)/gemsmith demo --out runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED)) --seed $(SEED)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -28,7 +28,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest
 
 test-long: setup
 	$(BIN)/pytest -m long

@@ -219,10 +219,11 @@ def demo(arguments: list[str]) -> int:
     parser = _parser("demo")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="discard what OUT holds")
     a = parser.parse_args(arguments)
     from jobs.demo import demo as run
 
-    run(a.out, a.seed)
+    run(a.out, a.seed, overwrite=a.overwrite)
     return 0
 
 

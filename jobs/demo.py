@@ -36,12 +36,12 @@ class DemoSizes:
     """Pairs in each set, and samples seen by each model. The pool and the clean sets of one seed share no scene."""
 
     pool: int = 16_000
-    trusted: int = 4_000  # trains the scorer
+    trusted: int = 6_000  # trains the scorer
     reference: int = 1_000  # sets its threshold: trusted pairs that it was not trained on
     heldout: int = 4_000
     classes: int = 1_600
-    scorer_samples: int = 40_960
-    arm_samples: int = 36_864  # the same for every arm
+    scorer_samples: int = 49_152
+    arm_samples: int = 46_080  # the same for every arm
     watched: int = 500  # held-out scenes that checkpoints are graded on while they land
     captioned: int = 500
 
@@ -63,11 +63,13 @@ class Story:
         if beside is not None:
             # The training has the cores; grading takes what it leaves.
             companion = subprocess.Popen(["nice", "-n", "5", *map(str, beside)], cwd=ROOT, env=environment)
-        code = subprocess.run([*map(str, command)], cwd=ROOT, env=environment).returncode
-        if companion is not None:
-            if code:
+        try:
+            code = subprocess.run([*map(str, command)], cwd=ROOT, env=environment).returncode
+            if companion is not None and not code:
+                code = companion.wait()
+        finally:
+            if companion is not None and companion.poll() is None:
                 companion.terminate()
-            code = code or companion.wait()
         self.seconds[name] = time.monotonic() - begun
         if code:
             raise UserError(f"demo: the step {name!r} ended with {code}; what it printed above says why")
@@ -80,11 +82,12 @@ def _tool(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def demo(out: Path, seed: int, sizes: DemoSizes = DemoSizes()) -> dict[str, Any]:
+def demo(out: Path, seed: int, sizes: DemoSizes | None = None, *, overwrite: bool = False) -> dict[str, Any]:
     """Run the story into `out` and return its summary; a finished one is only pointed at."""
     page, summary_file = out / "report" / "index.html", out / "summary.json"
     out = out.resolve()
-    claim(out, {"seed": seed, "sizes": dataclasses.asdict(sizes)})
+    sizes = sizes or DemoSizes()
+    claim(out, {"seed": seed, "sizes": dataclasses.asdict(sizes)}, overwrite=overwrite)
     if summary_file.exists():
         print(f"already complete: {page}")
         return json.loads(summary_file.read_text())
@@ -110,8 +113,9 @@ def demo(out: Path, seed: int, sizes: DemoSizes = DemoSizes()) -> dict[str, Any]
     }
     write_page(out, summary, story.seconds)
     write_manifest(summary_file, summary)
-    gap = summary["gap_closed"]
-    print(f"\ncurated closes {gap:.0%} of the gap; {summary['wall_s']:.0f} s, {memory.peak_mib:.0f} MiB at most")
+    closed = summary["gap_closed"]
+    gap = "there is no gap to close" if closed is None else f"curated closes {closed:.0%} of the gap"
+    print(f"\n{gap}; {summary['wall_s']:.0f} s, {memory.peak_mib:.0f} MiB at most")
     print(page)
     return summary
 
@@ -135,10 +139,7 @@ def precision() -> str:
     """bf16 where the processor multiplies it, else fp32: emulated bf16 is slower than fp32."""
     import torch
 
-    fast = torch.cuda.is_available() or (
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    return "bf16" if fast and torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "bf16" if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def make_scorer(story: Story) -> None:

@@ -45,7 +45,7 @@ def joined(out: Path) -> pa.Table:
     return ledger.append_column("noise", pa.array([noise[Path(shard).stem, key] for shard, key in places]))
 
 
-def filter_quality(table: pa.Table) -> tuple[dict[str, dict[str, float]], float, float]:
+def filter_quality(table: pa.Table) -> tuple[dict[str, dict[str, float | None]], float, float]:
     """Every filter against the truth, and the recall and precision of clean pairs past all filters but balancing.
 
     A filter's precision: share of noise in what it would drop. Its recall: share that it would drop of the kinds
@@ -69,8 +69,8 @@ def filter_quality(table: pa.Table) -> tuple[dict[str, dict[str, float]], float,
         target = np.isin(noise, kinds) & reached
         quality[name] = {
             "dropped": int(dropped.sum()),
-            "precision": float((~clean[dropped]).mean()) if dropped.any() else float("nan"),
-            "recall": float(dropped[target].mean()) if target.any() else float("nan"),
+            "precision": float((~clean[dropped]).mean()) if dropped.any() else None,
+            "recall": float(dropped[target].mean()) if target.any() else None,
         }
     passed = ~error & ~np.any(list(by_name.values()), axis=0)
     return quality, float(passed[clean].mean()), float(clean[passed].mean())

@@ -6,10 +6,13 @@ ranks are signalled directly, by the ids they leave in RUN/ranks, and whether a
 run is complete is read from its manifest.
 """
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ def launch(arguments: list[str], run: Path, ranks: int) -> int:
         else the launcher's exit code, or 1.
     """
     environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = [
         str(Path(sys.executable).with_name("deepspeed")),
@@ -36,28 +39,39 @@ def launch(arguments: list[str], run: Path, ranks: int) -> int:
         str(ROOT / "training" / "train.py"),
         *arguments,
     ]
+    shutil.rmtree(run / "ranks", ignore_errors=True)  # ids of a killed run are somebody else's by now
     # A session of its own: a terminal's Ctrl-C reaches the ranks through us, once.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     stopped = False
 
-    def pass_on(*_: Any) -> None:
+    def ask_to_stop(*_: Any) -> None:
         nonlocal stopped
         stopped = True
-        for file in (run / "ranks").glob("*.pid"):
-            try:
-                os.kill(int(file.read_text()), signal.SIGTERM)
-            except (ProcessLookupError, ValueError, FileNotFoundError):
-                continue
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    told: set[int] = set()
+    previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        code = process.wait()
+        while (code := process.poll()) is None:
+            # Ranks that are still starting are told as soon as they leave their id.
+            for rank in _rank_ids(run) - told if stopped else ():
+                told.add(rank)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGTERM)
+            time.sleep(0.2)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if read_manifest(run / "manifest.json") is not None:
         return 0
     return 143 if stopped else code or 1
+
+
+def _rank_ids(run: Path) -> set[int]:
+    ids = set()
+    for file in (run / "ranks").glob("*.pid"):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # gone, or half written
+            ids.add(int(file.read_text()))
+    return ids
 
 
 def free_port() -> int:

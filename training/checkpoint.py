@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from curation.errors import UserError
-from curation.hashing import config_hash, file_hash
+from curation.hashing import file_hash
 from curation.manifest import read_manifest, write_manifest
 from training.distributed import World
 
@@ -78,19 +78,26 @@ def latest(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def resume(engine: Any, folder: Path, config: dict[str, Any]) -> int:
-    """Load a checkpoint into the engine; the step that it was saved after.
+def check_resumable(folder: Path, world_size: int) -> dict[str, Any]:
+    """The manifest of a whole checkpoint of as many ranks.
 
     Raises:
-        UserError: the checkpoint is of another recipe or number of ranks.
+        UserError: it is cut short, or was written by another number of ranks.
     """
-    manifest, world = check(folder), World.current()
-    if manifest["config_hash"] != config_hash(config):
-        raise UserError(f"--out {folder.parent.parent}: its checkpoints are of another recipe; pass --overwrite")
-    if manifest["world_size"] != world.size:
+    try:
+        manifest = check(folder)
+    except UserError as error:
+        raise UserError(f"{error}: delete that folder and the run resumes from the one before") from None
+    if manifest["world_size"] != world_size:
         raise UserError(
-            f"--ranks {world.size}: {folder} was written by {manifest['world_size']} ranks; resume with as many"
+            f"--ranks {world_size}: {folder} was written by {manifest['world_size']} ranks; resume with as many"
         )
+    return manifest
+
+
+def resume(engine: Any, folder: Path) -> int:
+    """Load a checkpoint into the engine; the step that it was saved after."""
+    manifest = check_resumable(folder, World.current().size)
     engine.load_checkpoint(str(folder.parent), tag=folder.name)
     return manifest["step"]
 

@@ -77,11 +77,11 @@ class ClipRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Loss weights and temperature. `reduction` sums (MM-GEM) or averages (CLIP) the two directions."""
+    """Loss weights (1 where not named) and temperature. `reduction` sums (MM-GEM) or averages (CLIP) directions."""
 
     coupled: Literal["infonce"] = "infonce"
     reduction: Literal["sum", "mean"] = "sum"
-    weights: dict[str, float] = field(default_factory=lambda: {"generate": 1.0})
+    weights: dict[str, float] = field(default_factory=dict)
     temperature: float = 0.07
     temperature_floor: float = 0.01
 
@@ -157,6 +157,25 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.mmgem is None) == (self.clip is None):
             raise UserError("recipe: exactly one family section is needed; fill in `mmgem:` or `clip:`")
+        positive = {
+            "loader.batch": self.loader.batch,
+            "loader.chunk": self.loader.chunk,
+            "loader.threads": self.loader.threads,
+            "loader.window_shards": self.loader.window_shards,
+            "checkpoint_every": self.checkpoint_every,
+            "keep_last": self.keep_last,
+            "log_every": self.log_every,
+            "objective.temperature": self.objective.temperature,
+            "objective.temperature_floor": self.objective.temperature_floor,
+        }
+        for name, value in positive.items():
+            if value <= 0:
+                raise UserError(f"{name}: {value} is not above 0; give a positive value")
+        known = {"generate"} if self.mmgem is not None else set()
+        if unknown := sorted(set(self.objective.weights) - known):
+            raise UserError(
+                f"objective.weights: the family has no loss {unknown[0]!r}; it has {sorted(known) or 'none'}"
+            )
         if self.samples < self.loader.batch:
             raise UserError(f"samples: {self.samples} is less than one batch of {self.loader.batch}; raise it")
 

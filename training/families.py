@@ -34,7 +34,7 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
 
     assert config.mmgem is not None
     recipe = config.mmgem
-    if (tokenizer_folder / "tokenizer_config.json").exists():
+    if tokenizer_folder.exists():
         tokenizer = load_tokenizer(TokenizerConfig(name_or_path=str(tokenizer_folder)), captions)
     else:
         tokenizer = load_tokenizer(recipe.tokenizer, captions)
@@ -63,7 +63,7 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
     def export(state: dict[str, torch.Tensor], folder: Path) -> None:
         model.load_state_dict(state)
         model.float().save_pretrained(folder)
-        save_tokenizer(tokenizer, folder)
+        tokenizer.save_pretrained(str(folder))
 
     side = int(model.vision.image_size[0])
     spec = ImageSpec(size=side, mean=tuple(model.config.image_mean), std=tuple(model.config.image_std))

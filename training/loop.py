@@ -81,6 +81,10 @@ class Trainer:
         set_lr(self.engine.optimizer, share := factor(number, self.config.steps, self.config.optim))
         torch.manual_seed(hash64(self.config.seed, "step", number, self.world.rank) >> 1)
         metrics = self.accumulate(chunks)
+        if not math.isfinite(float(metrics["loss"])):
+            raise UserError(
+                f"step {number}: the loss is {float(metrics['loss'])}; lower optim.lr or raise warmup_steps"
+            )
         self.engine.step()
         with torch.no_grad():
             floor = self.config.objective.temperature_floor
@@ -157,7 +161,7 @@ def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
     world, recipe = trainer.world, as_dict(config)
     step, last = 0, checkpoint.latest(run)
     if last is not None:
-        step = checkpoint.resume(trainer.engine, last, recipe)
+        step = checkpoint.resume(trainer.engine, last)
     facts = {
         "config": recipe,
         "config_hash": config_hash(recipe),

@@ -5,6 +5,7 @@ tokenizer is a function of the captions alone (its input is sorted), and of all
 shards up to 50,000 captions, drawn by hash.
 """
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -49,5 +50,7 @@ def load_tokenizer(config: TokenizerConfig, captions: Any) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(str(folder))
+    """Write a folder that is there whole or not at all: a kill between its files would leave one that cannot load."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    tokenizer.save_pretrained(str(temporary))
+    temporary.rename(folder)

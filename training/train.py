@@ -16,8 +16,8 @@ from typing import Any
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
 from curation.errors import UserError
-from curation.hashing import config_hash
 from curation.manifest import claim, read_manifest
+from training import checkpoint
 from training.config import TrainConfig, as_dict, deepspeed_config, make_parser
 from training.data import Shards
 
@@ -44,13 +44,14 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Path, Path, bool]:
 def prepare(config: TrainConfig, shards: Path, run: Path, *, world_size: int, overwrite: bool) -> bool:
     """Check what can be checked before launching and claim the folder; False where the run is complete already."""
     deepspeed_config(config, world_size)
-    Shards(shards)
-    done = read_manifest(run / "manifest.json")
-    recipe = as_dict(config)
-    if done is not None and done["config_hash"] == config_hash(recipe) and not overwrite:
+    files = [(path.name, path.stat()) for path in Shards(shards).paths]
+    data = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    claim(run, {"config": as_dict(config), "data": data}, overwrite=overwrite)
+    if (done := read_manifest(run / "manifest.json")) is not None:
         print(f"{run} is already complete: {done['steps']} steps, {done['samples']} samples")
         return False
-    claim(run, {"config": recipe, "data": str(shards.resolve())}, overwrite=overwrite)
+    if (last := checkpoint.latest(run)) is not None:
+        checkpoint.check_resumable(last, world_size)
     return True
 
 

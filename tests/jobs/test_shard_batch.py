@@ -1,6 +1,7 @@
 """Shards built in slices, by the batch and by the Slurm scripts, against one plain `gemsmith curate`."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -150,3 +151,44 @@ def test_slurm_chain_runs_in_order_and_gives_the_same_bytes(
         (False, True),
     ]
     assert digests(out) == plain
+
+
+SRUN = """#!/bin/bash
+# Starts two tasks, as `srun` does on one node.
+while [[ $1 == --* ]]; do shift; done
+export SLURM_NTASKS=2
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" > "$STATE/rank1.log" 2>&1 &
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@"
+code=$?
+wait $! || code=$?
+exit $code
+"""
+
+
+def test_slurm_training_trains_on_two_ranks(raw_pool: Path, tmp_path: Path) -> None:
+    """The script as it is: two real ranks meet, step and finish; only `srun` and `scontrol` are stand-ins."""
+    binaries, run = tmp_path / "bin", tmp_path / "run"
+    binaries.mkdir()
+    for name, body in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho 127.0.0.1\n")):
+        (binaries / name).write_text(body)
+        (binaries / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "STATE": str(tmp_path),
+        "SLURM_JOB_NODELIST": "here",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+    words = ["--config", "recipes/train/tiny_clip.yaml", "--data", str(raw_pool), "--out", str(run)]
+    words += ["--samples", "32", "--loader.batch", "16", "--loader.chunk", "8", "--loader.retain", "0"]
+    words += ["--loader.max_error_rate", "0.5"]
+    command = ["bash", str(SLURM / "train.sbatch"), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert (manifest["steps"], manifest["samples"]) == (2, 32)
+    checkpoint = json.loads((run / "checkpoints" / "step_00000002" / "manifest.json").read_text())
+    assert checkpoint["world_size"] == 2

@@ -61,7 +61,7 @@ def cached_gradients(model, chunks, retain=False):
 @pytest.mark.parametrize("retain", [0, 5, 32])
 def test_float64_equals_the_full_batch(shards, tmp_path, chunk, hole, retain):
     config = tiny_config()
-    family = build(config, tmp_path, Shards(shards).every_caption)
+    family = build(config, tmp_path / "tokenizer", Shards(shards).every_caption)
     model = family.model.double()
     chunks = [
         {k: v.double() if v.is_floating_point() else v for k, v in c.items()}
@@ -90,7 +90,7 @@ class patched_float:
 def test_dropout_falls_the_same_way_in_both_passes(shards, tmp_path):
     """With dropout on, the step is the gradient of the very masks that its first pass drew."""
     config = tiny_config()
-    family = build(config, tmp_path, Shards(shards).every_caption)
+    family = build(config, tmp_path / "tokenizer", Shards(shards).every_caption)
     model = family.model
     model.h1 = torch.nn.Sequential(model.h1, torch.nn.Dropout(0.3))
     model.h1.weight = model.h1[0].weight

@@ -44,6 +44,18 @@ def test_value_and_gradients_are_autograds(b, tile, holes, temperature, reductio
     torch.testing.assert_close(out.log_scale.reshape(1), d_log_scale, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("hole", [None, 3])
+def test_nan_embeddings_show_in_the_loss(hole):
+    left = F.normalize(torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), dim=1)
+    valid = torch.ones(8, dtype=torch.bool)
+    if hole is not None:
+        valid[hole] = False
+    broken = left.clone()
+    broken[5] = torch.nan
+    out = InfoNCE()(broken, left, torch.tensor([0.0]), valid, World())
+    assert out.value.isnan() and out.left[5].isnan().all()
+
+
 @pytest.mark.parametrize("tile", [1024, 16])
 def test_scale_100_is_stable_in_float32(tile):
     """Logits of +-100, whose exponentials float32 cannot hold."""

@@ -50,11 +50,10 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
     """Weights and both moments of every parameter, from the last checkpoint's files of all ranks."""
     folder = checkpoint.latest(run)
     assert folder is not None
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
+    tensors |= checkpoint.consolidated(folder)  # by parameter: the flat files end in unused memory
     for file in sorted(folder.glob("*optim_states.pt")):
         state = torch.load(file, weights_only=False)["optimizer_state_dict"]
-        for group, flat in enumerate(state["fp32_flat_groups"]):
-            tensors[f"{file.name}/{group}/weights"] = flat
         for group, moments in state["optimizer_state_dict"]["state"].items():
             tensors |= {f"{file.name}/{group}/{k}": v for k, v in moments.items() if torch.is_tensor(v)}
     return tensors
@@ -111,6 +110,16 @@ def test_sigkill_and_resume_give_the_same_bits(finished, shards, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     metrics = [[json.loads(x) for x in (r / "metrics.jsonl").read_text().splitlines()] for r in (finished, run)]
     assert [m["loss"] for m in metrics[0]] == [m["loss"] for m in metrics[1]]
+
+
+def test_sigterm_while_the_ranks_start_ends_the_run(shards, tmp_path):
+    run = tmp_path / "early"
+    process = start(shards, run)
+    time.sleep(1.5)
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=90)
+    assert process.returncode in (143, -signal.SIGTERM)
+    assert not (run / "manifest.json").exists()
 
 
 def test_sigterm_saves_together_and_leaves_no_orphans(shards, tmp_path):

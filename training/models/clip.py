@@ -5,6 +5,7 @@ so a scorer trained here is used by curation like any published one.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Clip(nn.Module):
         if pretrained is not None:
             self.towers.load_state_dict(pretrained)
         del self.towers.logit_scale
-        self.log_scale = nn.Parameter(torch.tensor([-torch.tensor(initial_temperature).log().item()]))
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(initial_temperature)]))
 
     @classmethod
     def from_recipe(cls, recipe: ClipRecipe, initial_temperature: float) -> "Clip":

@@ -12,6 +12,7 @@ for, so that ZeRO-3 gathers each layer once. Captions are padded on the right:
 under a causal mask no real token sees padding, so no mask is built.
 """
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -91,16 +92,20 @@ class MMGem(PreTrainedModel):
     def __init__(self, config: MMGemConfig) -> None:
         super().__init__(config)
         text = dict(config.text_config)
-        text_config = AutoConfig.for_model(text.pop("model_type", "llama"), **text)
+        text_config = AutoConfig.for_model(text.pop("model_type", "llama"), **{**text, "attention_dropout": 0.0})
         self.vision: Any = _vision_tower(config.vision_config)
         self.llm = AutoModelForCausalLM.from_config(text_config)
+        for module in self.llm.modules():
+            if isinstance(module, nn.Dropout):
+                # The second pass stacks two sequences, so masks drawn there would not be those of the first.
+                module.p = 0.0
         self.blocks = {"ResidualAttentionBlock", *(self.llm._no_split_modules or ())}
         width, hidden = self.vision.conv1.out_channels, text_config.hidden_size
         self.h1 = nn.Linear(width, config.embed_dim)
         self.h2 = nn.Linear(hidden, config.embed_dim)
         self.h3 = nn.Linear(config.embed_dim, hidden)
         # Shape [1]: ZeRO-3 cannot partition a parameter without dimensions.
-        self.log_scale = nn.Parameter(torch.tensor([-torch.tensor(config.initial_temperature).log().item()]))
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(config.initial_temperature)]))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -92,23 +92,20 @@ class InfoNCE:
         for rows in tiles:
             s = logits(rows) if kept is None else kept  # [t, B]
             own = torch.arange(rows.start, rows.stop, device=s.device)
-            alive = valid[rows].to(s.dtype)
-            diagonal = s[own - rows.start, first + own].nan_to_num(neginf=0.0)
-            diagonal_sum += (diagonal * alive).sum()
+            diagonal = s[own - rows.start, first + own]
+            diagonal_sum += torch.where(valid[rows], diagonal, 0.0).sum()
             g = (s - row_lse[rows, None]).exp_().add_((s - column_lse).exp_())  # [t, B]
             g[own - rows.start, first + own] -= 2.0
             if holes:
-                g = g.nan_to_num_().masked_fill_(~all_valid, 0.0).mul_(alive[:, None])
-                s = s.masked_fill(~all_valid, 0.0)
+                weightless = ~(valid[rows, None] & all_valid)
+                g, s = g.masked_fill_(weightless, 0.0), s.masked_fill(weightless, 0.0)
             g.mul_(weight)
             d_scale += (g * s).sum()
             d_left[rows] = (g @ all_right).mul_(scale)
             d_right.addmm_(g.T, left[rows])
         d_right = world.scatter_sum(d_right.mul_(scale))
 
-        alive = valid.to(left.dtype)
-        lse_sum = (row_lse.nan_to_num(neginf=0.0) * alive).sum() - 2 * diagonal_sum
-        lse_sum += (column_lse[first : first + b].nan_to_num(neginf=0.0) * alive).sum()
+        lse_sum = torch.where(valid, row_lse + column_lse[first : first + b], 0.0).sum() - 2 * diagonal_sum
         value, d_log_scale = world.sum(torch.stack([lse_sum * weight, d_scale]))
         # d_scale sums G * S = G * scale * cosine, which is the gradient with respect to log(scale).
         return CoupledGradient(value, d_left, d_right, d_log_scale)
