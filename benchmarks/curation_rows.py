@@ -46,17 +46,8 @@ def measuring(bench: Bench) -> Iterator[Case]:
     threads = max((1, CORES), key=lambda n: _bare_loop(shards[:1], model.stem, weights, n))
     with Workers(CORES, None) as workers:
 
-        def run_of(recipe: dict[str, Any], out: Path, root: Path) -> phases.Run:
-            config = parse_config({"max_error_rate": 1.0, **recipe})
-            return phases.Run(
-                config=config,
-                pool=list_shards([str(pool)]),
-                out=out,
-                root=root,
-                slice=None,
-                workers=workers,
-                identity=recipe,
-            )
+        def run_of(recipe: dict[str, Any], out: Path, store: Path) -> phases.Run:
+            return _run({"max_error_rate": 1.0, **recipe}, pool, out, store, workers)
 
         fresh = count()
 
@@ -104,6 +95,20 @@ def measuring(bench: Bench) -> Iterator[Case]:
             ours=reselect,
             peer=lambda: measure(everything),
         )
+
+
+def _run(recipe: dict[str, Any], pool: Path, out: Path, store: Path, workers: Workers) -> phases.Run:
+    """One invocation of a phase, as `curate` makes it, with workers that outlive it."""
+    return phases.Run(
+        config=parse_config(recipe),
+        pool=list_shards([str(pool)]),
+        out=out,
+        root=store,
+        slice=None,
+        workers=workers,
+        identity=recipe,
+        read={},
+    )
 
 
 def _tiny_clip(folder: Path) -> tuple[Path, Path]:
@@ -200,17 +205,13 @@ def building(bench: Bench) -> Iterator[Case]:
         return spent
 
     with Workers(CORES, None) as workers:
-        store = bench.work / "signals"
 
         def selected(name: str, selectors: dict[str, Any]) -> phases.Run:
             recipe = {
                 "signals": {"text": {"kind": "text"}}, "selectors": selectors, "unit_samples": 500,
                 "shard_samples": 2_000,
             }  # fmt: skip
-            run = phases.Run(
-                config=parse_config(recipe), pool=list_shards([str(pool)]), out=bench.work / name, root=store,
-                slice=None, workers=workers, identity=recipe,
-            )  # fmt: skip
+            run = _run(recipe, pool, bench.work / name, bench.work / "signals", workers)
             phases.measure(run)
             phases.select(run)
             return run

@@ -37,7 +37,8 @@ class EvaluateConfig:
 
 
 def load_config(overrides: Sequence[str]) -> EvaluateConfig:
-    """Settings from dotted overrides such as `["--retrieval.captions", "first"]`.
+    """Settings from a recipe and dotted overrides, such as `["--config", "recipes/evaluate/flickr8k.yaml"]` or
+    `["--retrieval.captions", "first"]`.
 
     Raises:
         UserError: an unknown setting, or a value of the wrong kind.
@@ -45,10 +46,11 @@ def load_config(overrides: Sequence[str]) -> EvaluateConfig:
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(EvaluateConfig, sub_configs=True)
     try:
         parsed = parser.instantiate(parser.parse_args(list(overrides)))
-    except ArgumentError as error:
+    except (ArgumentError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from None
     return EvaluateConfig(**{name: getattr(parsed, name) for name in EvaluateConfig.__dataclass_fields__})
 

@@ -177,8 +177,8 @@ def train_arm(story: Story, arm: str) -> None:
     out, run = story.out, story.out / "runs" / arm
     watch = [
         _tool("gemsmith"), "watch", "--run", run, "--tasks", "retrieval", "--data", out / "heldout",
-        "--out", out / "watched" / arm / "results.jsonl", "--threads", 1, "--retrieval.limit", story.sizes.watched,
-        "--retrieval.captions", "first", "--idle-seconds", 300,
+        "--out", out / "watched" / arm / "results.jsonl", "--threads", 1, "--idle-seconds", 300,
+        "--config", "recipes/evaluate/tiny_demo.yaml", "--retrieval.limit", story.sizes.watched,
     ]  # fmt: skip
     story.run(
         f"train {arm}", _tool("deepspeed"), "--num_accelerators", 2, "training/train.py",
@@ -216,6 +216,6 @@ def grade_arm(story: Story, arm: str) -> None:
         "--tasks", "retrieval,classification,captioning",
         "--data", f"retrieval={out / 'heldout'}", "--data", f"captioning={out / 'heldout'}",
         "--data", f"classification={out / 'classes'}", "--out", out / "graded" / arm / "results.jsonl",
-        "--retrieval.captions", "first", "--captioning.limit", story.sizes.captioned, "--threads", 2,
+        "--config", "recipes/evaluate/tiny_demo.yaml", "--captioning.limit", story.sizes.captioned, "--threads", 2,
         "--cache", out / "embeddings",
     )  # fmt: skip

@@ -116,7 +116,7 @@ class LoaderConfig:
 
     batch: samples of a global batch · chunk: samples that a rank runs at a time · retain: samples whose activations
     a rank keeps instead of computing them again; as many as memory has room for, since the step costs less ·
-    captions: the json's `caption`, or at each visit one of its `captions` ·
+    captions: the caption that curation scored, or at each visit one of the json's `captions` ·
     resize_mode: "squash" keeps the whole picture, "shortest" its centre square ·
     decode_size: side that decoded pictures are cached at (crops are cut from it; null = the model's) ·
     crop_scale: area of the random crop · cache_decoded: keep decoded pictures in RUN/decoded.u8.

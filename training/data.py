@@ -30,11 +30,10 @@ import torch
 from PIL import Image
 
 from curation import tar
+from curation.captions import read_captions
 from curation.errors import UserError
 from curation.hashing import hash64
 from training.config import LoaderConfig
-
-IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 class Shards:
@@ -81,21 +80,22 @@ class Shards:
                 return self.data[shard][m.offset : m.offset + m.size]
         return None
 
-    def captions(self, shard: int, index: int) -> list[str]:
-        """All captions of a sample: the json's `captions`, else its text member, else the json's `caption`."""
+    def captions(self, shard: int, index: int) -> tuple[str, list[str]]:
+        """The caption that curation scored, and all captions of a sample.
+
+        Raises:
+            ValueError: what is wrong with the text or the json.
+        """
         record = json.loads(self.member(shard, index, "json") or b"{}")
-        if record.get("captions"):
-            return record["captions"]
-        text = self.member(shard, index, "txt")
-        return [text.decode() if text is not None else record["caption"]]
+        return read_captions(record, self.member(shard, index, "txt"))
 
     def every_caption(self) -> Iterator[str]:
         """Every readable caption, shard by shard."""
         for shard, samples in enumerate(self.samples):
             for index in range(len(samples)):
                 try:
-                    yield from self.captions(shard, index)
-                except (ValueError, KeyError):  # counted when the sample is drawn
+                    yield from self.captions(shard, index)[1]
+                except ValueError:  # counted when the sample is drawn
                     continue
 
 
@@ -187,7 +187,7 @@ class Loader:
         row = int(self.shards.first[shard]) + index
         if self._known is not None and self._known[row]:
             return self._pixels[row]  # type: ignore[index]
-        payload = self.shards.member(shard, index, *IMAGES)
+        payload = self.shards.member(shard, index, *tar.IMAGE_EXTENSIONS)
         if payload is None:
             raise KeyError("no image member")
         pixels = decode(payload, self.side, self.config.resize_mode)
@@ -201,11 +201,11 @@ class Loader:
         epoch, shard, index = place
         size = self.image.size
         try:
-            captions = self.shards.captions(shard, index)
+            scored, captions = self.shards.captions(shard, index)
             rng = np.random.default_rng(hash64(self.seed, epoch, self.shards.samples[shard][index].key))
-            caption = captions[int(rng.integers(len(captions)))] if self.config.captions == "random" else captions[0]
+            caption = captions[int(rng.integers(len(captions)))] if self.config.captions == "random" else scored
             pixels = self._decoded(shard, index)
-        except (ValueError, KeyError, OSError, SyntaxError):
+        except Exception:  # Pillow's decoders raise almost anything; `max_error_rate` bounds what is forgiven
             self.errors += 1
             return np.zeros((size, size, 3), np.uint8), "", False
         low, high = self.config.crop_scale

@@ -5,7 +5,8 @@ flag) goes through `World`. One process needs no process group: tests and
 notebooks run the very step that the cluster runs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,28 +14,37 @@ import torch.distributed as dist
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Rank and size of the process group; every method is the identity at size 1."""
+    """Rank and size of the process group; every method is the identity at size 1.
+
+    device: where the backend reduces (a GPU under NCCL); tensors of other devices go there and back.
+    """
 
     rank: int = 0
     size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     def current(cls) -> "World":
         if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
+            on_gpu = dist.get_backend() == "nccl"
+            device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+            return cls(dist.get_rank(), dist.get_world_size(), device)
         return cls()
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """In-place sum over ranks."""
-        if self.size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.SUM)
-        return x
+        """Sum over ranks; may work in place."""
+        return self._reduce(x, dist.ReduceOp.SUM)
 
     def max(self, x: torch.Tensor) -> torch.Tensor:
-        """In-place maximum over ranks."""
-        if self.size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX)
-        return x
+        """Maximum over ranks; may work in place."""
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def _reduce(self, x: torch.Tensor, operation: Any) -> torch.Tensor:
+        if self.size == 1:
+            return x
+        there = x.to(self.device)
+        dist.all_reduce(there, op=operation)
+        return there.to(x.device)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of every rank, in rank order: [n, ...] -> [size * n, ...]."""

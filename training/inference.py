@@ -20,7 +20,7 @@ from training.families import Family, build
 
 
 def rebuild(config: TrainConfig, tokenizer: Path) -> Family:
-    """The family of a run, with fresh weights and the run's own tokenizer."""
+    """The family of a run, with fresh weights and the tokenizer of this folder."""
 
     def no_captions() -> list[str]:
         raise UserError(f"tokenizer: {tokenizer} is missing; copy it from where the run was made")
@@ -42,6 +42,7 @@ class Model:
     can_caption: bool
     family: Family
     transform: Any
+    device: torch.device
 
     def images(self, pictures: list[Image.Image]) -> torch.Tensor:
         """[B, 3, S, S]"""
@@ -50,23 +51,23 @@ class Model:
     @torch.no_grad()
     def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Unit embeddings, fp32 [B, D]."""
-        model = self.family.model
+        model, pixels = self.family.model, pixels.to(self.device)
         if hasattr(model, "get_image_features"):
-            return model.get_image_features(pixels).pooler_output
-        return torch.nn.functional.normalize(model.towers.encode_image(pixels).float(), dim=-1)
+            return model.get_image_features(pixels).pooler_output.cpu()
+        return torch.nn.functional.normalize(model.towers.encode_image(pixels).float(), dim=-1).cpu()
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """Unit embeddings, fp32 [B, D]."""
-        model, tokens = self.family.model, self.family.encode_text(texts)
+        model, ids = self.family.model, self.family.encode_text(texts)["input_ids"].to(self.device)
         if hasattr(model, "get_text_features"):
-            return model.get_text_features(tokens["input_ids"]).pooler_output
-        return torch.nn.functional.normalize(model.towers.encode_text(tokens["input_ids"]).float(), dim=-1)
+            return model.get_text_features(ids).pooler_output.cpu()
+        return torch.nn.functional.normalize(model.towers.encode_text(ids).float(), dim=-1).cpu()
 
     @torch.no_grad()
     def caption(self, pixels: torch.Tensor, max_new_tokens: int = 32) -> list[str]:
         """A greedy caption per image."""
-        ids = self.family.model.generate(pixels, max_new_tokens=max_new_tokens)
+        ids = self.family.model.generate(pixels.to(self.device), max_new_tokens=max_new_tokens)
         return [text.strip() for text in self.family.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
@@ -86,18 +87,20 @@ def load(folder: Path) -> Model:
     """
     from open_clip.transform import image_transform
 
-    run, exported = folder.parent, sorted(folder.glob("*.safetensors"))
+    run, words, exported = folder.parent, folder, sorted(folder.glob("*.safetensors"))
     if not exported:
         manifest = checkpoint.check(folder)
         config, run = _config_from(manifest["config"]), folder.parent.parent
-        family = rebuild(config, run / "tokenizer")
+        words = run / "tokenizer"
+        family = rebuild(config, words)
         family.model.load_state_dict(checkpoint.consolidated(folder))
         step, weights_hash = manifest["step"], manifest["weights_hash"]
         name = f"{run.name}/{folder.name}"
     else:
         family, config, step = _exported(folder)
         weights_hash, name = file_hash(exported), f"{run.name}/{folder.name}"
-    family.model.eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family.model.eval().to(device)
     spec = family.image
     preprocess = {
         "size": spec.size,
@@ -107,7 +110,7 @@ def load(folder: Path) -> Model:
         "max_tokens": config.loader.max_tokens,
         "precision": "fp32",
         "recipe": config_hash(as_dict(config)),
-        "tokenizer": file_hash(sorted((run / "tokenizer").glob("*.json"))),
+        "tokenizer": file_hash(sorted(words.glob("tokenizer*.json"))),
     }
     transform = image_transform(
         spec.size,
@@ -118,15 +121,15 @@ def load(folder: Path) -> Model:
         interpolation="bicubic",
     )
     can_caption = hasattr(family.model, "generate")
-    return Model(name, step, weights_hash, preprocess, can_caption, family, transform)
+    return Model(name, step, weights_hash, preprocess, can_caption, family, transform, device)
 
 
 def _exported(folder: Path) -> tuple[Family, TrainConfig, int]:
-    """An export's family, from the run it lies in."""
-    record = read_manifest(folder.parent / "manifest.json")
+    """An export's family, from the recipe in it."""
+    record = read_manifest(folder / "gemsmith.json")
     if record is None:
-        raise UserError(f"--checkpoint {folder}: the run's manifest.json is missing beside it; keep RUN together")
+        raise UserError(f"--checkpoint {folder}: has no gemsmith.json; name an export that `gemsmith train` wrote")
     config = _config_from(record["config"])
-    family = rebuild(config, folder.parent / "tokenizer")
+    family = rebuild(config, folder)
     family.model.load_state_dict(family.read_export(folder))
     return family, config, record["steps"]

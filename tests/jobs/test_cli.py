@@ -19,7 +19,7 @@ FLAGS = {
     "watch": "--cache --data --help --idle-seconds --out --run --tasks --threads",
     "compare": "--help",
     "report": "--help",
-    "demo": "--help --out --seed",
+    "demo": "--help --out --overwrite --seed",
 }
 TRAIN_FLAGS = """
 --checkpoint_every --clip --config --data --deepspeed --help --keep_last --loader --loader.batch --loader.cache_decoded

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,11 +79,12 @@ def test_a_run_leaves_what_the_contract_says(finished, shards):
     assert "already complete" in done.stdout
 
 
-def test_export_and_sharded_checkpoint_are_the_same_model(finished):
+def test_export_and_sharded_checkpoint_are_the_same_model(finished, tmp_path):
     from PIL import Image
 
+    taken_away = shutil.copytree(finished / "export", tmp_path / "elsewhere")
     pictures = [Image.new("RGB", (50, 40), c) for c in ("red", "green", "navy")]
-    models = [load(finished / "export"), load(finished / "checkpoints" / f"step_{STEPS:08d}")]
+    models = [load(taken_away), load(finished / "checkpoints" / f"step_{STEPS:08d}")]
     pixels = models[0].images(pictures)
     assert torch.equal(pixels, models[1].images(pictures))
     images = [m.embed_images(pixels) for m in models]
@@ -150,8 +152,6 @@ def test_other_work_is_refused_and_nothing_written_over(finished, shards, tmp_pa
 
 
 def test_a_checkpoint_cut_short_is_named(finished, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     folder = checkpoint.latest(copy)

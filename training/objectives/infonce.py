@@ -8,8 +8,8 @@ reduction of B floats completes them. Then
     G = w * (softmax over rows + softmax over columns - 2 * identity)
 
 gives dL = scale * G @ R for the local rows, a partial dR = scale * G^T @ L for
-one reduce-scatter, and dscale = sum(G * S) / scale. So only one side is
-gathered, no autograd graph is held, and S exists one tile of rows at a time.
+one reduce-scatter, and <L, dL> for log(scale). So only one side is gathered, no
+autograd graph is held, and S exists one tile of rows at a time.
 
 Where every tile was kept from the first pass (the local part of S fits in one
 tile) it is not computed again: three products instead of four.
@@ -88,7 +88,6 @@ class InfoNCE:
         weight = (0.5 if self.reduction == "mean" else 1.0) / max(total, 1)
         d_left, d_right = torch.empty_like(left), torch.zeros_like(all_right)
         diagonal_sum = left.new_zeros(())
-        d_scale = left.new_zeros(())
         for rows in tiles:
             s = logits(rows) if kept is None else kept  # [t, B]
             own = torch.arange(rows.start, rows.stop, device=s.device)
@@ -97,15 +96,13 @@ class InfoNCE:
             g = (s - row_lse[rows, None]).exp_().add_((s - column_lse).exp_())  # [t, B]
             g[own - rows.start, first + own] -= 2.0
             if holes:
-                weightless = ~(valid[rows, None] & all_valid)
-                g, s = g.masked_fill_(weightless, 0.0), s.masked_fill(weightless, 0.0)
+                g.masked_fill_(~(valid[rows, None] & all_valid), 0.0)
             g.mul_(weight)
-            d_scale += (g * s).sum()
             d_left[rows] = (g @ all_right).mul_(scale)
             d_right.addmm_(g.T, left[rows])
         d_right = world.scatter_sum(d_right.mul_(scale))
 
         lse_sum = torch.where(valid, row_lse + column_lse[first : first + b], 0.0).sum() - 2 * diagonal_sum
-        value, d_log_scale = world.sum(torch.stack([lse_sum * weight, d_scale]))
-        # d_scale sums G * S = G * scale * cosine, which is the gradient with respect to log(scale).
+        # The gradient of log(scale) is the sum of G * S; as S = scale * L @ R^T, that is <L, scale * G @ R>.
+        value, d_log_scale = world.sum(torch.stack([lse_sum * weight, (left * d_left).sum()]))
         return CoupledGradient(value, d_left, d_right, d_log_scale)
