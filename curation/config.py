@@ -2,7 +2,7 @@
 
     signals:                      name -> {kind: one of curation.signals.SIGNALS, its settings}
       text: {kind: text}
-      clip_score: {kind: clip, model: ViT-B-32, pretrained: openai}
+      clip_score: {kind: clip, model: ViT-B-32-quickgelu, pretrained: openai}
     selectors:                    name -> {kind: one of curation.selection.SELECTORS, its settings}, in this order
       words: {kind: threshold, column: caption_words, min: 3}
     seed: 0
@@ -16,17 +16,24 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonargparse
+import pyarrow as pa
 import yaml
+from pyarrow.types import is_floating, is_integer
 
 from curation import store
 from curation.errors import UserError
 from curation.selection import SELECTORS
+from curation.selection.fraction import Fraction
 from curation.selection.interface import Selector
+from curation.selection.reference_quantile import ReferenceQuantile
+from curation.selection.threshold import Threshold
 from curation.signals import SIGNALS
 from curation.signals.interface import Signal
+
+NUMERIC = (Threshold, Fraction, ReferenceQuantile)  # the kinds that compare a column with a number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +45,7 @@ class CurateConfig:
     seed: int = 0
     unit_samples: int = 1_000  # samples that are measured, retried and resumed together
     shard_samples: int = 10_000  # samples of an output shard, at most
-    max_error_rate: float = 0.1  # share of samples that may be unusable before the run stops
+    max_error_rate: float = 0.1  # share of samples that may be unusable before the run stops; a hundred always may
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe with every setting resolved, as JSON has it."""
@@ -57,9 +64,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> CurateConfig:
     """
     try:
         raw = yaml.safe_load(path.read_text())
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         raise UserError(
-            f"--config {path}: cannot be read; name a recipe such as recipes/curate/tiny_raw.yaml"
+            f"--config {path}: cannot be read as text; name a recipe such as recipes/curate/tiny_raw.yaml"
         ) from None
     except yaml.YAMLError as reason:
         raise UserError(f"--config {path}: not YAML ({' '.join(str(reason).split())})") from None
@@ -85,8 +92,8 @@ def parse_config(raw: Mapping[str, Any]) -> CurateConfig:
     selector_settings = top.pop("selectors", None)
     checked = _typed(sizes_class, top, "recipe")
     for name, least in (("unit_samples", 1), ("shard_samples", 1), ("max_error_rate", 0), ("seed", 0)):
-        if getattr(checked, name) < least:
-            raise UserError(f"{name}: {getattr(checked, name)} is below {least}")
+        if not getattr(checked, name) >= least:  # NaN too
+            raise UserError(f"{name}: {getattr(checked, name)} is not at least {least}")
     selectors = _entries(selector_settings, SELECTORS, "selectors", {"seed": checked.seed})
     config = CurateConfig(signals=signals, selectors=selectors, **dataclasses.asdict(checked))
     _check_columns(config)
@@ -110,7 +117,7 @@ def _entries(raw: Any, kinds: Mapping[str, type], section: str, inherited: Mappi
             raise UserError(f"{where}: not a mapping; write {{kind: ..., settings}}")
         rest = dict(settings)
         kind = rest.pop("kind", None)
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             raise UserError(f"{where}.kind: {kind!r} is unknown; one of {', '.join(kinds)}")
         fields = {f.name for f in dataclasses.fields(kinds[kind])}
         rest = {**{k: v for k, v in inherited.items() if k in fields}, **rest}
@@ -122,10 +129,13 @@ def _typed(cls: type, settings: Mapping[str, Any], where: str) -> Any:
     """Check the settings against a dataclass and make it."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, as_group=False)
-    unknown = sorted(set(settings) - {f.name for f in dataclasses.fields(cls)})
+    unknown = sorted(set(settings) - {f.name for f in dataclasses.fields(cls)}, key=str)
     if unknown:
         known = ", ".join(f.name for f in dataclasses.fields(cls)) or "no settings"
         raise UserError(f"{where}.{unknown[0]}: unknown setting; this takes {known}")
+    for f in dataclasses.fields(cls):  # jsonargparse lets null pass where there is a default
+        if settings.get(f.name, ...) is None and type(None) not in get_args(f.type):
+            raise UserError(f"{where}.{f.name}: null; give it a value or leave it out")
     try:
         return cls(**vars(parser.parse_object(dict(settings))))
     except jsonargparse.ArgumentError as reason:
@@ -135,11 +145,12 @@ def _typed(cls: type, settings: Mapping[str, Any], where: str) -> Any:
 def _check_columns(config: CurateConfig) -> None:
     """Every selector's columns are measured, and none is measured twice."""
     measured: dict[str, str] = {c: "every sample" for c in store.BASE.names}
+    kinds: dict[str, pa.DataType] = {field.name: field.type for field in store.BASE}
     for name, signal in config.signals.items():
-        for column in signal.schema(name):
+        for column, kind in signal.schema(name).items():
             if column in measured:
                 raise UserError(f"signals.{name}: its column {column} is already that of {measured[column]}; drop one")
-            measured[column] = f"signal {name}"
+            measured[column], kinds[column] = f"signal {name}", kind
     for name, selector in config.selectors.items():
         for column in selector.needs:
             if column not in measured:
@@ -147,6 +158,10 @@ def _check_columns(config: CurateConfig) -> None:
                     f"selectors.{name}: column {column} is not measured; add its signal or use one of "
                     f"{', '.join(measured)}"
                 )
+        if isinstance(selector, NUMERIC) and not (
+            is_integer(kinds[selector.column]) or is_floating(kinds[selector.column])
+        ):
+            raise UserError(f"selectors.{name}.column: {selector.column} holds no numbers; name a column that does")
 
 
 def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
@@ -162,7 +177,10 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise UserError(f"{word}: has no value; write {word} VALUE")
             value = rest.pop(0)
-        pairs.append((dotted, yaml.safe_load(value)))
+        try:
+            pairs.append((dotted, yaml.safe_load(value)))
+        except yaml.YAMLError as reason:
+            raise UserError(f"--{dotted} {value}: not YAML ({' '.join(str(reason).split())})") from None
     return pairs
 
 

@@ -9,18 +9,20 @@ resumes, on anything else it refuses and names `--overwrite`.
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
 from curation.errors import UserError
 
 SCHEMA_VERSION = 1
+EMPTYING = {"state": "being emptied"}  # the identity of a folder whose old files are half deleted: of no work
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON through a unique temporary name and a rename: readers see all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with open(temporary, "w") as f:
         json.dump(content, f, indent=1, default=str)
         f.flush()
@@ -50,23 +52,46 @@ def claim(out: Path, identity: dict[str, Any], *, overwrite: bool = False, keep:
     in `keep`, which are right for any work (a signal store).
 
     Raises:
-        UserError: `out` holds other work, or files that are nobody's.
+        UserError: `out` holds other work, or files that are nobody's, or is a file.
     """
     mark = out / ".identity.json"
+    if file := next((path for path in (out, *out.parents) if path.is_file()), None):
+        raise UserError(f"--out {out}: {file} is a file; name a folder")
     wanted = json.loads(json.dumps(identity, default=str))
+
+    def foreign() -> bool:
+        return any(entry.name not in keep and not _is_temporary(entry, mark) for entry in out.iterdir())
+
     if overwrite and out.exists():
-        if any(out.iterdir()) and not mark.exists():
+        if mark.exists():
+            _empty(out, mark, keep)
+        elif foreign():
             raise UserError(f"--out {out}: not made by gemsmith, so --overwrite leaves it alone; name another")
-        for entry in out.iterdir():
-            if entry.name in keep:
-                continue
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     found = read_manifest(mark)
     if found is None:
-        if out.exists() and any(entry.name not in keep for entry in out.iterdir()):
+        if out.exists() and foreign():
             raise UserError(f"--out {out}: not empty and not of this run; name another folder or empty it")
         write_json(mark, wanted)
+    elif found == EMPTYING:
+        raise UserError(f"--out {out}: an --overwrite of it was cut short; pass --overwrite again")
     elif found != wanted:
         differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
         what = ", ".join(differing)
         raise UserError(f"--out {out}: holds another run (different {what}); name another folder or pass --overwrite")
+
+
+def _empty(out: Path, mark: Path, keep: tuple[str, ...]) -> None:
+    """Delete manifests, then data, then the identity: what a kill leaves neither looks complete nor resumes."""
+    write_json(mark, EMPTYING)
+    manifests = [path for path in out.rglob("*manifest.json") if path.relative_to(out).parts[0] not in keep]
+    for path in sorted(manifests, key=lambda path: (path != out / "manifest.json", path)):
+        path.unlink()
+    for entry in out.iterdir():
+        if entry.name not in keep and entry != mark:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    mark.unlink()
+
+
+def _is_temporary(entry: Path, mark: Path) -> bool:
+    """Whether this is what a `write_json` of the mark leaves when it is killed."""
+    return entry.name.startswith(f".{mark.name}.") and entry.name.endswith(".tmp")

@@ -2,7 +2,8 @@
 
 A unit opens its shard as a memory map, decodes every image once, shows it to
 all meters and writes one parquet part. Pixels stay in this process. Samples
-with an error keep their row, without signals.
+with an error keep their row, without signals; one that any signal cannot
+digest has the error "signal_failed".
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from curation import store
+from curation.errors import UserError
 from curation.images import decode
 from curation.pool import Row, Shard, damaged_uid, read_row
 from curation.signals.interface import Decoded, Meter, Signal
@@ -85,8 +87,15 @@ class _Measurer:
             if image is None:
                 continue
             decoded = Decoded(caption=row.caption, image=image, image_format=image_format, raw=raw)
-            for name, meter in meters.items():
-                seen[name].append(meter.see(decoded))
+            try:
+                looked = [meter.see(decoded) for meter in meters.values()]
+            except (UserError, MemoryError):  # not the sample's fault
+                raise
+            except Exception:
+                errors[i] = store.SIGNAL_FAILED
+                continue
+            for name, value in zip(meters, looked, strict=True):
+                seen[name].append(value)
             waiting += 1
             if waiting == BATCH:
                 flush()
@@ -142,7 +151,7 @@ def _with_signal(
     places = pa.array((valid.cumsum() - 1).astype("int64"), mask=~valid)
     for column, kind in signal.schema(name).items():
         if known is not None:
-            values = known[column]
+            values = known[column].take(pa.array(range(table.num_rows), mask=~valid))
         elif batches:
             values = pa.concat_arrays([batch[column] for batch in batches]).take(places)
         else:

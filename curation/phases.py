@@ -27,6 +27,7 @@ from curation.selection.engine import MapParts, Part
 from curation.store import SignalSet, Unit
 from curation.workers import Workers, progress
 
+FREE_ERRORS = 100  # so many broken samples stop no run, however small the pool
 RAY_PARTS = 256  # from this many parts on, selection is spread over Ray; below, starting it costs more than it gives
 
 
@@ -41,6 +42,7 @@ class Run:
     slice: tuple[int, int] | None
     workers: Workers
     identity: dict[str, Any]
+    read: dict[str, str]  # by selector, what names the content of the files that it reads
 
     def mine(self, items: Sequence[Any]) -> list[Any]:
         """The items of this slice: those whose `index` (an input shard's place in the pool) is its turn."""
@@ -52,7 +54,7 @@ class Run:
     @property
     def build_folder(self) -> Path:
         """Named by the run, so that workers that outlive a killed run can only write what this one would."""
-        return self.out / f".build-{config_hash(self.identity)}"
+        return self.out / f".build-{config_hash([self.identity, self.read])}"
 
 
 def known_units(run: Run, shards: Sequence[Shard]) -> list[Unit] | None:
@@ -105,7 +107,7 @@ def measure(run: Run) -> dict[str, Any]:
         "phase": "measure",
         "seen": rows,
         "errors": dict(sorted(errors.items())),
-        "signal_set": str(signal_set.folder),
+        "signal_set": _from_out(run, signal_set.folder),
         "parts": [unit.part for unit in units],
         "rows": [unit.rows for unit in units],
         "measured": measured,
@@ -116,8 +118,14 @@ def measure(run: Run) -> dict[str, Any]:
     return manifest
 
 
+def _from_out(run: Run, folder: Path) -> str:
+    """Relative to OUT where it lies in it, so that a moved OUT still finds its signals."""
+    out = run.out.resolve()
+    return str(folder.relative_to(out) if folder.is_relative_to(out) else folder)
+
+
 def _check_budget(run: Run, errors: Counter[str], rows: int) -> None:
-    if errors.total() > run.config.max_error_rate * rows:
+    if errors.total() > max(run.config.max_error_rate * rows, FREE_ERRORS):
         found = ", ".join(f"{reason} {n}" for reason, n in errors.most_common())
         raise UserError(
             f"max_error_rate: {errors.total()} of {rows} samples cannot be used ({found}), "
@@ -133,7 +141,7 @@ def measured_parts(run: Run) -> tuple[list[Part], dict[str, Any] | None]:
     """
     measured = read_manifest(run.out / "measure.manifest.json")
     if measured is not None:
-        folder, names, rows = Path(measured["signal_set"]), measured["parts"], measured["rows"]
+        folder, names, rows = run.out / measured["signal_set"], measured["parts"], measured["rows"]
     else:
         units = known_units(run, run.pool)
         signal_set = signal_set_of(run, units)
@@ -187,6 +195,7 @@ def select(run: Run) -> dict[str, Any]:
         "stages": stages,
         "config": run.config.to_dict(),
         "seed": run.config.seed,
+        "read": run.read,
         **_speed(counts["seen"], wall, run.workers.start_seconds - started),
     }
     write_report(run.out, manifest, parts, {"measure": measured, "select": manifest})

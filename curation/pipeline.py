@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from curation import phases, store
+from curation import phases, shards, store
 from curation import signals as signal_kinds
 from curation.config import CurateConfig
 from curation.errors import UserError
@@ -74,11 +74,20 @@ def curate(
     root = (signals or out / "signals").resolve()
     with Workers(workers, ray_address) as ray_workers:
         run = phases.Run(
-            config=config, pool=pool, out=out, root=root, slice=chosen, workers=ray_workers, identity=identity
+            config=config,
+            pool=pool,
+            out=out,
+            root=root,
+            slice=chosen,
+            workers=ray_workers,
+            identity=identity,
+            read={name: s.content() for name, s in config.selectors.items() if hasattr(s, "content")},
         )
         if dry_run:
             return _dry_run(run, phase)
         _claim(run, overwrite)
+        if phase != "measure":
+            _check_selection(run)
         done = read_manifest(_manifest(out, phase))
         if done is not None:
             print(f"{out}: already complete ({phase}); nothing to do")
@@ -134,6 +143,18 @@ def _claim(run: phases.Run, overwrite: bool) -> None:
     claim(run.out, run.identity, overwrite=overwrite, keep=KEPT)
 
 
+def _check_selection(run: phases.Run) -> None:
+    """Refuse a selection made with other lists or references. Those are no part of the identity: the trusted pairs
+    of a reference may be measured after the pool, and with the same recipe."""
+    selected = read_manifest(_manifest(run.out, "select"))
+    changed = [name for name, content in run.read.items() if selected and selected.get("read", {}).get(name) != content]
+    if changed:
+        raise UserError(
+            f"--out {run.out}: holds another run (what selectors.{changed[0]} reads has changed); "
+            "name another folder or pass --overwrite"
+        )
+
+
 def _finish(run: phases.Run, results: dict[str, Any]) -> dict[str, Any]:
     """The page, and last of all the manifest that says complete."""
     selected = results["select"]
@@ -152,6 +173,7 @@ def _finish(run: phases.Run, results: dict[str, Any]) -> dict[str, Any]:
         "bytes": results["build"]["bytes"],
     }
     write_report(run.out, manifest, parts, results)
+    shards.forget(run.build_folder)  # which a build that was killed after its manifest has left
     write_manifest(run.out / "manifest.json", manifest)
     return manifest
 

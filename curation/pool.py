@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from curation.captions import scored_caption
 from curation.errors import UserError
 from curation.hashing import config_hash
-from curation.tar import Bytes, Member, Sample
+from curation.tar import IMAGE_EXTENSIONS, Bytes, Member, Sample
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 MAX_EXTENSION = 24  # so that "{uid}-{copy}.{extension}" fits a tar header's 100 bytes
 SAFE_UID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
@@ -101,24 +101,15 @@ def read_row(data: Bytes, sample: Sample) -> Row:
         except (ValueError, RecursionError):
             error = error or "json_parse"
 
-    raw: bytes | None = None
+    text = _bytes(data, members["txt"]) if "txt" in members else None
     caption: str | None = None
-    if "txt" in members:
-        raw = _bytes(data, members["txt"])
-        try:
-            caption = raw.decode()
-        except UnicodeDecodeError:
-            error = error or "caption_not_utf8"
-    elif isinstance(meta.get("caption"), str):
-        # A lone surrogate is legal in JSON and cannot be written as UTF-8.
-        raw = str(meta["caption"]).encode("utf-8", "surrogatepass")
-        try:
-            caption = raw.decode()
-        except UnicodeDecodeError:
-            error = error or "caption_not_utf8"
-    else:
-        error = error or "caption_missing"
+    try:
+        caption = scored_caption(meta, text)
+    except ValueError as reason:
+        error = error or str(reason)
 
+    said = meta.get("caption")
+    raw = said.encode("utf-8", "surrogatepass") if text is None and isinstance(said, str) else text
     uid = meta.get("uid")
     if not (isinstance(uid, str) and SAFE_UID.fullmatch(uid)):
         digest = hashlib.md5(_bytes(data, image) if image else sample.key.encode("utf-8", "replace"))

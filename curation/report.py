@@ -22,9 +22,8 @@ from curation import store
 from curation.hashing import hash64_many
 from curation.images import decode
 from curation.ledger import read_column
-from curation.pool import IMAGE_EXTENSIONS
 from curation.selection.engine import Part
-from curation.tar import open_shard
+from curation.tar import IMAGE_EXTENSIONS, open_shard
 
 SHOWN_KEPT, SHOWN_DROPPED = 18, 6  # samples of the page, by hash
 THUMBNAIL = 168  # pixels, the longer side

@@ -212,6 +212,8 @@ def prepare(folder: Path) -> None:
 def finish(folder: Path, target: Path, made: Plan, parts: Sequence[Part], ledger: Path) -> None:
     """Write the files beside the tars, check the tars' sizes, and let the shards appear as `target` by one rename."""
     shards = folder / "shards"
+    for leftover in shards.glob(".*.tmp"):  # of a `write_json` that was killed
+        leftover.unlink()
     for output, size in enumerate(made.sizes):
         assert (shards / tar_name(output)).stat().st_size == size, tar_name(output)
         write_json(shards / f"{output:08d}_stats.json", {"successes": made.samples[output]})

@@ -28,6 +28,8 @@ from curation.pool import Shard
 from curation.signals.interface import Signal
 
 BASE_VERSION = 1  # goes up when the columns below, or the errors, would come out otherwise
+SIGNAL_FAILED = "signal_failed"
+"""The one error that depends on the signals of a set: its rows lack what other signals would have given."""
 BASE = pa.schema(
     [
         ("uid", pa.string()),
@@ -92,7 +94,8 @@ def open_set(root: Path, signals: Mapping[str, Signal], unit_samples: int, units
         return own
     for other, found in _sets(root, unit_samples):
         candidate = SignalSet(root=root, folder=other, identities=identities, unit_samples=unit_samples)
-        if set(identities.values()) <= set(found.values()) and not candidate.missing(units):
+        enough = set(identities.values()) <= set(found.values()) and not candidate.missing(units)
+        if enough and not any(_failed(candidate.path(unit)) for unit in units):
             return candidate
     return own
 
@@ -131,13 +134,18 @@ def taken_over(signal_set: SignalSet, unit: Unit) -> dict[str, pa.Table]:
             for name, identity in signal_set.identities.items()
             if name not in found and identity in identities.values()
         }
-        if folder == signal_set.folder or not wanted or not path.exists():
+        if folder == signal_set.folder or not wanted or not path.exists() or _failed(path):
             continue
         schema = pq.read_schema(path)
         for name, identity in wanted.items():
             columns = [f.name for f in schema if (f.metadata or {}).get(b"identity") == identity.encode()]
             found[name] = pq.read_table(path, columns=["error", *columns])
     return found
+
+
+def _failed(path: Path) -> bool:
+    """Whether a signal failed on a sample of this part, so that only runs with the same signals may use it."""
+    return SIGNAL_FAILED in pq.read_table(path, columns=["error"])["error"].unique().to_pylist()
 
 
 def write_part(path: Path, table: pa.Table) -> None:

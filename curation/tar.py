@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 BLOCK = 512
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+"""The members that are a sample's image, the preferred first."""
 Bytes = bytes | mmap.mmap
 
 
@@ -48,17 +50,32 @@ def _number(raw: bytes) -> int:
     if raw[0] & 0x80:
         return int.from_bytes(raw[1:], "big") + ((raw[0] & 0x7F) << (8 * (len(raw) - 1)))
     text = raw.split(b"\0", 1)[0].strip()
+    if text and not text.isdigit():  # `int` would take a sign, and walk backwards
+        raise ValueError
     return int(text, 8) if text else 0
 
 
 def _pax_records(payload: bytes) -> dict[str, str]:
+    """The records "LENGTH NAME=VALUE\\n" up to the end or a NUL; no checksum covers them, so all is checked.
+
+    Raises:
+        ValueError: the payload is not made of such records.
+    """
     records = {}
-    while payload:
-        length = payload.partition(b" ")[0]
-        record = payload[len(length) + 1 : int(length) - 1]
-        name, _, value = record.partition(b"=")
-        records[name.decode()] = value.decode("utf-8", "replace")
-        payload = payload[int(length) :]
+    at = 0
+    while at < len(payload) and payload[at]:
+        blank = payload.find(b" ", at, at + 20)
+        length = payload[at : max(blank, at)]
+        end = at + int(length) if length.isdigit() else 0
+        if not blank + 1 < end <= len(payload) or payload[end - 1 : end] != b"\n":
+            raise ValueError
+        name, equals, value = payload[blank + 1 : end - 1].partition(b"=")
+        if not equals:
+            raise ValueError
+        records[name.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        at = end
+    if not records.get("size", "0").isdecimal():
+        raise ValueError
     return records
 
 
@@ -71,7 +88,7 @@ def members(data: Bytes) -> Iterator[Member]:
 
     Raises:
         TarDamage: after the last whole member, where the archive is truncated,
-            lacks its end or a header does not check.
+            lacks its end or a header or its PAX records do not check.
     """
     position, total = 0, len(data)
     long_name: str | None = None
@@ -94,7 +111,10 @@ def members(data: Bytes) -> Iterator[Member]:
         if start + size > total:
             raise TarDamage(f"truncated member at byte {position}")
         if kind == b"x":
-            records = _pax_records(data[start : start + size])
+            try:
+                records = _pax_records(data[start : start + size])
+            except ValueError:
+                raise TarDamage(f"unreadable PAX header at byte {position}") from None
             long_name = records.get("path", long_name)
             long_size = int(records["size"]) if "size" in records else None
         elif kind == b"L":

@@ -58,9 +58,10 @@ class Workers:
         if not ray.is_initialized():
             began = time.perf_counter()
             if self._address is None:
+                self._count = self._count or _processors()
                 ray.init(
                     address="local",
-                    num_cpus=self._count or os.cpu_count() or 1,
+                    num_cpus=self._count,
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
@@ -70,7 +71,9 @@ class Workers:
                 ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
             self._started = True
             self.start_seconds = time.perf_counter() - began
-        return self._count or int(ray.cluster_resources().get("CPU", 1))
+        if self._count is None:  # once, before our own actors take what is free
+            self._count = max(1, int(ray.available_resources().get("CPU", 1)))
+        return self._count
 
     def map(self, setup: Callable[[], Callable[[Any], Any]], items: Sequence[Any]) -> Iterator[Any]:
         """`setup()` once in each worker, then its function over the items; results as they come.
@@ -111,6 +114,11 @@ class Workers:
         while len(self._actors) < count:
             self._actors.append(kind.remote())
         return self._actors[:count]
+
+
+def _processors() -> int:
+    """Those that this process may use, which in a container or a batch job are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Actor:

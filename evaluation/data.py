@@ -1,7 +1,7 @@
 """Evaluation data: read, checked and named by content before anything is graded.
 
 Two layouts. Retrieval and captioning read a folder of img2dataset tars (all
-`captions` of the json, or its one `caption`); classification reads
+captions of a sample, as `curation.captions` reads them); classification reads
 CLIP_benchmark's webdataset layout. One folder may hold both.
 
 Every image is decoded once while opening, so that what cannot be read is left
@@ -19,14 +19,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curation.captions import read_captions
 from curation.errors import UserError
 from curation.hashing import file_hash
-from curation.tar import Bytes, Member, Sample, open_shard, samples
+from curation.tar import IMAGE_EXTENSIONS, Bytes, Member, Sample, open_shard, samples
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 class Pictures:
@@ -116,20 +115,20 @@ def _image_member(shard: Bytes, sample: Sample) -> Member:
 
 
 def _uid_and_captions(shard: Bytes, sample: Sample, image: Member) -> tuple[str, list[str]]:
+    members = sample.members
     try:
-        record: dict[str, Any] = {}
-        if "json" in sample.members:
-            record = json.loads(_payload(shard, sample.members["json"]))
-        elif "txt" in sample.members:
-            record = {"caption": _payload(shard, sample.members["txt"]).decode()}
-    except UnicodeDecodeError:
-        raise _Unreadable("caption_not_utf8") from None
-    except ValueError:
+        record = json.loads(_payload(shard, members["json"])) if "json" in members else {}
+    except (ValueError, RecursionError):
         raise _Unreadable("json_broken") from None
-    captions = record.get("captions") or [record.get("caption")]
-    if not all(isinstance(caption, str) and caption.strip() for caption in captions):
+    try:
+        scored, captions = read_captions(record, _payload(shard, members["txt"]) if "txt" in members else None)
+    except ValueError as reason:
+        raise _Unreadable(str(reason)) from None
+    if not all(caption.strip() for caption in captions):
         raise _Unreadable("caption_missing")
-    uid = record.get("uid") or hashlib.md5(_payload(shard, image) + captions[0].encode()).hexdigest()
+    uid = record.get("uid")
+    if not isinstance(uid, str) or not uid:
+        uid = hashlib.md5(_payload(shard, image) + scored.encode()).hexdigest()
     return uid, captions
 
 

@@ -21,11 +21,6 @@ from curation.errors import UserError
 from evaluation.evaluate import EvaluateConfig, Load, Sources, grade, load_checkpoint, open_sources
 
 
-def complete_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run that are there as a whole, in the order of their steps."""
-    return [path.parent for path in sorted((run / "checkpoints").glob("step_*/manifest.json"))]
-
-
 @contextmanager
 def _stop_on_sigterm() -> Iterator[threading.Event]:
     """An event that SIGTERM sets; signals reach the main thread only, so elsewhere it stays unset."""
@@ -80,9 +75,11 @@ def watch(
     seen: set[Path] = set()
     graded, last_news = 0, time.monotonic()
     with _stop_on_sigterm() as stop:
+        from training.checkpoint import complete  # loads torch, for seconds in which SIGTERM counts already
+
         while not stop.is_set():
             finished = (run / "manifest.json").exists()  # before listing: a checkpoint may land in between
-            for checkpoint in complete_checkpoints(run):
+            for checkpoint in complete(run):
                 if checkpoint in seen or stop.is_set():
                     continue
                 seen.add(checkpoint)

@@ -127,8 +127,8 @@ def _grading(parser: argparse.ArgumentParser) -> None:
 
 
 def _sources(tasks: Sequence[str], data: Sequence[str]) -> Any:
-    named = dict(item.split("=", 1) for item in data if "=" in item)
-    common = [item for item in data if "=" not in item]
+    named = dict(item.split("=", 1) for item in data if item.partition("=")[0] in tasks)
+    common = [item for item in data if item.partition("=")[0] not in tasks]  # a folder may have a "=" of its own
     if len(common) > 1:
         raise UserError(f"--data {common[1]}: a second folder for all tasks; write TASK=DIR")
     missing = [task for task in tasks if task not in named] if not common else []
@@ -228,7 +228,7 @@ def demo(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    # Nothing is fetched from a hub unless the user asks for it; the launcher and Ray inherit both.
+    # The launcher's ranks and Ray's workers inherit both: forked tokenizers warn, and Ray reports its use, unless told.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])

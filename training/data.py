@@ -95,7 +95,7 @@ class Shards:
             for index in range(len(samples)):
                 try:
                     yield from self.captions(shard, index)[1]
-                except ValueError:  # counted when the sample is drawn
+                except (ValueError, RecursionError):  # counted when the sample is drawn
                     continue
 
 

@@ -12,7 +12,10 @@ from curation.selection.interface import Pass, dropped_rows
 
 @dataclass(frozen=True, kw_only=True)
 class ExactDuplicates:
-    """Samples are equal when their values of `by` are: [image_sha256], [image_sha256, caption], [url, caption], ..."""
+    """Samples are equal when their values of `by` are: [image_sha256], [image_sha256, caption], [url, caption], ...
+
+    A missing value is equal to none, so a sample without a url is no copy by [url].
+    """
 
     by: tuple[str, ...] = ("image_sha256",)
     scope: ClassVar[Literal["survivors"]] = "survivors"
@@ -25,7 +28,7 @@ class ExactDuplicates:
         return (Pass(self._local, self._decide),)
 
     def _local(self, table: pa.Table, decision: Any) -> pa.Table:
-        return table.select([*self.by, "row"])
+        return table.select([*self.by, "row"]).drop_null()
 
     def _decide(self, summaries: list[pa.Table], decision: Any) -> np.ndarray:
         """The rows to drop: int64, sorted."""

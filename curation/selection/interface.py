@@ -7,6 +7,10 @@ so in passes: in each, `local` makes a small summary of every part and `decide`
 turns all summaries into a decision, which the next pass and at last `apply`
 are given.
 
+One that reads a file of the user's beside the pool has `content() -> str`, which
+changes with what it reads from there ("" where that is not there yet): an
+edited list makes another selection.
+
 The tables hold the rows in scope alone (never rows with an error), with the
 columns asked for and `row` (int64), the row's place in the pool's order. The
 scope "pool" is every row; "survivors" are those that no earlier selector of the

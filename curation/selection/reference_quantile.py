@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.errors import UserError
+from curation.hashing import config_hash
 from curation.manifest import read_manifest
 from curation.selection.interface import Pass, numbers
 from curation.selection.threshold import in_precision
@@ -36,6 +37,11 @@ class ReferenceQuantile:
         if not 0 <= self.quantile <= 1:
             raise UserError(f"reference_quantile of {self.column}: quantile {self.quantile} is not in [0, 1]")
 
+    def content(self) -> str:
+        """By the names of what was measured, which change with shards and signals: the files may be large."""
+        manifest = read_manifest(Path(self.reference) / "measure.manifest.json")
+        return config_hash([Path(manifest["signal_set"]).name, manifest["parts"]]) if manifest else ""
+
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.column,)
@@ -55,7 +61,7 @@ class ReferenceQuantile:
             )
         values = []
         for part in manifest["parts"]:
-            path = Path(manifest["signal_set"]) / part
+            path = Path(self.reference) / manifest["signal_set"] / part
             schema = pq.read_schema(path)
             found = schema.field(self.column).metadata or {} if self.column in schema.names else {}
             if {found.get(b"identity", b"")} != set(summaries):

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation.errors import UserError
+from curation.hashing import file_hash
 from curation.selection.interface import Pass
 
 
@@ -25,6 +26,9 @@ class Uids:
     def __post_init__(self) -> None:
         if not Path(self.file).is_file():
             raise UserError(f"uids: {self.file}: no such file; name a .npy, .txt or .parquet list")
+
+    def content(self) -> str:
+        return file_hash([Path(self.file)])
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -1,11 +1,12 @@
 """CLIPScore: the cosine of image and caption under any open_clip model, and the image embedding for clustering.
 
 The model is a name that open_clip knows with a pretrained tag, an open_clip
-model config (JSON) with a checkpoint file, or a folder in open_clip's layout,
-such as the export of a CLIP that `gemsmith train` made on a small trusted set:
-the data-filtering-network recipe. Preprocessing is
-the model's own evaluation transform, scoring is fp32 on one thread, so the
-score is what open_clip called by hand gives, on any number of workers.
+model config (JSON) with a checkpoint file, a model of the Hugging Face hub
+(hf-hub:ORGANISATION/NAME), or a folder in open_clip's layout, such as the export
+of a CLIP that `gemsmith train` made on a small trusted set: the
+data-filtering-network recipe. Preprocessing is the model's own evaluation
+transform, scoring is fp32 on one thread, so the score is what open_clip called
+by hand gives, on any number of workers.
 """
 
 import json
@@ -21,13 +22,15 @@ from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.signals.interface import Decoded
 
+HUB = "hf-hub:"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
     """Columns NAME (float32, in [-1, 1]) and NAME without "_score" + "_image_embedding" (float16 [D], unit norm).
 
-    `model`: a name of `open_clip.list_models()`, the path of a model config (.json), or a folder with
-    open_clip_config.json and its weights (needs no `pretrained`).
+    `model`: a name of `open_clip.list_models()` or the path of a model config (.json); or hf-hub:... or a folder
+    with open_clip_config.json and its weights, which need no `pretrained`.
     `pretrained`: a tag of `open_clip.list_pretrained()`, or the path of a checkpoint.
     """
 
@@ -41,6 +44,8 @@ class Clip:
     def content(self) -> dict[str, Any]:
         if Path(self.model).is_dir():
             return {"model": file_hash(sorted(p for p in Path(self.model).iterdir() if p.is_file()))}
+        if self.model.startswith(HUB):
+            return {"model": self.model}
         if self.pretrained is None:
             raise UserError(f"clip {self.model}: has no `pretrained`; name a tag of open_clip or a checkpoint file")
         return {"model": _file_or_name(self.model), "pretrained": _file_or_name(self.pretrained)}
@@ -52,7 +57,8 @@ class Clip:
         """The embedding's width, from the model config alone.
 
         Raises:
-            UserError: open_clip has no such model, or the file is no model config.
+            UserError: open_clip has no such model, or not with these weights,
+                or the file is no model config.
         """
         folder = Path(self.model).is_dir()
         if folder or self.model.endswith(".json"):
@@ -65,10 +71,24 @@ class Clip:
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"clip model {file}: not an open_clip model config (JSON with embed_dim)") from None
         import open_clip
+        from open_clip.pretrained import get_pretrained_cfg
 
-        known = open_clip.get_model_config(self.model)
+        try:
+            known = open_clip.get_model_config(self.model)
+        except Exception as reason:  # of the hub and of the network
+            line = " ".join(str(reason).split())[:300]
+            raise UserError(
+                f"clip model {self.model}: cannot be read from the hub ({line}); check name and network"
+            ) from None
         if known is None:
             raise UserError(f"clip model {self.model}: unknown to open_clip; see open_clip.list_models()")
+        # open_clip would only warn, and compute scores that no paper means.
+        tag = get_pretrained_cfg(self.model, self.pretrained or "")
+        if tag.get("quick_gelu", False) and not known.get("quick_gelu", False):
+            raise UserError(
+                f"clip model {self.model}: pretrained={self.pretrained} was trained with QuickGELU, "
+                f"which this model lacks; name {self.model}-quickgelu"
+            )
         return int(known["embed_dim"])
 
 
@@ -104,7 +124,7 @@ class ClipMeter:
             architecture = Path(architecture).stem
         try:
             model, _, self._transform = open_clip.create_model_and_transforms(
-                architecture, pretrained=settings.pretrained, precision="fp32"
+                architecture, pretrained=settings.pretrained, precision="fp32", require_pretrained=True
             )
             self._tokenizer = open_clip.get_tokenizer(architecture)
         except Exception as reason:

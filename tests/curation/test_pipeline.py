@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,8 +19,9 @@ import yaml
 from curation.config import load_config, parse_config
 from curation.errors import UserError
 from curation.pipeline import curate
+from jobs.cli import COMMANDS
 from tests.conftest import ROOT
-from tests.curation.conftest import sample, write_tar
+from tests.curation.conftest import picture, sample, write_tar
 
 EXPECTED_ERRORS = {
     "caption_missing": 1,
@@ -146,7 +148,7 @@ def measured(out: Path) -> int:
 
 def read_signals(out: Path) -> pa.Table:
     manifest = json.loads((out / "measure.manifest.json").read_text())
-    return pa.concat_tables([pq.read_table(Path(manifest["signal_set"]) / p) for p in manifest["parts"]])
+    return pa.concat_tables([pq.read_table(out / manifest["signal_set"] / p) for p in manifest["parts"]])
 
 
 def test_a_truncated_tar_is_one_row_and_the_run_goes_on(tmp_path: Path, ray_here: None) -> None:
@@ -166,12 +168,85 @@ def test_a_truncated_tar_is_one_row_and_the_run_goes_on(tmp_path: Path, ray_here
     assert 14 < manifest["kept"] < 18
 
 
-def test_too_many_errors_stop_the_run_and_a_higher_budget_goes_on(pool: Path, tmp_path: Path, ray_here: None) -> None:
-    with pytest.raises(UserError, match=r"max_error_rate: 5 of 140 .*image_decode 1.*raise max_error_rate"):
-        curate(parse_config({"max_error_rate": 0.03}), pools=[str(pool)], out=tmp_path / "out", workers=1)
-    assert not (tmp_path / "out" / "measure.manifest.json").exists()
-    manifest = curate(parse_config({"max_error_rate": 0.05}), pools=[str(pool)], out=tmp_path / "out", workers=1)
-    assert manifest["kept"] == 135
+def test_too_many_errors_stop_the_run_and_a_higher_budget_goes_on(tmp_path: Path, ray_here: None) -> None:
+    broken = {f"b{n}": {"txt": b"a caption without its picture"} for n in range(110)}
+    write_tar(tmp_path / "pool" / "0.tar", {**broken, **{str(n): sample(n) for n in range(10)}})
+    pools, out = [str(tmp_path / "pool")], tmp_path / "out"
+    with pytest.raises(UserError, match=r"max_error_rate: 110 of 120 .*image_missing 110.*raise max_error_rate"):
+        curate(parse_config({"max_error_rate": 0.5}), pools=pools, out=out, workers=1)
+    assert not (out / "measure.manifest.json").exists()
+    assert curate(parse_config({"max_error_rate": 0.95}), pools=pools, out=out, workers=1)["kept"] == 10
+
+
+def test_a_small_pool_with_a_fifth_of_it_broken_goes_through_the_shipped_recipe(tmp_path: Path, ray_here: None) -> None:
+    def whole(n: int, **members: bytes) -> dict[str, bytes]:
+        return sample(n, jpg=picture(n, (260, 220)), **members)
+
+    samples = {str(n): whole(n) for n in range(10, 22)}
+    samples["12"]["jpg"] = samples["12"]["jpg"][:500]
+    samples["15"]["json"] = b'{"caption": "cut sho'
+    samples["18"]["txt"] = "für alle".encode("latin-1")
+    write_tar(tmp_path / "pool" / "0.tar", samples)
+    path = write_tar(tmp_path / "pool" / "1.tar", {str(n): whole(n) for n in range(30, 38)})
+    with tarfile.open(path) as tar:
+        last = tar.getmember("37.jpg").offset_data
+    os.truncate(path, last + 300)
+    words = [
+        "--config",
+        str(ROOT / "recipes/curate/datacomp_basic.yaml"),
+        "--pool",
+        str(tmp_path / "pool"),
+        "--workers",
+        "1",
+    ]
+    assert COMMANDS["curate"][1]([*words, "--out", str(tmp_path / "out")]) == 0
+    rows = ledger(tmp_path / "out")
+    assert len(rows) == 20
+    assert {(r["key"], r["reason"]) for r in rows if r["verdict"] == "error"} == {
+        ("12", "image_decode"),
+        ("15", "json_parse"),
+        ("18", "caption_not_utf8"),
+        ("", "truncated_tar"),
+    }
+    assert Counter(r["verdict"] for r in rows) == {"kept": 16, "error": 4}
+
+
+def test_an_edited_list_or_reference_is_another_run(tmp_path: Path, ray_here: None) -> None:
+    pools, listed = [str(tmp_path / "pool")], tmp_path / "uids.txt"
+    write_tar(tmp_path / "pool" / "0.tar", {str(n): sample(n) for n in range(6)})
+    write_tar(tmp_path / "trusted" / "0.tar", {str(n): sample(n) for n in range(3)})
+    listed.write_text(f"{1:032x}\n{2:032x}\n")
+    quantile = {
+        "kind": "reference_quantile",
+        "column": "caption_chars",
+        "reference": str(tmp_path / "r"),
+        "quantile": 0,
+    }
+    selectors = {"mine": {"kind": "uids", "file": str(listed)}, "trusted": quantile}
+    config = parse_config({"signals": {"text": {"kind": "text"}}, "selectors": selectors})
+    # The pool may be measured before the reference is, and the reference with the recipe that names it.
+    curate(config, pools=pools, out=tmp_path / "out", phase="measure", workers=1)
+    for _ in range(2):
+        curate(config, pools=[str(tmp_path / "trusted")], out=tmp_path / "r", phase="measure", workers=1)
+    assert curate(config, pools=pools, out=tmp_path / "out", workers=1)["kept"] == 2
+
+    listed.write_text(f"{1:032x}\n")
+    for phase in ("all", "select", "build"):
+        with pytest.raises(UserError, match=r"selectors\.mine reads has changed.*--overwrite"):
+            curate(config, pools=pools, out=tmp_path / "out", phase=phase)
+    assert curate(config, pools=pools, out=tmp_path / "out", overwrite=True, workers=1)["kept"] == 1
+    write_tar(tmp_path / "trusted" / "1.tar", {"7": sample(7)})
+    curate(config, pools=[str(tmp_path / "trusted")], out=tmp_path / "r", phase="measure", overwrite=True, workers=1)
+    with pytest.raises(UserError, match=r"selectors\.trusted reads has changed"):
+        curate(config, pools=pools, out=tmp_path / "out")
+
+
+def test_a_moved_folder_goes_on(tmp_path: Path, ray_here: None) -> None:
+    write_tar(tmp_path / "pool" / "0.tar", {str(n): sample(n) for n in range(6)})
+    config, pools = parse_config({"signals": {"text": {"kind": "text"}}}), [str(tmp_path / "pool")]
+    curate(config, pools=pools, out=tmp_path / "here", phase="measure", workers=1)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert curate(config, pools=pools, out=tmp_path / "there", phase="select")["kept"] == 6
 
 
 def test_what_is_refused(done: Path, pool: Path, recipe: dict[str, object], tmp_path: Path, ray_here: None) -> None:

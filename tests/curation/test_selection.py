@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation.config import parse_config
+from curation.config import load_config, parse_config
 from curation.errors import UserError
 from curation.manifest import write_manifest
 from curation.selection import engine
@@ -137,6 +137,20 @@ def test_exact_duplicates_keep_the_first_survivor(table: pa.Table, parts: list[P
             assert not failed[i, 1]
 
 
+def test_a_missing_value_is_a_copy_of_nothing(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "url": pa.array(["a", None, "a", None, "b", None], pa.string()),
+            "caption": ["x", "y", "x", "y", "x", "y"],
+            "error": pa.nulls(6, pa.string()),
+        }
+    )
+    parts = write_parts(tmp_path, table, [1, 4])
+    assert keeps(ExactDuplicates(by=("url",)), parts).tolist() == [True, True, False, True, True, True]
+    assert keeps(ExactDuplicates(by=("caption", "url")), parts).tolist() == [True, True, False, True, True, True]
+    assert keeps(ExactDuplicates(by=("caption",)), parts).tolist() == [True, True, False, False, False, False]
+
+
 @pytest.mark.parametrize("distance", [0, 1, 3, 6])
 def test_near_duplicates_against_all_pairs(table: pa.Table, parts: list[Part], distance: int) -> None:
     valid = np.flatnonzero(valid_of(table))
@@ -262,9 +276,26 @@ def test_stages_are_counted_in_order(table: pa.Table, parts: list[Part]) -> None
         ({"selectors": {"x": {"kind": "cluster_balance", "clusters": 3}}}, "exactly one of cap"),
         ({"sed": 3}, "sed: unknown setting"),
         ({"seed": "three"}, "recipe"),
+        ({"seed": None}, r"recipe\.seed: null"),
+        ({"max_error_rate": float("nan")}, "max_error_rate"),
+        ({"signals": {"x": {"kind": ["text"]}}}, r"signals\.x\.kind: \['text'\] is unknown"),
+        ({"selectors": {"x": {"kind": "exact_duplicates", "by": None}}}, r"selectors\.x\.by: null"),
+        ({"selectors": {"x": {"kind": "language", "languages": ["en"], 7: 1, "zz": 2}}}, r"selectors\.x\.7: unknown"),
+        ({7: 1, "zz": 2}, r"recipe\.7: unknown"),
+        ({"selectors": {"x": {"kind": "threshold", "column": "uid", "min": 3}}}, r"x\.column: uid holds no numbers"),
+        ({"selectors": {"x": {"kind": "fraction", "column": "url", "fraction": 0.5}}}, "url holds no numbers"),
         ({"shard_samples": 0}, "shard_samples"),
     ],
 )
 def test_recipes_are_refused_by_name(change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_config({"signals": {"text": {"kind": "text"}}, **change})
+
+
+def test_a_recipe_that_is_no_text_and_an_override_that_is_no_yaml(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("seed: 0  # für alle".encode("latin-1"))
+    with pytest.raises(UserError, match=r"--config .*latin\.yaml"):
+        load_config(tmp_path / "latin.yaml")
+    (tmp_path / "fine.yaml").write_text("seed: 0")
+    with pytest.raises(UserError, match=r"--seed \[a: not YAML"):
+        load_config(tmp_path / "fine.yaml", ["--seed", "[a"])

@@ -13,6 +13,7 @@ from PIL import Image
 
 from curation import store
 from curation.config import parse_config
+from curation.errors import UserError
 from curation.measure import Measuring
 from curation.pool import list_shards
 from curation.store import Unit
@@ -110,3 +111,64 @@ def test_offsets_lead_to_the_members(measured) -> None:
             for extension, offset, size in zip(row["extensions"], row["offsets"], row["sizes"], strict=True):
                 f.seek(offset)
                 assert f.read(size) == s[extension]
+
+
+def measure_alone(folder: Path, root: Path, signals: dict[str, object]) -> list[dict[str, object]]:
+    """The rows of the one part of a one-shard pool, measured into the store at `root`."""
+    config = parse_config({"signals": signals})
+    shard = list_shards([str(folder)])[0]
+    rows = Measuring(signals=config.signals, signal_set=store.open_set(root, config.signals, 1000, None))()(shard)
+    unit = Unit(shard=shard, number=0, rows=rows["rows"])
+    signal_set = store.open_set(root, config.signals, 1000, [unit])
+    store.describe_set(signal_set)
+    if signal_set.missing([unit]):
+        Measuring(signals=config.signals, signal_set=signal_set)()(unit)
+    return pq.read_table(signal_set.path(unit)).to_pylist()
+
+
+def test_a_picture_that_a_signal_cannot_digest_is_a_row_whatever_the_store_holds(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("LAB", (40, 30), (50, 10, 10)).save(buffer, "TIFF")
+    lab = {"tif": buffer.getvalue(), "txt": b"a picture in another colour space"}
+    write_tar(tmp_path / "pool" / "0.tar", {"a": sample(1), "b": lab, "c": sample(2)})
+    text, image = {"text": {"kind": "text"}}, {"image": {"kind": "image"}}
+    prints = {"fingerprints": {"kind": "fingerprints"}}
+    orders = [[text, {**text, **image, **prints}, {**text, **image}], [{**text, **prints}, {**text, **image}, text]]
+    for number, order in enumerate(orders):
+        for signals in order:
+            rows = measure_alone(tmp_path / "pool", tmp_path / str(number), signals)
+            fresh = measure_alone(tmp_path / "pool", tmp_path / f"{number}-{len(signals)}-{len(str(signals))}", signals)
+            shared = {name: [row[name] for row in rows] for name in fresh[0]}
+            assert shared == {name: [row[name] for row in fresh] for name in fresh[0]}
+            failed = "signal_failed" if "fingerprints" in signals else None
+            assert [row["error"] for row in rows] == [None, failed, None]
+            assert [row["caption_words"] for row in rows] == [11, None if failed else 6, 11]
+
+
+def test_weights_that_need_quickgelu_are_refused_without_it() -> None:
+    def parse(model: str, pretrained: str):
+        return parse_config({"signals": {"s": {"kind": "clip", "model": model, "pretrained": pretrained}}})
+
+    for model in ("ViT-B-32", "RN50"):
+        with pytest.raises(UserError, match=f"name {model}-quickgelu"):
+            parse(model, "openai")
+        parse(f"{model}-quickgelu", "openai")
+    parse("ViT-B-32", "laion2b_s34b_b79k")
+
+
+def test_models_of_the_hub_are_open_clips_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    from open_clip import factory
+
+    config = {"signals": {"s": {"kind": "clip", "model": "hf-hub:some/clip"}}}
+    with monkeypatch.context() as patch:
+        patch.setattr(factory, "_get_hf_config", lambda *_, **__: {"model_cfg": {"embed_dim": 48}})
+        signal = parse_config(config).signals["s"]
+        assert signal.schema("s")["s_image_embedding"].list_size == 48
+        assert signal.content() == {"model": "hf-hub:some/clip"}
+
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(factory, "_get_hf_config", unreachable)
+    with pytest.raises(UserError, match=r"hf-hub:some/clip: cannot be read from the hub \(no network\)"):
+        parse_config(config)

@@ -36,6 +36,11 @@ def test_broken_samples_are_left_out_with_a_reason(tmp_path, tar_writer, image_o
         ("d.png", good), ("d.txt", b"\xff\xfe caption"),
         ("e.txt", b"no image"),
         ("f.png", good), ("f.json", b'{"caption": null}'),
+        ("g.png", good), ("g.json", b"[1]"),
+        ("h.png", good), ("h.json", b'{"captions": "abc"}'),
+        ("i.png", good), ("i.json", b'{"caption": "\\ud800"}'),
+        ("j.png", good), ("j.json", b"[" * 100_000),
+        ("k.png", good), ("k.json", b'{"caption": "json"}'), ("k.txt", b"\xff\xfe"),
     ]  # fmt: skip
     tar_writer(tmp_path / "x" / "0.tar", members)
     whole = (tmp_path / "x" / "0.tar").read_bytes()
@@ -49,6 +54,11 @@ def test_broken_samples_are_left_out_with_a_reason(tmp_path, tar_writer, image_o
         "d": "caption_not_utf8",
         "e": "image_missing",
         "f": "caption_missing",
+        "g": "json_broken",
+        "h": "captions_broken",
+        "i": "caption_not_utf8",
+        "j": "json_broken",
+        "k": "caption_not_utf8",
     }
     assert any(row["shard"] == "1.tar" and row["reason"].startswith("shard_damaged") for row in data.left_out)
     assert f"{len(data.left_out)} samples left out" in capsys.readouterr().out

@@ -12,7 +12,8 @@ import pytest
 
 from curation.errors import UserError
 from evaluation import results
-from evaluation.watch import complete_checkpoints, watch
+from evaluation.watch import watch
+from training.checkpoint import complete
 
 
 class Loader:
@@ -87,7 +88,7 @@ def test_a_checkpoint_without_manifest_is_not_listed(tmp_path):
     for step in (2, 10, 1):
         land(tmp_path, step)
     (tmp_path / "checkpoints" / "step_00000002" / "manifest.json").unlink()
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000001", "step_00000010"]
+    assert [path.name for path in complete(tmp_path)] == ["step_00000001", "step_00000010"]
 
 
 def test_a_checkpoint_landing_with_the_end_of_the_run_is_not_missed(tmp_path, pairs_folder, loader):

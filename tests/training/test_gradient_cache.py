@@ -100,7 +100,7 @@ def test_dropout_falls_the_same_way_in_both_passes(shards, tmp_path):
 
     def forward(chunk, separable):
         out = Outputs(**model(chunk, separable=separable))
-        seen.append(out.left.detach().clone())
+        seen.append(torch.cat([out.left, out.right]).detach().clone())
         return out
 
     torch.manual_seed(3)

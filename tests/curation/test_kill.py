@@ -1,0 +1,137 @@
+"""`curate` killed at every step that changes what is on disk, and run again: the bytes are those of a run in one go.
+
+The workers run in this process, so that a kill can be put before each rename,
+deletion, write and marker of theirs too, one after another. The kill of whole
+process groups is in `test_pipeline`.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from curation import phases, pipeline
+from curation.config import CurateConfig, parse_config
+from curation.pipeline import curate
+from curation.workers import Workers
+from tests.curation.conftest import sample, write_tar
+
+RECIPE = {
+    "signals": {"text": {"kind": "text"}, "fingerprints": {"kind": "fingerprints"}},
+    "selectors": {
+        "long": {"kind": "threshold", "column": "caption_chars", "min": 49},
+        "copies": {"kind": "exact_duplicates"},
+    },
+    "unit_samples": 5,
+    "shard_samples": 4,
+}
+
+
+class Killed(BaseException):
+    """Nothing may catch it."""
+
+
+def here(self: Workers, setup: Callable[[], Callable[[Any], Any]], items: Sequence[Any]) -> Iterator[Any]:
+    function = setup() if items else None
+    for item in items:
+        assert function is not None
+        yield function(item)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("raw")
+    for shard in range(2):
+        write_tar(folder / f"{shard}.tar", {str(n): sample(n % 12) for n in range(shard * 8, shard * 8 + 8)})
+    return folder
+
+
+def lose_a_file(folder: Path, **options: object) -> None:
+    """What a kill in the middle of `rmtree` leaves."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file())
+    if files:
+        os.remove(files[0])
+
+
+def write_half(descriptor: int, pieces: Sequence[bytes], offset: int) -> None:
+    whole = b"".join(pieces)
+    os.pwrite(descriptor, whole[: len(whole) // 2], offset)
+
+
+def nothing(*arguments: object, **options: object) -> None:
+    pass
+
+
+STEPS = (
+    (os, "replace", nothing),
+    (Path, "rename", nothing),
+    (Path, "touch", nothing),
+    (shutil, "rmtree", lose_a_file),
+    (os, "pwritev", write_half),
+)
+
+
+def run_until(number: int, patch: pytest.MonkeyPatch, config: CurateConfig, raw: Path, out: Path, **options) -> bool:
+    """Whether the run came to its `number`-th step, which killed it."""
+    done = 0
+
+    def counted(real: Callable[..., Any], half: Callable[..., None]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done == number:
+                half(*arguments, **keywords)
+                raise Killed
+            return real(*arguments, **keywords)
+
+        return call
+
+    with patch.context() as inner:
+        for owner, name, half in STEPS:
+            inner.setattr(owner, name, counted(getattr(owner, name), half))
+        try:
+            curate(config, pools=[str(raw)], out=out, **options)
+        except Killed:
+            return True
+    return False
+
+
+def digests(out: Path) -> dict[str, str]:
+    files = [p for folder in ("shards", "ledger") for p in sorted((out / folder).rglob("*"))]
+    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_killed_at_every_step_and_run_again_gives_the_same_bytes(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwritten: bool
+) -> None:
+    """`overwritten`: in a folder that holds a finished run with another seed, at every step of emptying it too."""
+    monkeypatch.setattr(Workers, "map", here)
+    for module in (phases, pipeline):  # the page is made anew by each run, and its drawings would take most of the time
+        monkeypatch.setattr(module, "write_report", nothing)
+    config, other = parse_config(RECIPE), parse_config({**RECIPE, "seed": 1})
+    whole, old = tmp_path / "whole", tmp_path / "old"
+    manifest = curate(config, pools=[str(raw)], out=whole)
+    assert 0 < manifest["kept"] < manifest["seen"] == 16 and len(list((whole / "shards").glob("*.tar"))) == 3
+    expected = digests(whole)
+    curate(other, pools=[str(raw)], out=old)
+    assert digests(old) != expected
+
+    number, killed = 0, True
+    while killed:
+        number += 1
+        out = tmp_path / str(number)
+        if overwritten:
+            shutil.copytree(old, out)
+        killed = run_until(number, monkeypatch, config, raw, out, overwrite=overwritten)
+        assert not (killed and (out / "manifest.json").exists() and number > 1), f"killed at {number}, yet complete"
+        again = curate(config, pools=[str(raw)], out=out, overwrite=overwritten and killed)
+        assert again["kept"] == manifest["kept"]
+        assert digests(out) == expected, f"killed at step {number}"
+        assert not list(out.glob(".build-*")), f"killed at step {number}: the markers stay"
+        shutil.rmtree(out)
+    assert number > 30, "few steps: what counts them is out of date"

@@ -1,0 +1,68 @@
+"""The tar index against archives that lie in what no checksum covers."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from curation.tar import BLOCK, END, TarDamage, header, members, padded, samples
+
+
+def entry(name: str, payload: bytes, kind: bytes = b"0", size: bytes | None = None) -> bytes:
+    """A tar entry with a right checksum, whatever its kind and size field."""
+    block = bytearray(header(name, len(payload)))
+    block[156:157] = kind
+    if size is not None:
+        block[124:136] = size.ljust(12, b"\0")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + payload.ljust(padded(len(payload)), b"\0")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "records",
+    [
+        b"0 path=x\n",  # a record that does not move on
+        b"garbage that has no length",
+        b"-5 path=x\n",
+        b"99 path=x\n",  # longer than the payload
+        b"9 path=xy",  # no line end where the length says
+        b"10 nothing\n",
+        b"11 size=abc\n",
+        b"10 size=-1\n",
+        b"9" * 5000 + b" path=x\n",  # more digits than `int` takes
+        b"12 path=fine\n0 a=b\n",
+    ],
+)
+def test_pax_records_that_lie_are_damage(records: bytes) -> None:
+    data = entry("a.txt", b"first") + entry("pax", records, b"x") + entry("b.txt", b"second") + END
+    walk = members(data)
+    assert next(walk).name == "a.txt"
+    with pytest.raises(TarDamage, match="PAX header at byte 1024"):
+        next(walk)
+    found, damage = samples(data)
+    assert [s.key for s in found] == ["a"] and damage is not None
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("size", [b"-0000001000", b"+0000000005", b"0o5", b"1_0", b"9"])
+def test_sizes_that_are_not_octal_digits_are_damage(size: bytes) -> None:
+    data = entry("a.txt", b"first") + entry("b.txt", b"second", size=size) + END
+    found, damage = samples(data)
+    assert [s.key for s in found] == ["a"] and damage == f"unreadable header at byte {2 * BLOCK}"
+
+
+def test_sound_pax_archives_read_as_tarfile_reads_them(tmp_path: Path) -> None:
+    path = tmp_path / "pax.tar"
+    names = ["é" * 80 + ".txt", "folder/" * 30 + "deep.txt", "plain.txt"]
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for n, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = n + 3, 1.5
+            tar.addfile(info, io.BytesIO(b"abcde"[: n + 3]))
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        expected = [(info.name, info.offset_data, info.size) for info in tar]
+    assert [(m.name, m.offset, m.size) for m in members(data)] == expected
