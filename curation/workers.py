@@ -112,7 +112,7 @@ class Workers:
 
         kind: Any = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(_Actor)
         while len(self._actors) < count:
-            self._actors.append(kind.remote())
+            self._actors.append(kind.remote(os.getcwd()))
         return self._actors[:count]
 
 
@@ -124,7 +124,9 @@ def _processors() -> int:
 class _Actor:
     """Sets up at the first call of a map: a restarted actor does too, and a user's error is that call's."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str) -> None:
+        if os.path.isdir(folder):
+            os.chdir(folder)  # relative paths of a recipe mean the driver's folder, where the host shares it
         self._generation = 0
         self._function: Callable[[Any], Any] | None = None
 
