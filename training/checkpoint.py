@@ -66,7 +66,7 @@ def check(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder / "manifest.json")
     if manifest is None:
         raise UserError(f"--checkpoint {folder}: has no manifest.json, so it was cut short; take an earlier one")
-    if "weights_hash" not in manifest:
+    if "files" not in manifest:
         raise UserError(f"--checkpoint {folder}: is no checkpoint; name a RUN/checkpoints/step_* or an export")
     for name, size in manifest["files"].items():
         found = (folder / name).stat().st_size if (folder / name).exists() else None
