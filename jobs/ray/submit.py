@@ -130,7 +130,12 @@ def submit(address: str, arguments: Sequence[str], working_dir: str | None = Non
     except (ConnectionError, RuntimeError) as reason:
         raise UserError(f"--address {address}: no Ray job server answers ({_line(reason)}); start a head") from None
     runtime_env = {"working_dir": working_dir} if working_dir else None
-    job = client.submit_job(entrypoint=entrypoint(arguments, shared=not working_dir), runtime_env=runtime_env)
+    try:
+        job = client.submit_job(entrypoint=entrypoint(arguments, shared=not working_dir), runtime_env=runtime_env)
+    except RuntimeError as reason:
+        raise UserError(
+            f"--address {address}: the head takes no job ({_line(reason)}); look at its dashboard"
+        ) from None
     print(f"job {job} at {address}", flush=True)
     log = Log()
     details, received = asyncio.run(_run(client, job, log))

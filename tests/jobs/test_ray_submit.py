@@ -41,6 +41,7 @@ def head() -> Iterator[Head]:
     command += ["--node-ip-address=127.0.0.1", f"--port={free_port()}", "--num-cpus=2", "--include-dashboard=true"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={port}", f"--temp-dir={folder / 'r'}"]
     command += ["--object-store-memory=100000000", "--disable-usage-stats"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # its default is one port for all Rays of a host
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
