@@ -88,7 +88,8 @@ def gradient_cached_step(
         retain: keep the first chunk's graph from the first pass.
 
     Returns:
-        The global "loss", "loss_embed", "loss_<separable>" and "gradient_log_scale", each [].
+        The global "loss", "loss_embed", "loss_<separable>", the "temperature" that was used and
+        "gradient_log_scale", each [].
     """
     states: list[Replay] = []
     embedded: list[Outputs] = []
@@ -127,7 +128,7 @@ def gradient_cached_step(
         backward(surrogate(number, forward(chunks[number], True)))
     after.restore()
 
-    metrics = {"loss_embed": cached.value, "gradient_log_scale": cached.log_scale}
+    metrics = {"loss_embed": cached.value, "gradient_log_scale": cached.log_scale, "temperature": (-log_scale).exp()}
     means = world.sum(torch.stack([sums[n] / total[n] for n in names])) if names else ()
     metrics |= {f"loss_{name}": mean for name, mean in zip(names, means)}
     metrics["loss"] = cached.value + sum(weights[n] * float(metrics[f"loss_{n}"]) for n in names)

@@ -86,27 +86,12 @@ class Trainer:
                 f"step {number}: the loss is {float(metrics['loss'])}; lower optim.lr or raise warmup_steps"
             )
         self.engine.step()
-        with torch.no_grad():
-            floor = self.config.objective.temperature_floor
-            scale = float(self.log_scale)
         norm = self.engine.get_global_grad_norm()
         return {
             **{name: float(value) for name, value in metrics.items()},
-            "temperature": max(math.exp(-scale), floor),
             "grad_norm": float(norm) if norm is not None else math.nan,
             "lr": self.config.optim.lr * share,
         }
-
-    @property
-    def log_scale(self) -> torch.Tensor:
-        """The temperature's parameter, gathered where ZeRO-3 has parted it."""
-        parameter = self.family.model.log_scale
-        if not hasattr(parameter, "ds_id"):
-            return parameter.detach()
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
 
 
 def _on(device: torch.device, chunk: Chunk) -> Chunk:
