@@ -62,7 +62,7 @@ class Story:
         companion = None
         if beside is not None:
             # The training has the cores; grading takes what it leaves.
-            companion = subprocess.Popen(["nice", "-n", "5", *map(str, beside)], cwd=ROOT, env=environment)
+            companion = subprocess.Popen(["nice", "-n", "19", *map(str, beside)], cwd=ROOT, env=environment)
         try:
             code = subprocess.run([*map(str, command)], cwd=ROOT, env=environment).returncode
             if companion is not None and not code:
