@@ -13,9 +13,11 @@ understood.
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 BLOCK = 512
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -176,24 +178,36 @@ def open_shard(path: str | Path) -> Bytes:
         return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def header(name: str, size: int) -> bytes:
-    """A ustar header for a regular file, mode 0644, without owner or time, so that equal inputs give equal tars.
+def headers(names: Sequence[str], sizes: np.ndarray) -> np.ndarray:
+    """ustar headers of regular files, uint8 [n, 512]: mode 0644, without owner or time, so that equal inputs give
+    equal tars. All at once, since a header costs as much as the 30 KB it stands before when written field by field.
 
-    `name` is at most 100 bytes: ours are a 32-digit uid, a copy number and an extension.
+    A name is at most 100 bytes (ours are a 32-digit uid, a copy number and an extension); sizes int64 [n] in bytes.
     """
-    encoded = name.encode()
-    assert len(encoded) <= 100 and size < 8**11, (name, size)
-    block = bytearray(BLOCK)
-    block[: len(encoded)] = encoded
-    block[100:108] = b"0000644\0"
-    block[108:124] = b"0000000\0" * 2
-    block[124:136] = b"%011o\0" % size
-    block[136:148] = b"00000000000\0"
-    block[148:156] = b" " * 8
-    block[156:157] = b"0"
-    block[257:265] = b"ustar\x0000"
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
+    encoded = [name.encode() for name in names]
+    assert max(map(len, encoded), default=0) <= 100 and sizes.max(initial=0) < 8**11, "beyond a ustar header"
+    blocks = np.zeros((len(encoded), BLOCK), np.uint8)
+    blocks[:, :100] = np.array(encoded, "S100").view(np.uint8).reshape(-1, 100)
+    blocks[:, 100:265] = np.frombuffer(_SAME, np.uint8)
+    blocks[:, 124:135] = _octal(sizes, 11)
+    blocks[:, 148:154] = _octal(blocks.sum(axis=1, dtype=np.int64), 6)  # taken with blanks in its own place
+    blocks[:, 154] = 0
+    return blocks
+
+
+def header(name: str, size: int) -> bytes:
+    """One header; see `headers`."""
+    return headers([name], np.array([size])).tobytes()
+
+
+_SAME = b"0000644\0" + b"0000000\0" * 2 + b"00000000000\0" * 2 + b" " * 8 + b"0" + bytes(100) + b"ustar\x0000"
+"""Bytes 100 to 265 of every header of ours: mode, owner, size and time (0), blanks for the checksum, kind, magic."""
+
+
+def _octal(values: np.ndarray, digits: int) -> np.ndarray:
+    """Text of so many octal digits, uint8 [n, digits]."""
+    shifts = 3 * np.arange(digits - 1, -1, -1)
+    return ((values[:, None] >> shifts) & 7).astype(np.uint8) + ord("0")
 
 
 END = bytes(2 * BLOCK)
