@@ -5,6 +5,7 @@ build finds the markers of the shards it has copied. Counts are checked where
 they arise: seen = kept + dropped + errors at every stage, or the run fails.
 """
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -139,23 +140,29 @@ def measured_parts(run: Run) -> tuple[list[Part], dict[str, Any] | None]:
     Raises:
         UserError: something of the pool is not measured.
     """
-    measured = read_manifest(run.out / "measure.manifest.json")
-    if measured is not None:
-        folder, names, rows = run.out / measured["signal_set"], measured["parts"], measured["rows"]
-    else:
-        units = known_units(run, run.pool)
-        signal_set = signal_set_of(run, units)
-        if units is None or signal_set.missing(units):
-            raise UserError(
-                f"--signals {run.root}: this pool is not measured there with this recipe's signals; "
-                "run --phase measure (or all) first"
-            )
-        folder, names, rows = signal_set.folder, [u.part for u in units], [u.rows for u in units]
-    parts, first = [], 0
-    for name, n in zip(names, rows, strict=True):
-        parts.append(Part(path=folder / name, first=first, rows=n))
-        first += n
-    return parts, measured
+    if (recorded := recorded_parts(run.out)) is not None:
+        return recorded, read_manifest(run.out / "measure.manifest.json")
+    units = known_units(run, run.pool)
+    signal_set = signal_set_of(run, units)
+    if units is None or signal_set.missing(units):
+        raise UserError(
+            f"--signals {run.root}: this pool is not measured there with this recipe's signals; "
+            "run --phase measure (or all) first"
+        )
+    return _in_order(signal_set.folder, [u.part for u in units], [u.rows for u in units]), None
+
+
+def recorded_parts(out: Path) -> list[Part] | None:
+    """The parts that OUT's own measurement wrote, in the pool's order; None where it did not finish."""
+    measured = read_manifest(out / "measure.manifest.json")
+    if measured is None:
+        return None
+    return _in_order(out / measured["signal_set"], measured["parts"], measured["rows"])
+
+
+def _in_order(folder: Path, names: Sequence[str], rows: Sequence[int]) -> list[Part]:
+    firsts = itertools.accumulate(rows, initial=0)
+    return [Part(path=folder / name, first=first, rows=n) for name, n, first in zip(names, rows, firsts)]
 
 
 def _map_parts(run: Run, parts: Sequence[Part]) -> MapParts:

@@ -124,6 +124,11 @@ def _measure_part(ledger: Path, seed: int, part: Part) -> tuple[np.ndarray, np.n
     return hash64_many(f"{seed}/shuffle", table["uid"].to_pylist()), np.diff(ends), shard
 
 
+def kept_rows(part: Part, ledger: Path) -> list[int]:
+    """The rows of a part that are kept, in the order of `Copy`."""
+    return np.flatnonzero(read_column(ledger, part, "copies") > 0).tolist()
+
+
 class Copying:
     """Copies one input shard. A worker calls it with a `Copy`; it leaves a marker when all bytes are written."""
 

@@ -89,6 +89,19 @@ def curate(arguments: list[str]) -> int:
     return 0
 
 
+@command("inspect", "one sample of a curated output: picture, signals, every selector's verdict, where it went")
+def inspect(arguments: list[str]) -> int:
+    parser = _parser("inspect")
+    parser.add_argument("uid")
+    parser.add_argument("--out", type=Path, required=True, help="what `gemsmith curate` wrote")
+    a = parser.parse_args(arguments)
+    from curation.inspection import as_text
+    from curation.inspection import inspect as run
+
+    print("\n\n".join(as_text(sample) for sample in run(a.uid, a.out)))
+    return 0
+
+
 @command("train", "train a recipe on shards, through the deepspeed launcher")
 def train(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):

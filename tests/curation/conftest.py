@@ -126,3 +126,14 @@ def recipe(tiny_clip: tuple[Path, Path]) -> dict[str, object]:
         "shard_samples": 25,
         "max_error_rate": 0.2,
     }
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory: pytest.TempPathFactory, pool: Path, recipe: dict[str, object], ray_here: None) -> Path:
+    """The pool, curated by the recipe to its end."""
+    from curation.config import parse_config
+    from curation.pipeline import curate
+
+    out = tmp_path_factory.mktemp("done") / "out"
+    curate(parse_config(recipe), pools=[str(pool)], out=out, workers=2)
+    return out

@@ -43,13 +43,6 @@ def digests(out: Path) -> dict[str, str]:
     return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, pool: Path, recipe: dict[str, object], ray_here: None) -> Path:
-    out = tmp_path_factory.mktemp("done") / "out"
-    curate(parse_config(recipe), pools=[str(pool)], out=out, workers=2)
-    return out
-
-
 def test_conservation_and_reasons(done: Path) -> None:
     manifest = json.loads((done / "manifest.json").read_text())
     rows = ledger(done)

@@ -1,0 +1,136 @@
+"""`gemsmith inspect`: one sample of a curated output, with all that decided about it.
+
+Everything comes from the files that curation has left: the signals, the
+ledger, and the build's plan, which is a function of them, so no tar is searched.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from curation import shards, store
+from curation.errors import UserError
+from curation.manifest import read_manifest
+from curation.phases import recorded_parts
+from curation.selection import SELECTORS
+from curation.selection.engine import Part
+from curation.tar import IMAGE_EXTENSIONS, open_shard
+
+WORDS = {True: "passes", False: "FAILS", None: "not asked"}
+
+
+def inspect(uid: str, out: Path) -> list[dict[str, Any]]:
+    """What is known of the samples with this uid; more than one where the pool holds it more than once.
+
+    Returns:
+        For each: {"uid", "shard", "key", "index", "members": {extension: bytes}, "caption", "url", "error",
+        "signals": {column: value}, "verdict", "reason", "selectors": [{"name", "passes",
+        "thresholds"}], "went": [{"shard", "key"}], "picture": path or None}. A selector that looks at survivors alone was not
+        asked of a sample that was out already: its "passes" is None. The picture is copied to OUT/inspect.
+
+    Raises:
+        UserError: OUT holds no finished selection, or the pool has no such uid.
+    """
+    parts, selected = recorded_parts(out), read_manifest(out / "select.manifest.json")
+    if parts is None or selected is None:
+        raise UserError(f"--out {out}: holds no selection; run `gemsmith curate` to its end first")
+    places = [(part, row) for part in parts for row in _rows(part, uid)]
+    if not places:
+        raise UserError(f"inspect {uid}: not among the {selected['seen']:,} samples of {out}; look into its ledger")
+    went = _destinations(parts, out, selected) if (out / "shards").is_dir() else {}
+    return [_sample(part, row, out, selected, went) for part, row in places]
+
+
+def _rows(part: Part, uid: str) -> list[int]:
+    uids = pq.read_table(part.path, columns=["uid"])["uid"]
+    return pc.indices_nonzero(pc.equal(uids, pa.scalar(uid))).to_pylist()
+
+
+def _destinations(parts: list[Part], out: Path, selected: dict[str, Any]) -> dict[int, tuple[str, int]]:
+    """row of the pool -> (output shard, copy number)"""
+    config, ledger = selected["config"], out / "ledger"
+    plan = shards.plan(parts, ledger, seed=selected["seed"], shard_samples=config["shard_samples"])
+    kept = (part.first + row for part in parts for row in shards.kept_rows(part, ledger))
+    placed = (
+        (shards.tar_name(int(o)), int(c)) for item in plan.copies for o, c in zip(item.output, item.copy, strict=True)
+    )
+    return dict(zip(kept, placed, strict=True))
+
+
+def _sample(
+    part: Part, row: int, out: Path, selected: dict[str, Any], went: dict[int, tuple[str, int]]
+) -> dict[str, Any]:
+    record = pq.read_table(part.path).slice(row, 1).to_pylist()[0]
+    judged = pq.read_table(out / "ledger" / part.path.name).slice(row, 1).to_pylist()[0]
+    members = dict(
+        zip(record["extensions"] or (), zip(record["offsets"] or (), record["sizes"] or (), strict=True), strict=True)
+    )
+    here = went.get(part.first + row)
+    return {
+        **{name: record[name] for name in ("uid", "shard", "key", "index", "caption", "url", "error")},
+        "members": {extension: size for extension, (_, size) in members.items()},
+        "signals": {name: value for name, value in record.items() if name not in store.BASE.names},
+        "verdict": judged["verdict"],
+        "reason": judged["reason"],
+        "selectors": [] if record["error"] else _verdicts(selected, set(judged["failed"])),
+        "went": [{"shard": here[0], "key": f"{record['uid']}-{here[1]}"}] if here else [],
+        "picture": _picture(record, members, row, out),
+    }
+
+
+def _verdicts(selected: dict[str, Any], failed: set[str]) -> list[dict[str, Any]]:
+    """What each selector of the recipe said, in its order."""
+    thresholds = {stage["name"]: stage.get("thresholds", {}) for stage in selected["stages"]}
+    verdicts: list[dict[str, Any]] = []
+    out = False
+    for name, settings in selected["config"]["selectors"].items():
+        kind: Any = SELECTORS[settings["kind"]]
+        asked = name in failed or not (out and kind.scope == "survivors")
+        verdicts.append({"name": name, "passes": name not in failed if asked else None, "thresholds": thresholds[name]})
+        out |= name in failed
+    return verdicts
+
+
+def _picture(record: dict[str, Any], members: dict[str, tuple[int, int]], row: int, out: Path) -> Path | None:
+    """The image's own bytes, as a file to look at."""
+    extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
+    if extension is None or not Path(record["shard"]).exists():
+        return None
+    offset, size = members[extension]
+    path = out / "inspect" / f"{record['uid']}-{record['key'].replace('/', '_')}.{extension}"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(open_shard(record["shard"])[offset : offset + size])
+    return path
+
+
+def as_text(sample: dict[str, Any]) -> str:
+    """The sample for a terminal."""
+    members = ", ".join(f"{extension} {size:,} B" for extension, size in sample["members"].items())
+    lines = [
+        f"uid      {sample['uid']}",
+        f"in       {sample['shard']}, sample {sample['index']}, key {sample['key']} ({members})",
+        f"picture  {sample['picture'] or 'none'}",
+        f"caption  {sample['caption']!r}",
+        f"url      {sample['url'] or ''}",
+        "signals",
+        *(f"  {name:26} {_short(value)}" for name, value in sample["signals"].items()),
+        f"verdict  {sample['verdict']}" + (f" by {sample['reason']}" if sample["reason"] else ""),
+    ]
+    for selector in sample["selectors"]:
+        bounds = "; ".join(f"{column} at {', '.join(map(_short, v))}" for column, v in selector["thresholds"].items())
+        lines.append(f"  {selector['name']:26} {WORDS[selector['passes']]:9} {bounds}".rstrip())
+    lines += [f"went     {place['shard']} as {place['key']}" for place in sample["went"]] or ["went     nowhere"]
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, list) and len(value) > 8:
+        return f"[{', '.join(map(_short, value[:4]))}, ... {len(value)} values]"
+    return str(value)
