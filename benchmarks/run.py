@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import curation_rows, training_rows
 from benchmarks.case import Bench, Case
-from curation.errors import UserError
+from curation.errors import UserError, exit_code
 from curation.manifest import SCHEMA_VERSION, write_json
 
 LATEST = Path(__file__).parent / "results" / "latest.json"
@@ -128,14 +128,9 @@ def main() -> int:
     a = parser.parse_args()
     if a.quick and a.out is None:
         parser.error("--quick figures are no results: name another file with --out")
-    try:
-        rows = run(a.only, a.quick, a.work, a.out or LATEST)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(rows))
+    print(table(run(a.only, a.quick, a.work, a.out or LATEST)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

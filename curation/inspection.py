@@ -27,8 +27,8 @@ def inspect(uid: str, out: Path) -> list[dict[str, Any]]:
 
     Returns:
         For each: {"uid", "shard", "key", "index", "members": {extension: bytes}, "caption", "url", "error",
-        "signals": {column: value}, "verdict", "reason", "selectors": [{"name", "passes",
-        "thresholds"}], "went": [{"shard", "key"}], "picture": path or None}. A selector that looks at survivors alone was not
+        "signals": {column: value}, "verdict", "reason", "selectors": [{"name", "passes", "thresholds"}],
+        "went": [{"shard", "key"}], "picture": path or None}. A selector that looks at survivors alone was not
         asked of a sample that was out already: its "passes" is None. The picture is copied to OUT/inspect.
 
     Raises:

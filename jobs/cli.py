@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from curation.errors import UserError
+from curation.errors import UserError, exit_code
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {}
 
@@ -249,11 +249,10 @@ def main() -> None:
         print("usage: gemsmith COMMAND ...  (gemsmith COMMAND --help shows its options)\n")
         print("\n".join(f"  {n:10} {summary}" for n, (summary, _) in COMMANDS.items()))
         return
-    try:
-        if name not in COMMANDS:
-            raise UserError(f"gemsmith {name}: no such command; one of {', '.join(COMMANDS)}")
-        code = COMMANDS[name][1](arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    sys.exit(code)
+    sys.exit(exit_code(lambda: _command(name)(arguments)))
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    if name not in COMMANDS:
+        raise UserError(f"gemsmith {name}: no such command; one of {', '.join(COMMANDS)}")
+    return COMMANDS[name][1]

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from curation.errors import UserError
+from curation.errors import UserError, exit_code
 
 OURS = ("--phase", "--part", "--overwrite")  # of which slices would undo each other's work
 
@@ -134,9 +134,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    sys.exit(code)
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

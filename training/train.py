@@ -15,7 +15,7 @@ from typing import Any
 # A script's own folder comes first on the path, where data.py or config.py would hide packages of those names.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-from curation.errors import UserError
+from curation.errors import UserError, exit_code
 from curation.manifest import claim, read_manifest
 from training import checkpoint
 from training.config import TrainConfig, as_dict, deepspeed_config, make_parser
@@ -108,11 +108,7 @@ def tune_for_cpu() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+    code = exit_code(lambda: main(sys.argv[1:]))
     sys.stdout.flush()
     sys.stderr.flush()
     # Gloo's threads can abort the interpreter's own exit after all is done and written.

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from curation.errors import UserError
+from curation.errors import UserError, exit_code
 
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 300.0  # for a head that does not answer: it may be starting its dashboard again
@@ -208,9 +208,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    sys.exit(code)
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))
