@@ -2,6 +2,7 @@
 
 from curation.hashing import config_hash
 from curation.signals.clip import Clip
+from curation.signals.exposure import Exposure
 from curation.signals.fingerprints import Fingerprints
 from curation.signals.image import ImageShape
 from curation.signals.interface import Signal
@@ -12,6 +13,7 @@ SIGNALS: dict[str, type] = {
     "text": Text,
     "language": Language,
     "image": ImageShape,
+    "exposure": Exposure,
     "fingerprints": Fingerprints,
     "clip": Clip,
 }

@@ -7,11 +7,14 @@ of a CLIP that `gemsmith train` made on a small trusted set: the
 data-filtering-network recipe. Preprocessing is the model's own evaluation
 transform, scoring is fp32 on one thread, so the score is what open_clip called
 by hand gives, on any number of workers.
+
+Heads on the image embedding (LAION's aesthetic predictors, any linear probe)
+are judged in the same breath, since the embedding is there.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,21 +30,30 @@ HUB = "hf-hub:"
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """Columns NAME (float32, in [-1, 1]) and NAME without "_score" + "_image_embedding" (float16 [D], unit norm).
+    """Columns NAME (float32, in [-1, 1]), NAME without "_score" + "_image_embedding" (float16 [D], unit norm), and
+    for each head NAME without "_score" + "_" + the head's name (float32).
 
     `model`: a name of `open_clip.list_models()` or the path of a model config (.json); or hf-hub:... or a folder
     with open_clip_config.json and its weights, which need no `pretrained`.
     `pretrained`: a tag of `open_clip.list_pretrained()`, or the path of a checkpoint.
+    `heads`: name -> checkpoint of linear layers D -> ... -> 1 on the unit embedding, applied one after the other in
+    the file's order, as in LAION's sa_0_4_vit_l_14_linear and sac+logos+ava1-l14-linearMSE (no activations there).
     """
 
     model: str
     pretrained: str | None = None
+    heads: dict[str, str] = field(default_factory=dict)
     version: ClassVar[int] = 1
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
-        return {name: pa.float32(), embedding_column(name): pa.list_(pa.float16(), self._width())}
+        heads = {head_column(name, head): pa.float32() for head in self.heads}
+        return {name: pa.float32(), embedding_column(name): pa.list_(pa.float16(), self._width()), **heads}
 
     def content(self) -> dict[str, Any]:
+        heads = {head: _file_or_name(file) for head, file in self.heads.items()}
+        return {**self._model_content(), **({"heads": heads} if heads else {})}
+
+    def _model_content(self) -> dict[str, Any]:
         if Path(self.model).is_dir():
             return {"model": file_hash(sorted(p for p in Path(self.model).iterdir() if p.is_file()))}
         if self.model.startswith(HUB):
@@ -97,6 +109,11 @@ def embedding_column(name: str) -> str:
     return name.removesuffix("_score") + "_image_embedding"
 
 
+def head_column(name: str, head: str) -> str:
+    """The column of a head that belongs to the score column `name`."""
+    return f"{name.removesuffix('_score')}_{head}"
+
+
 def _looks_like_path(value: str) -> bool:
     return "/" in value or Path(value).suffix in {".json", ".pt", ".pth", ".bin", ".safetensors"}
 
@@ -110,6 +127,31 @@ def _file_or_name(value: str) -> str:
             f"clip {value}: no such file; name an existing checkpoint or model config, or a tag of open_clip"
         )
     return file_hash([Path(value)])
+
+
+def _affine(head: str, file: str, width: int) -> tuple[Any, float]:
+    """The chain of linear layers in a checkpoint as one: (weight fp32 [D], bias).
+
+    Raises:
+        UserError: not a checkpoint of linear layers from D to 1.
+    """
+    import torch
+
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        weights = [tensor.double() for key, tensor in state.items() if key.endswith("weight")]
+        biases = [tensor.double() for key, tensor in state.items() if key.endswith("bias")]
+        weight, bias = torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+        for w, b in zip(weights, biases, strict=True):
+            weight, bias = w @ weight, w @ bias + b
+        (row,), (offset,) = weight, bias
+    except Exception as reason:  # of unpickling, of shapes
+        line = " ".join(str(reason).split())[:200]
+        raise UserError(
+            f"clip heads.{head} {file}: no chain of linear layers {width} -> ... -> 1 ({line}); "
+            "name a head that was trained on this model's embeddings"
+        ) from None
+    return row.float(), float(offset)
 
 
 class ClipMeter:
@@ -134,6 +176,8 @@ class ClipMeter:
                 "check the pair, or give a checkpoint file where there is no network"
             ) from reason
         self._model = model.eval()
+        width = settings._width()
+        self._heads = {head_column(name, head): _affine(head, file, width) for head, file in settings.heads.items()}
         self._name = name
         self._torch = torch
 
@@ -147,8 +191,10 @@ class ClipMeter:
             image_bd = self._model.encode_image(pixels_b3ss, normalize=True)
             text_bd = self._model.encode_text(self._tokenizer([caption for _, caption in seen]), normalize=True)
             scores_b = (image_bd * text_bd).sum(dim=1)
+            judged = {column: image_bd @ weight_d + bias for column, (weight_d, bias) in self._heads.items()}
         image = image_bd.numpy().astype(np.float16)
         return {
+            **{column: pa.array(values_b.numpy(), pa.float32()) for column, values_b in judged.items()},
             self._name: pa.array(scores_b.numpy(), pa.float32()),
             embedding_column(self._name): pa.FixedSizeListArray.from_arrays(
                 pa.array(image.reshape(-1), pa.float16()), image.shape[1]

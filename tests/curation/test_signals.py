@@ -126,6 +126,53 @@ def measure_alone(folder: Path, root: Path, signals: dict[str, object]) -> list[
     return pq.read_table(signal_set.path(unit)).to_pylist()
 
 
+def test_exposure_against_the_pixels(tmp_path: Path) -> None:
+    samples = {str(n): sample(n, jpg=picture(n, SIZES[n % 5], *KINDS[n % len(KINDS)])) for n in range(12)}
+    buffer = io.BytesIO()
+    Image.new("RGB", (50, 40), (255, 255, 255)).save(buffer, "PNG")
+    samples["white"] = {"png": buffer.getvalue(), "txt": b"a white wall"}
+    write_tar(tmp_path / "pool" / "0.tar", samples)
+    rows = measure_alone(tmp_path / "pool", tmp_path / "store", {"exposure": {"kind": "exposure"}})
+    for row, members in zip(rows, samples.values(), strict=True):
+        pixels = next(members[e] for e in ("jpg", "png") if e in members)
+        grey = np.asarray(Image.open(io.BytesIO(pixels)).convert("L"))
+        share = np.unique(grey, return_counts=True)[1] / grey.size
+        assert row["luminance"] == pytest.approx(grey.mean() / 255, abs=1e-6)
+        assert row["contrast"] == pytest.approx(grey.std() / 255, abs=1e-6)
+        assert row["entropy"] == pytest.approx(-(share * np.log2(share)).sum(), abs=1e-5)
+    assert (rows[-1]["luminance"], rows[-1]["contrast"], rows[-1]["entropy"]) == (1.0, 0.0, 0.0)
+
+
+def test_heads_judge_the_embedding(tmp_path: Path, tiny_clip: tuple[Path, Path]) -> None:
+    import torch
+    from torch import nn
+
+    torch.manual_seed(1)
+    deep = nn.Sequential(nn.Linear(64, 32), nn.Dropout(), nn.Linear(32, 8), nn.Linear(8, 1)).eval()  # as LAION's v2
+    torch.save(nn.Linear(64, 1).state_dict(), tmp_path / "linear.pth")
+    torch.save(deep.state_dict(), tmp_path / "deep.pth")
+    torch.save(nn.Linear(63, 1).state_dict(), tmp_path / "narrow.pth")
+    write_tar(tmp_path / "pool" / "0.tar", {str(n): sample(n) for n in range(70)})
+    clip = {"kind": "clip", "model": str(tiny_clip[0]), "pretrained": str(tiny_clip[1])}
+
+    def measure(**heads: str) -> list[dict[str, object]]:
+        named = {name: str(tmp_path / file) for name, file in heads.items()}
+        return measure_alone(tmp_path / "pool", tmp_path / "store", {"clip_score": {**clip, "heads": named}})
+
+    rows = measure(aesthetic="deep.pth", linear="linear.pth")
+    embeddings = torch.tensor([row["clip_image_embedding"] for row in rows])
+    with torch.no_grad():
+        np.testing.assert_allclose([r["clip_aesthetic"] for r in rows], deep(embeddings)[:, 0], atol=2e-4)
+    assert {row["clip_linear"] for row in rows} != {None}
+    plain = measure()
+    assert [row["clip_score"] for row in plain] == [row["clip_score"] for row in rows]
+    assert "clip_aesthetic" not in plain[0]
+    with pytest.raises(UserError, match=r"heads\.bad .*narrow.pth: no chain of linear layers 64"):
+        measure(bad="narrow.pth")
+    with pytest.raises(UserError, match="no such file"):
+        measure(bad="nowhere.pth")
+
+
 def test_a_picture_that_a_signal_cannot_digest_is_a_row_whatever_the_store_holds(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("LAB", (40, 30), (50, 10, 10)).save(buffer, "TIFF")
