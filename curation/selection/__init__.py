@@ -4,9 +4,11 @@ from curation.selection.caption_rules import CaptionRules
 from curation.selection.cluster_balance import ClusterBalance
 from curation.selection.exact_duplicates import ExactDuplicates
 from curation.selection.fraction import Fraction
+from curation.selection.image_based import ImageBased
 from curation.selection.language import LanguageIs
 from curation.selection.near_duplicates import NearDuplicates
 from curation.selection.reference_quantile import ReferenceQuantile
+from curation.selection.semantic_duplicates import SemanticDuplicates
 from curation.selection.threshold import Threshold
 from curation.selection.uids import Uids
 
@@ -18,6 +20,8 @@ SELECTORS: dict[str, type] = {
     "caption_rules": CaptionRules,
     "exact_duplicates": ExactDuplicates,
     "near_duplicates": NearDuplicates,
+    "semantic_duplicates": SemanticDuplicates,
     "cluster_balance": ClusterBalance,
+    "image_based": ImageBased,
     "uids": Uids,
 }

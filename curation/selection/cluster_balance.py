@@ -3,7 +3,7 @@
 Two passes: the first takes a sample by hash and trains the centroids, the
 second assigns every survivor and sees how large the clusters are. Inside a
 cluster hash(seed, uid) chooses, so the choice depends on neither order nor
-partition. FAISS runs on one thread here, so that sums have one order.
+partition.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,8 @@ import pyarrow as pa
 
 from curation.errors import UserError
 from curation.hashing import hash64_many
+from curation.selection import clustering
 from curation.selection.interface import Pass, dropped_rows
-
-ITERATIONS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,51 +49,19 @@ class ClusterBalance:
     def passes(self) -> Sequence[Pass]:
         return (Pass(self._sample, self._train), Pass(self._assign, self._choose))
 
-    def _sample(self, table: pa.Table, decision: Any) -> tuple[np.ndarray, np.ndarray]:
-        """(hashes uint64 [m], embeddings float16 [m, D]) of the m <= sample rows with the lowest hashes."""
-        hashes = hash64_many(f"{self.seed}/cluster sample", table["uid"].to_pylist())
-        chosen = np.argsort(hashes, kind="stable")[: self.sample]
-        return hashes[chosen], _embeddings(table, self.column)[chosen]
+    def _sample(self, table: pa.Table, decision: Any) -> clustering.Sample:
+        return clustering.sample_rows(table, self.column, self.seed, self.sample)
 
-    def _train(self, summaries: list[tuple[np.ndarray, np.ndarray]], decision: Any) -> np.ndarray | None:
-        """Centroids float32 [clusters, D], or None where nothing survives."""
-        import faiss
-
-        hashes = np.concatenate([s[0] for s in summaries])
-        chosen = np.argsort(hashes, kind="stable")[: self.sample]
-        if not len(chosen):
-            return None
-        embeddings = np.concatenate([s[1] for s in summaries])[chosen].astype(np.float32)
-        kmeans = faiss.Kmeans(
-            embeddings.shape[1],
-            min(self.clusters, len(chosen)),
-            niter=ITERATIONS,
-            seed=self.seed & 0x7FFFFFFF,
-            spherical=True,
-            min_points_per_centroid=1,
-            max_points_per_centroid=len(chosen),
-        )
-        threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1)
-        kmeans.train(embeddings)
-        faiss.omp_set_num_threads(threads)
-        return kmeans.centroids
+    def _train(self, summaries: list[clustering.Sample], decision: Any) -> np.ndarray | None:
+        return clustering.train(summaries, clusters=self.clusters, size=self.sample, seed=self.seed)
 
     def _assign(self, table: pa.Table, centroids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(cluster int32, hash uint64, row int64), each [rows]."""
         rows = table["row"].to_numpy()
         if centroids is None or not len(rows):
             return np.zeros(0, np.int32), np.zeros(0, np.uint64), rows
-        import faiss
-
-        index = faiss.IndexFlatIP(centroids.shape[1])
-        index.add(centroids)
-        threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1)
-        _, nearest = index.search(_embeddings(table, self.column).astype(np.float32), 1)
-        faiss.omp_set_num_threads(threads)
         return (
-            nearest[:, 0].astype(np.int32),
+            clustering.nearest(clustering.embeddings(table, self.column), centroids),
             hash64_many(f"{self.seed}/cluster choice", table["uid"].to_pylist()),
             rows,
         )
@@ -126,10 +93,3 @@ class ClusterBalance:
 
     def describe(self, decision: dict[str, Any]) -> dict[str, Any]:
         return {"clusters": {"cap": decision["cap"], "before": decision["before"], "after": decision["after"]}}
-
-
-def _embeddings(table: pa.Table, column: str) -> np.ndarray:
-    """A fixed-size list column without nulls, as it is stored: [rows, D]."""
-    values = table[column].combine_chunks()
-    width = values.type.list_size
-    return values.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)

@@ -1,0 +1,217 @@
+"""Keep pictures that lie in the clusters of a reference set: DataComp's image-based filter (arXiv 2304.14108).
+
+The pool's embeddings are clustered; a cluster stays when it is the nearest of
+any reference embedding (ImageNet-1k in the paper), and with it all of its rows.
+DataComp trains the centroids by L2 and then assigns by dot product with the raw
+centroids, which prefers centroids of large norm and so is not the nearest by
+L2; "ip-raw" repeats that, "l2" is what the training meant.
+
+The reference is read in blocks and only the clusters that it touches are
+remembered, so its size does not matter. In a measured folder the column must be
+of the same model and settings as the pool's, since other embeddings mean
+nothing here; of an .npy only the width can be checked.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curation.errors import UserError
+from curation.hashing import config_hash, file_hash
+from curation.manifest import read_manifest
+from curation.selection import clustering
+from curation.selection.interface import Pass
+
+BLOCK = 65_536  # reference rows that are searched at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageBased:
+    """Keep survivors whose nearest centroid in `column` is the nearest of any row of `reference`.
+
+    `reference`: an .npy [n, D], or an OUT folder with a finished measure of the same recipe.
+    Set one: `centroids`, an .npy [K, D] or DataComp's torch-pickled array; or `clusters`, to train so
+    many here by L2 on the `sample` survivors with the lowest hashes (DataComp: 100,000 clusters).
+    `assignment`: "ip-raw" is the largest dot product with the raw centroids, as DataComp has it.
+
+    Memory: the centroids in float32, twice during a search, in every process; to train, the sample as well.
+    """
+
+    column: str = "clip_image_embedding"
+    reference: str
+    centroids: str | None = None
+    clusters: int | None = None
+    assignment: Literal["ip-raw", "l2"] = "ip-raw"
+    sample: int = 1_000_000
+    iterations: int = clustering.ITERATIONS
+    seed: int = 0
+    scope: ClassVar[Literal["survivors"]] = "survivors"
+
+    def __post_init__(self) -> None:
+        if (self.centroids is None) == (self.clusters is None):
+            raise UserError("image_based: set exactly one of centroids and clusters")
+        for name in ("clusters", "sample", "iterations"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"image_based: {name} {value} is not at least 1")
+
+    def content(self) -> str:
+        """By the bytes of the arrays; a measured folder by the names of its parts, as in reference_quantile.
+
+        Raises:
+            UserError: an array is missing, which is known here before hours of measuring.
+        """
+        arrays = {"reference": self.reference} if self._reference_is_array else {}
+        if self.centroids is not None:
+            arrays["centroids"] = self.centroids
+        for field, name in arrays.items():
+            if not Path(name).is_file():
+                raise _missing(field, name)
+        manifest = None if self._reference_is_array else read_manifest(Path(self.reference) / "measure.manifest.json")
+        measured = [Path(manifest["signal_set"]).name, manifest["parts"]] if manifest else []
+        return config_hash([measured, {field: file_hash([Path(name)]) for field, name in arrays.items()}])
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.column,) if self.clusters is None else (self.column, "uid")
+
+    def passes(self) -> Sequence[Pass]:
+        return (Pass(self._local, self._decide),)
+
+    def _local(self, table: pa.Table, decision: Any) -> tuple[bytes, clustering.Sample | None]:
+        """(identity of the column, what may train)"""
+        identity = (table.schema.field(self.column).metadata or {}).get(b"identity", b"")
+        if self.clusters is None:
+            return identity, None
+        return identity, clustering.sample_rows(table, self.column, self.seed, self.sample)
+
+    def _decide(self, summaries: list[tuple[bytes, Any]], decision: Any) -> dict[str, Any]:
+        """{"centroids": float32 [K, D] or None where nothing survives, "touched": bool [K]}"""
+        if self.centroids is not None:
+            centroids = _read_centroids(self.centroids)
+        else:
+            trained = clustering.train(
+                [sample for _, sample in summaries],
+                clusters=self.clusters or 0,
+                size=self.sample,
+                seed=self.seed,
+                iterations=self.iterations,
+                spherical=False,
+            )
+            if trained is None:
+                return {"centroids": None, "touched": np.zeros(0, bool)}
+            centroids = trained
+        touched = np.zeros(len(centroids), bool)
+        for block in self._reference_blocks({identity for identity, _ in summaries}):
+            touched[self._nearest(block, centroids, f"reference {self.reference}")] = True
+        if not touched.any():
+            raise UserError(f"reference {self.reference}: holds no embeddings; measure some pictures")
+        return {"centroids": centroids, "touched": touched}
+
+    def apply(self, table: pa.Table, decision: dict[str, Any]) -> np.ndarray:
+        if not table.num_rows:
+            return np.zeros(0, bool)
+        points = clustering.embeddings(table, self.column)
+        return decision["touched"][self._nearest(points, decision["centroids"], f"column {self.column}")]
+
+    def describe(self, decision: dict[str, Any]) -> dict[str, Any]:
+        return {"centroids": len(decision["touched"]), "centroids_touched": int(decision["touched"].sum())}
+
+    @property
+    def _reference_is_array(self) -> bool:
+        return self.reference.endswith(".npy")
+
+    def _nearest(self, points: np.ndarray, centroids: np.ndarray, whose: str) -> np.ndarray:
+        if points.shape[1] != centroids.shape[1]:
+            raise UserError(
+                f"{whose}: embeddings of width {points.shape[1]}, but the centroids have {centroids.shape[1]}; "
+                "both must come from one model"
+            )
+        return clustering.nearest(points, centroids, "ip" if self.assignment == "ip-raw" else "l2")
+
+    def _reference_blocks(self, identities: set[bytes]) -> Iterator[np.ndarray]:
+        """The reference's embeddings, [<= BLOCK, D] at a time."""
+        if self._reference_is_array:
+            array = _load_npy("reference", self.reference)
+            yield from (array[start : start + BLOCK] for start in range(0, len(array), BLOCK))
+            return
+        manifest = read_manifest(Path(self.reference) / "measure.manifest.json")
+        if manifest is None:
+            raise UserError(
+                f"reference {self.reference}: no finished measure there; run `gemsmith curate --phase measure` on the "
+                "reference pictures with this recipe first, or name an .npy of their embeddings"
+            )
+        for part in manifest["parts"]:
+            path = Path(self.reference) / manifest["signal_set"] / part
+            schema = pq.read_schema(path)
+            found = schema.field(self.column).metadata or {} if self.column in schema.names else {}
+            if {found.get(b"identity", b"")} != identities:
+                raise UserError(
+                    f"reference {self.reference}: its {self.column} was not measured by the same model and settings; "
+                    "measure it again with this recipe"
+                )
+            measured = pq.read_table(path, columns=[self.column])
+            if len(points := clustering.embeddings(measured.drop_null(), self.column)):
+                yield points
+
+
+def _missing(field: str, name: str) -> UserError:
+    return UserError(f"image_based: {field} {name}: no such file; name an array of embeddings [rows, width]")
+
+
+def _read_centroids(name: str) -> np.ndarray:
+    """float32 [K, D], C-contiguous as FAISS wants it."""
+    array = _load_npy("centroids", name) if name.endswith(".npy") else _load_torch_array(name)
+    return np.ascontiguousarray(array, np.float32)
+
+
+def _load_npy(field: str, name: str) -> np.ndarray:
+    try:
+        array = np.load(name, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise _missing(field, name) from None
+    except (OSError, ValueError) as reason:
+        raise UserError(f"image_based: {field} {name}: cannot be read as .npy ({reason}); save it by np.save") from None
+    return _matrix(array, field, name)
+
+
+def _load_torch_array(name: str) -> np.ndarray:
+    """The NumPy array of a `torch.save(array, file, pickle_protocol=4)`, as DataComp's clustering writes it.
+
+    torch.load(weights_only=True) does not know protocol 4. So the pickle in the
+    zip is read with an unpickler that makes NumPy arrays and nothing else.
+    """
+    try:
+        with zipfile.ZipFile(name) as archive:
+            member = next(m for m in archive.namelist() if m.endswith("/data.pkl"))
+            with archive.open(member) as f:
+                array = _ArrayUnpickler(f).load()
+    except FileNotFoundError:
+        raise _missing("centroids", name) from None
+    except (OSError, zipfile.BadZipFile, StopIteration, pickle.UnpicklingError) as reason:
+        raise UserError(
+            f"image_based: centroids {name}: neither .npy nor a torch-pickled array ({reason}); save it by np.save"
+        ) from None
+    return _matrix(array, "centroids", name)
+
+
+def _matrix(array: Any, field: str, name: str) -> np.ndarray:
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+        raise UserError(f"image_based: {field} {name}: not a matrix of floats [rows, width]; save one by np.save")
+    return array
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        # NumPy 1 wrote numpy.core and NumPy 2 writes numpy._core; protocol 2 has bytes through _codecs.encode.
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} or (
+            module in {"numpy.core.multiarray", "numpy._core.multiarray"} and name == "_reconstruct"
+        ):
+            return super().find_class(module.replace("numpy.core.", "numpy._core."), name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
