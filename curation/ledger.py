@@ -7,23 +7,25 @@ be read side by side. The folder appears by a rename when all of it is written.
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation.selection.engine import MapParts, Part, Selection
 
+VERDICTS = pa.array(["kept", "dropped", "error"])
 SCHEMA = pa.schema(
     [
         ("uid", pa.string()),
         ("shard", pa.string()),
         ("key", pa.string()),
-        ("verdict", pa.string()),  # kept | dropped | error
+        ("verdict", pa.string()),  # of VERDICTS
         ("reason", pa.string()),  # the first selector that dropped it, or the error
         ("failed", pa.list_(pa.string())),  # all selectors that would have dropped it
         ("copies", pa.int32()),  # how often it is in the shards
@@ -64,27 +66,25 @@ def _write_part(
     part, valid, failed = item
     table = pq.read_table(part.path, columns=["uid", "shard", "key", "error"])
     kept = valid & ~failed.any(axis=1)
-    verdicts = np.where(valid, np.where(kept, "kept", "dropped"), "error")
-    first = failed.argmax(axis=1) if names else np.zeros(part.rows, int)
-    errors = table["error"].to_pylist()
-    reasons = [
-        None if k else names[f] if v else error for k, v, f, error in zip(kept, valid, first, errors, strict=True)
-    ]
-    lists: Iterable[list[str]] = ([names[s] for s in np.flatnonzero(row)] for row in failed)
+    called = pa.array(names, pa.string())
+    verdict = VERDICTS.take(pa.array(np.where(valid, np.where(kept, 0, 1), 2)))
+    first = pa.array(failed.argmax(axis=1) if names else np.zeros(part.rows, int), mask=~valid | kept)
+    reason = pc.coalesce(called.take(first), table["error"])
+    ends = np.concatenate([[0], failed.sum(axis=1).cumsum()]).astype(np.int32)
     out = pa.table(
         [
             table["uid"],
             table["shard"],
             table["key"],
-            pa.array(verdicts.tolist()),
-            pa.array(reasons, pa.string()),
-            pa.array(list(lists), pa.list_(pa.string())),
+            verdict,
+            reason,
+            pa.ListArray.from_arrays(pa.array(ends), called.take(pa.array(np.nonzero(failed)[1]))),
             pa.array(kept.astype(np.int32)),
         ],
         schema=SCHEMA,
     )
     pq.write_table(out, folder / part.path.name, compression="zstd")
-    return Counter(zip(verdicts.tolist(), reasons, strict=True))
+    return Counter(zip(verdict.to_pylist(), reason.to_pylist(), strict=True))
 
 
 def read_column(folder: Path, part: Part, column: str) -> np.ndarray:
