@@ -13,7 +13,7 @@ refused with the entry's name.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -26,7 +26,9 @@ from pyarrow.types import is_floating, is_integer
 from curation import store
 from curation.errors import UserError
 from curation.selection import SELECTORS
+from curation.selection.any_of import AnyOf
 from curation.selection.fraction import Fraction
+from curation.selection.fusion import ScoreFusion
 from curation.selection.interface import Selector
 from curation.selection.reference_quantile import ReferenceQuantile
 from curation.selection.threshold import Threshold
@@ -102,6 +104,8 @@ def parse_config(raw: Mapping[str, Any]) -> CurateConfig:
 
 def _entry(entry: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
     kind = next(k for k, c in kinds.items() if c is type(entry))
+    if isinstance(entry, AnyOf):
+        return {"kind": kind, "selectors": {n: _entry(s, kinds) for n, s in entry.selectors.items()}}
     return {"kind": kind, **dataclasses.asdict(entry)}
 
 
@@ -119,6 +123,8 @@ def _entries(raw: Any, kinds: Mapping[str, type], section: str, inherited: Mappi
         kind = rest.pop("kind", None)
         if not isinstance(kind, str) or kind not in kinds:
             raise UserError(f"{where}.kind: {kind!r} is unknown; one of {', '.join(kinds)}")
+        if kinds[kind] is AnyOf:  # what it holds are entries themselves
+            rest["selectors"] = _entries(rest.get("selectors"), kinds, f"{where}.selectors", inherited)
         fields = {f.name for f in dataclasses.fields(kinds[kind])}
         rest = {**{k: v for k, v in inherited.items() if k in fields}, **rest}
         out[str(name)] = _typed(kinds[kind], rest, where)
@@ -151,17 +157,28 @@ def _check_columns(config: CurateConfig) -> None:
             if column in measured:
                 raise UserError(f"signals.{name}: its column {column} is already that of {measured[column]}; drop one")
             measured[column], kinds[column] = f"signal {name}", kind
-    for name, selector in config.selectors.items():
+    for name, selector in _each(config.selectors):
         for column in selector.needs:
             if column not in measured:
                 raise UserError(
                     f"selectors.{name}: column {column} is not measured; add its signal or use one of "
                     f"{', '.join(measured)}"
                 )
-        if isinstance(selector, NUMERIC) and not (
-            is_integer(kinds[selector.column]) or is_floating(kinds[selector.column])
-        ):
-            raise UserError(f"selectors.{name}.column: {selector.column} holds no numbers; name a column that does")
+        compared: dict[str, str] = {"column": selector.column} if isinstance(selector, NUMERIC) else {}
+        if isinstance(selector, ScoreFusion):
+            compared = {f"weights.{column}": column for column in selector.weights}
+        for setting, column in compared.items():
+            if not (is_integer(kinds[column]) or is_floating(kinds[column])):
+                raise UserError(f"selectors.{name}.{setting}: {column} holds no numbers; name a column that does")
+
+
+def _each(selectors: Mapping[str, Selector]) -> Iterator[tuple[str, Selector]]:
+    """Every selector by its path, those inside an any_of in place of it."""
+    for name, selector in selectors.items():
+        if isinstance(selector, AnyOf):
+            yield from ((f"{name}.selectors.{path}", inner) for path, inner in _each(selector.selectors))
+        else:
+            yield name, selector
 
 
 def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:

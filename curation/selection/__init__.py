@@ -1,9 +1,14 @@
 """The selectors by kind. A new one is a file beside these and a line here."""
 
+from curation.selection.any_of import AnyOf
+from curation.selection.block_list import BlockList
 from curation.selection.caption_rules import CaptionRules
 from curation.selection.cluster_balance import ClusterBalance
+from curation.selection.concept_balance import ConceptBalance
+from curation.selection.decontamination import Decontamination
 from curation.selection.exact_duplicates import ExactDuplicates
 from curation.selection.fraction import Fraction
+from curation.selection.fusion import ScoreFusion
 from curation.selection.image_based import ImageBased
 from curation.selection.language import LanguageIs
 from curation.selection.near_duplicates import NearDuplicates
@@ -15,6 +20,7 @@ from curation.selection.uids import Uids
 SELECTORS: dict[str, type] = {
     "threshold": Threshold,
     "fraction": Fraction,
+    "score_fusion": ScoreFusion,
     "reference_quantile": ReferenceQuantile,
     "language": LanguageIs,
     "caption_rules": CaptionRules,
@@ -22,6 +28,10 @@ SELECTORS: dict[str, type] = {
     "near_duplicates": NearDuplicates,
     "semantic_duplicates": SemanticDuplicates,
     "cluster_balance": ClusterBalance,
+    "concept_balance": ConceptBalance,
     "image_based": ImageBased,
     "uids": Uids,
+    "block_list": BlockList,
+    "decontamination": Decontamination,
+    "any_of": AnyOf,
 }

@@ -5,7 +5,7 @@ measure --pool TRUSTED --out REFERENCE`). A score of another model on that side
 would mean nothing, so the signal's identity is compared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -38,9 +38,7 @@ class ReferenceQuantile:
             raise UserError(f"reference_quantile of {self.column}: quantile {self.quantile} is not in [0, 1]")
 
     def content(self) -> str:
-        """By the names of what was measured, which change with shards and signals: the files may be large."""
-        manifest = read_manifest(Path(self.reference) / "measure.manifest.json")
-        return config_hash([Path(manifest["signal_set"]).name, manifest["parts"]]) if manifest else ""
+        return reference_content(self.reference)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -49,27 +47,12 @@ class ReferenceQuantile:
     def passes(self) -> Sequence[Pass]:
         return (Pass(self._local, self._decide),)
 
-    def _local(self, table: pa.Table, decision: Any) -> bytes:
-        return (table.schema.field(self.column).metadata or {}).get(b"identity", b"")
+    def _local(self, table: pa.Table, decision: Any) -> tuple[bytes, ...]:
+        return identities(table.schema, self.needs)
 
-    def _decide(self, summaries: list[bytes], decision: Any) -> float:
-        manifest = read_manifest(Path(self.reference) / "measure.manifest.json")
-        if manifest is None:
-            raise UserError(
-                f"reference {self.reference}: no finished measure there; run `gemsmith curate --phase measure` "
-                "on the trusted pairs with this recipe first"
-            )
-        values = []
-        for part in manifest["parts"]:
-            path = Path(self.reference) / manifest["signal_set"] / part
-            schema = pq.read_schema(path)
-            found = schema.field(self.column).metadata or {} if self.column in schema.names else {}
-            if {found.get(b"identity", b"")} != set(summaries):
-                raise UserError(
-                    f"reference {self.reference}: its {self.column} was not measured by the same model and settings; "
-                    "measure it again with this recipe"
-                )
-            values.append(numbers(pq.read_table(path, columns=[self.column]), self.column))
+    def _decide(self, summaries: list[tuple[bytes, ...]], decision: Any) -> float:
+        parts = read_reference(self.reference, self.needs, set(summaries))
+        values = [numbers(part, self.column) for part in parts]
         scores = np.concatenate(values) if values else np.zeros(0)
         scores = scores[~np.isnan(scores)]
         if not len(scores):
@@ -82,3 +65,42 @@ class ReferenceQuantile:
 
     def describe(self, decision: Any) -> dict[str, Any]:
         return {"thresholds": {self.column: [decision]}}
+
+
+def reference_content(reference: str) -> str:
+    """By the names of what was measured, which change with shards and signals: the files may be large."""
+    manifest = read_manifest(Path(reference) / "measure.manifest.json")
+    return config_hash([Path(manifest["signal_set"]).name, manifest["parts"]]) if manifest else ""
+
+
+def identities(schema: pa.Schema, columns: Sequence[str]) -> tuple[bytes, ...]:
+    """What says of each column which signal, of which model and settings, made it; b"" where there is no column."""
+    fields = [schema.field(column) if column in schema.names else None for column in columns]
+    return tuple(((field and field.metadata) or {}).get(b"identity", b"") for field in fields)
+
+
+def read_reference(reference: str, columns: Sequence[str], measured: set[tuple[bytes, ...]]) -> Iterator[pa.Table]:
+    """The columns of a finished measure in the OUT folder `reference`, a table a part; rows with an error are null.
+
+    Args:
+        measured: the `identities` of the parts of the pool, which the reference has to share.
+
+    Raises:
+        UserError: no finished measure is there, or it was made otherwise.
+    """
+    manifest = read_manifest(Path(reference) / "measure.manifest.json")
+    if manifest is None:
+        raise UserError(
+            f"reference {reference}: no finished measure there; run `gemsmith curate --phase measure` "
+            "on the reference with this recipe first"
+        )
+    for part in manifest["parts"]:
+        path = Path(reference) / manifest["signal_set"] / part
+        found = identities(pq.read_schema(path), columns)
+        if {found} != measured:
+            other = next((c for n, c in enumerate(columns) if any(found[n] != m[n] for m in measured)), columns[0])
+            raise UserError(
+                f"reference {reference}: its {other} was not measured by the same model and settings; "
+                "measure it again with this recipe"
+            )
+        yield pq.read_table(path, columns=list(columns))

@@ -2,6 +2,7 @@
 
 from curation.hashing import config_hash
 from curation.signals.clip import Clip
+from curation.signals.concepts import Concepts
 from curation.signals.exposure import Exposure
 from curation.signals.fingerprints import Fingerprints
 from curation.signals.image import ImageShape
@@ -16,6 +17,7 @@ SIGNALS: dict[str, type] = {
     "exposure": Exposure,
     "fingerprints": Fingerprints,
     "clip": Clip,
+    "concepts": Concepts,
 }
 
 

@@ -1,0 +1,154 @@
+"""Drop pictures that are in an evaluation set, or too near to one: what is trained on must not be what grades.
+
+Equal bytes, near perceptual hashes and near embeddings are three nets of growing
+width. Hashes that differ in at most d bits agree in one of d + 1 bands of their
+bits, so only reference hashes of the same band are compared, and none is
+missed. Embeddings are searched by FAISS in float32, whose last bits hang on how
+many rows are asked at once; whatever it finds just below the bound is therefore
+compared again in float64, and the verdict is that of float64 however the pool
+is cut.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curation.errors import UserError
+from curation.selection import clustering
+from curation.selection.interface import Pass
+from curation.selection.reference_quantile import identities, read_reference, reference_content
+
+BITS = 64
+BLOCK = 8_192  # reference embeddings that are compared at once
+ROUNDING = 5e-4  # twice what float32 can be off in a dot product of unit vectors of width 4,000
+
+Bands = list[tuple[np.ndarray, np.ndarray]]
+"""For each band of bits: (its values, sorted; the hashes in that order), both uint64 [R]"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decontamination:
+    """Drop what equals a picture of `reference` in `image_sha256`, or is near to one by either measure.
+
+    `reference`: an OUT folder with a finished measure of the evaluation pictures by the same recipe.
+    `phash_bits`: drop at a Hamming distance of at most this (0 to 15) in `phash`; null: do not compare.
+    `cosine`: drop at a cosine of at least this, in (0, 1], in the embeddings of `column`; null: do not compare.
+
+    Memory: hashes and float16 embeddings of the reference, in every process.
+    """
+
+    reference: str
+    phash_bits: int | None = 4
+    cosine: float | None = None
+    column: str = "clip_image_embedding"
+    scope: ClassVar[Literal["pool"]] = "pool"
+
+    def __post_init__(self) -> None:
+        if self.phash_bits is not None and not 0 <= self.phash_bits <= 15:
+            raise UserError(
+                f"decontamination: phash_bits {self.phash_bits} is not in 0..15; unrelated hashes differ in about 32"
+            )
+        if self.cosine is not None and not 0 < self.cosine <= 1:
+            raise UserError(f"decontamination: cosine {self.cosine} is not in (0, 1]; copies have cosines near 1")
+
+    def content(self) -> str:
+        return reference_content(self.reference)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        near = [("phash", self.phash_bits), (self.column, self.cosine)]
+        return ("image_sha256", *(column for column, bound in near if bound is not None))
+
+    def passes(self) -> Sequence[Pass]:
+        return (Pass(self._local, self._decide),)
+
+    def _local(self, table: pa.Table, decision: Any) -> tuple[bytes, ...]:
+        return identities(table.schema, self.needs)
+
+    def _decide(self, summaries: list[tuple[bytes, ...]], decision: Any) -> dict[str, Any]:
+        """{"digests": distinct, "bands": of the distinct hashes, "points": float16 [R, D]}, the latter where needed"""
+        parts = list(read_reference(self.reference, self.needs, set(summaries)))
+        if not any(part["image_sha256"].null_count < part.num_rows for part in parts):
+            raise UserError(f"reference {self.reference}: holds no pictures; measure some evaluation pictures")
+        reference = pa.concat_tables(parts)
+        digests = reference["image_sha256"].unique().drop_null()
+        found: dict[str, Any] = {"digests": digests}
+        if self.phash_bits is not None:
+            found["bands"] = in_bands(reference["phash"].unique().drop_null().to_numpy(), self.phash_bits)
+        if self.cosine is not None:
+            found["points"] = clustering.embeddings(reference.select([self.column]).drop_null(), self.column)
+        return found
+
+    def apply(self, table: pa.Table, decision: dict[str, Any]) -> np.ndarray:
+        if not table.num_rows:
+            return np.zeros(0, bool)
+        keep = ~pc.is_in(table["image_sha256"], value_set=decision["digests"]).to_numpy()
+        if self.phash_bits is not None:
+            keep &= ~within_bits(table["phash"].to_numpy(), decision["bands"], self.phash_bits)
+        if self.cosine is not None:
+            points = clustering.embeddings(table, self.column)[keep]
+            keep[keep] = ~within_cosine(points, decision["points"], self.cosine)
+        return keep
+
+    def describe(self, decision: dict[str, Any]) -> dict[str, Any]:
+        return {"reference_pictures": len(decision["digests"])}
+
+
+def _bands(bits: int) -> list[tuple[np.uint64, np.uint64]]:
+    """(shift, mask) of `bits` + 1 bands that are all 64 bits together."""
+    edges = [BITS * n // (bits + 1) for n in range(bits + 2)]
+    return [(np.uint64(low), np.uint64((1 << (high - low)) - 1)) for low, high in pairwise(edges)]
+
+
+def in_bands(hashes: np.ndarray, bits: int) -> Bands:
+    """The hashes (uint64 [R]) as `within_bits` wants them."""
+    keyed = [((hashes >> shift) & mask, hashes) for shift, mask in _bands(bits)]
+    orders = [np.argsort(keys, kind="stable") for keys, _ in keyed]
+    return [(keys[order], values[order]) for (keys, values), order in zip(keyed, orders, strict=True)]
+
+
+def within_bits(hashes: np.ndarray, bands: Bands, bits: int) -> np.ndarray:
+    """Which of these hashes (uint64 [n]) differ in at most `bits` bits from one of `in_bands(..., bits)`: bool [n]."""
+    unique, back = np.unique(hashes, return_inverse=True)
+    near = np.zeros(len(unique), bool)
+    for (shift, mask), (keys, values) in zip(_bands(bits), bands, strict=True):
+        asked = (unique >> shift) & mask
+        starts, ends = np.searchsorted(keys, asked, "left"), np.searchsorted(keys, asked, "right")
+        for i in np.flatnonzero((starts < ends) & ~near):
+            near[i] = (np.bitwise_count(values[starts[i] : ends[i]] ^ unique[i]) <= bits).any()
+    return near[back]
+
+
+def within_cosine(points: np.ndarray, reference: np.ndarray, cosine: float) -> np.ndarray:
+    """Which points have a cosine of at least `cosine`, in float64, to a row of the reference.
+
+    Args:
+        points: [n, D], of any float type; `reference`: [R, D]. float16 has moved both off norm 1.
+
+    Returns:
+        bool [n].
+    """
+    exact = _unit(points)
+    near = np.zeros(len(points), bool)
+    for start in range(0, len(reference), BLOCK):
+        asked = np.flatnonzero(~near)
+        if not len(asked):
+            break
+        block = _unit(reference[start : start + BLOCK])
+        nearest = clustering.nearest(exact[asked], block.astype(np.float32))
+        found = (exact[asked] * block[nearest]).sum(axis=1)
+        near[asked] = found >= cosine
+        for i in asked[(found < cosine) & (found >= cosine - ROUNDING)]:
+            near[i] = ((block * exact[i]).sum(axis=1) >= cosine).any()
+    return near
+
+
+def _unit(points: np.ndarray) -> np.ndarray:
+    """Rows of norm 1: float64 [n, D]."""
+    exact = points.astype(np.float64)
+    return exact / np.sqrt((exact * exact).sum(axis=1, keepdims=True))

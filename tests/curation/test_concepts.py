@@ -1,0 +1,250 @@
+"""Concept matching against naive substring search, and balancing against the formula, entry by entry."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curation import store
+from curation.config import load_config, parse_config
+from curation.errors import UserError
+from curation.measure import Measuring
+from curation.pool import list_shards
+from curation.selection import engine
+from curation.selection.concept_balance import TOP, ConceptBalance, share_to_t, t_to_share
+from curation.selection.engine import Part
+from curation.signals.concepts import Concepts, ConceptsMeter
+from curation.store import Unit
+from tests.curation.conftest import sample, write_tar
+from tests.curation.test_selection import write_parts
+
+ROWS, ENTRIES = 4_000, 300
+
+
+def naive(caption: str, entries: Sequence[str]) -> list[int]:
+    """As MetaCLIP's paper has it: replace by replace, entry by entry."""
+    text = f" {caption} "
+    for mark in [",", ".", ";", ":", "?", "!", "`"]:
+        text = text.replace(mark, f" {mark} ")
+    for white in ["\t", "\n", "\r"]:
+        text = text.replace(white, " ")
+    return [i for i, entry in enumerate(entries) if f" {entry} " in text]
+
+
+def test_every_match_of_a_naive_search_and_no_other() -> None:
+    rng = np.random.default_rng(0)
+    words = np.array(["".join(rng.choice(list("abcdeéДß犬'-"), rng.integers(1, 4))) for _ in range(400)])
+    words = np.concatenate([words, np.char.upper(words[:100])])
+    entries = [" ".join(rng.choice(words, rng.integers(1, 4))) for _ in range(20_000)]
+    entries[:4] = ["st. louis", "a,b", "", "a\tb"]
+    entries[7_000:7_500] = entries[500:1_000]
+    glue = [" ", " ", " ", " ", ", ", ".", "\n", "\t", "  ", "?!", "`"]
+    captions = ["", " ", ".", "a", "in st. louis", "a,b", "a\tb"]
+    captions += ["".join(w + rng.choice(glue) for w in rng.choice(words, rng.integers(0, 15))) for _ in range(493)]
+    meter = ConceptsMeter(entries, "concepts")
+    found = [meter.match(caption) for caption in captions]
+    assert found == [naive(caption, entries) for caption in captions]
+    assert sum(map(len, found)) > 5_000
+    matched = {entry for entries_of_one in found for entry in entries_of_one}
+    assert 2 in matched and not {0, 1, 3} & matched
+    assert any(twin in matched for twin in range(7_000, 7_500))
+    assert {e for e in matched if 500 <= e < 1_000} == {e - 6_500 for e in matched if 7_000 <= e < 7_500}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    entries=st.lists(st.text("aA b.", max_size=5), max_size=30),
+    captions=st.lists(st.text("aA b.,\t\n", max_size=12), max_size=10),
+)
+def test_small_alphabets_match_as_naively(entries: list[str], captions: list[str]) -> None:
+    meter = ConceptsMeter(entries, "concepts")
+    assert [meter.match(caption) for caption in captions] == [naive(caption, entries) for caption in captions]
+
+
+def test_measured_into_the_store(tmp_path: Path) -> None:
+    entries = ["picture", "the thing", "the", "Picture", "number 3", "picture", "table", "st. louis"]
+    (tmp_path / "metadata.json").write_text(json.dumps(entries))
+    samples = {str(n): sample(n) for n in range(70)}
+    samples["broken"] = {"jpg": b"no picture", "txt": b"a picture"}
+    samples["odd"] = sample(99, txt=b"nothing. to see", json=b"{}")
+    write_tar(tmp_path / "pool" / "0.tar", samples)
+    config = parse_config({"signals": {"concepts": {"kind": "concepts", "metadata": str(tmp_path / "metadata.json")}}})
+    shard = list_shards([str(tmp_path / "pool")])[0]
+    unit = Unit(shard=shard, number=0, rows=72)
+    signal_set = store.open_set(tmp_path / "store", config.signals, 1000, [unit])
+    Measuring(signals=config.signals, signal_set=signal_set)()(unit)
+    table = pq.read_table(signal_set.path(unit))
+    assert table.schema.field("concepts").type == pa.list_(pa.int32())
+    for row in table.to_pylist():
+        assert row["concepts"] == (None if row["error"] else naive(row["caption"], entries))
+    assert table["concepts"][3].as_py() == [0, 1, 2, 4, 5, 6]
+    assert table["concepts"][70].as_py() is None and table["concepts"][71].as_py() == []
+
+
+def test_the_metadata_file_is_known_by_its_content_and_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "metadata.json"
+    signal = Concepts(metadata=str(file))
+    with pytest.raises(UserError, match=r"metadata .*metadata\.json: no such file; name"):
+        signal.content()
+    for text, message in (("[", "not JSON"), ('{"a": 1}', "not a list of strings"), ('["a", 1]', "not a list")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=rf"metadata .*metadata\.json: {message}"):
+            signal.content()
+    file.write_text('["a"]')
+    before = signal.content()
+    file.write_text('["b"]')
+    assert signal.content() != before
+
+
+@pytest.fixture(scope="module")
+def table() -> pa.Table:
+    """Captions in three languages, with entries from some that nearly all name to some that hardly any does."""
+    rng = np.random.default_rng(1)
+    frequency = 0.6 / np.arange(1, ENTRIES + 1)
+    concepts = [np.flatnonzero(rng.random(ENTRIES) < frequency).tolist() for _ in range(ROWS)]
+    concepts[:50] = [[] for _ in range(50)]
+    error = [None if n % 40 else "image_decode" for n in range(ROWS)]
+    return pa.table(
+        {
+            "uid": [f"{h:032x}" for h in rng.integers(0, 2**62, ROWS)],
+            "error": pa.array(error, pa.string()),
+            "concepts": pa.array([None if e else c for c, e in zip(concepts, error)], pa.list_(pa.int32())),
+            "language": pa.array(rng.choice(["en", "de", ""], ROWS, p=[0.7, 0.2, 0.1]).tolist(), pa.string()),
+        }
+    )
+
+
+def run(selector: ConceptBalance, parts: list[Part]) -> tuple[np.ndarray, dict[str, object]]:
+    """(bool [rows] dropped, what the stage says)"""
+    selection = engine.run({"it": selector}, parts)
+    return np.concatenate(selection.failed)[:, 0], selection.stages[0]["concepts"]
+
+
+def captions_of(table: pa.Table, per_language: bool) -> list[tuple[int, list[tuple[str, int]]]]:
+    """(row, [(group, entry)]) of every row without an error."""
+    return [
+        (i, [(row["language"] if per_language else "all", entry) for entry in row["concepts"]])
+        for i, row in enumerate(table.to_pylist())
+        if row["error"] is None
+    ]
+
+
+def metaclip2_t(counts: list[int], share: float) -> int:
+    """`p_to_t` of MetaCLIP 2, in exact arithmetic over the entries that something matches."""
+    ascending, running, nearest = sorted(counts), 0, (2.0, 0)
+    for count in ascending:
+        running += count
+        nearest = min(nearest, (abs(running / sum(ascending) - share), count))
+    return nearest[1]
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{"t": 40}, {"tail_share": 0.3}, {"t": 40, "per_language": True}, {"tail_share": 0.3, "per_language": True}],
+)
+def test_kept_counts_lie_at_the_formulas_sum(table: pa.Table, tmp_path: Path, chosen: dict[str, object]) -> None:
+    captions = captions_of(table, "per_language" in chosen)
+    counts = Counter(pair for _, pairs in captions for pair in pairs)
+    groups = sorted({group for group, _ in counts})
+    of = {g: [count for (group, _), count in counts.items() if group == g] for g in groups}
+    share = chosen.get("tail_share", sum(c for c in of[groups[-1]] if c < 40) / sum(of[groups[-1]]))  # "en" is last
+    t = {g: metaclip2_t(of[g], share) for g in groups} | ({groups[-1]: 40} if "t" in chosen else {})
+    keep = {i: 1 - np.prod([1 - min(1, t[p[0]] / counts[p]) for p in pairs]) for i, pairs in captions}
+
+    parts = write_parts(tmp_path, table, [])
+    seeds = 100
+    kept = np.zeros(ROWS)
+    for seed in range(seeds):
+        dropped, said = run(ConceptBalance(seed=seed, **chosen), parts)
+        kept[list(keep)] += ~dropped[list(keep)]
+    sure = [i for i, p in keep.items() if p == 1]
+    never = [i for i, pairs in captions if not pairs]
+    assert len(sure) > 100 and (kept[sure] == seeds).all()
+    assert len(never) > 40 and (kept[never] == 0).all()
+    p, drawn = np.array(list(keep.values())), kept[list(keep)]
+    assert abs(drawn.sum() - seeds * p.sum()) < 4 * np.sqrt(seeds * (p * (1 - p)).sum())
+    for low in (0.0, 0.25, 0.5, 0.75):  # in each range of probabilities too, so that no entry pays for another
+        band = (p > low) & (p <= low + 0.25) & (p < 1)
+        assert band.sum() == 0 or abs(drawn[band].sum() - seeds * p[band].sum()) < 4 * np.sqrt(
+            seeds * (p * (1 - p))[band].sum()
+        )
+
+    assert {g: one["t"] for g, one in said["groups"].items()} == t
+    for g, one in said["groups"].items():
+        assert (one["entries"], one["matches"]) == (len(of[g]), sum(of[g]))
+        assert one["tail_share"] == pytest.approx(sum(c for c in of[g] if c < t[g]) / sum(of[g]))
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:TOP]
+    assert [(group, entry, before) for group, entry, before, _ in said["top"]] == [(*p, c) for p, c in ranked]
+    after = Counter(pair for i, pairs in captions if not dropped[i] for pair in pairs)
+    assert [a for *_, a in said["top"]] == [after[pair] for pair, _ in ranked]
+
+
+@pytest.mark.parametrize("chosen", [{"t": 40}, {"t": 40, "per_language": True}, {"tail_share": 0.3}])
+def test_the_same_choice_for_any_partition_and_order(
+    table: pa.Table, tmp_path: Path, chosen: dict[str, object]
+) -> None:
+    selector = ConceptBalance(seed=7, **chosen)
+    whole = run(selector, write_parts(tmp_path, table, []))
+    # The first part holds unmatched captions alone, and one part nothing at all.
+    for cuts in ([45, 45, 1000, 1001], [2000], list(range(100, ROWS, 100))):
+        dropped, said = run(selector, write_parts(tmp_path, table, cuts))
+        assert dropped.tobytes() == whole[0].tobytes()
+        assert json.dumps(said) == json.dumps(whole[1])
+    mixed = np.random.default_rng(0).permutation(ROWS)
+    dropped, said = run(selector, write_parts(tmp_path, table.take(pa.array(mixed)), [777]))
+    np.testing.assert_array_equal(dropped, whole[0][mixed])
+    assert json.dumps(said) == json.dumps(whole[1])
+    other, _ = run(ConceptBalance(seed=8, **chosen), write_parts(tmp_path, table, []))
+    assert 0 < (other != whole[0]).mean() < 0.5
+
+
+def test_where_nothing_matches_all_goes(tmp_path: Path) -> None:
+    nothing = pa.table(
+        {
+            "uid": ["a", "b"],
+            "error": pa.nulls(2, pa.string()),
+            "concepts": pa.array([[], []], pa.list_(pa.int32())),
+            "language": ["en", "de"],
+        }
+    )
+    for per_language in (False, True):
+        dropped, said = run(ConceptBalance(t=5, per_language=per_language), write_parts(tmp_path, nothing, [1]))
+        assert dropped.all() and said == {"groups": {}, "top": []}
+
+
+@settings(max_examples=200, deadline=None)
+@given(counts=st.lists(st.integers(1, 50), min_size=1, max_size=40), share=st.floats(0, 1), t=st.integers(1, 60))
+def test_thresholds_and_shares(counts: list[int], share: float, t: int) -> None:
+    array = np.array(counts)
+    ascending = np.sort(array)
+    running = np.cumsum(ascending) / ascending.sum()
+    found = share_to_t(array, share)
+    reached = running[ascending == found]
+    assert np.abs(reached - share).min() == np.abs(running - share).min()
+    assert t_to_share(array, t) == sum(c for c in counts if c < t) / sum(counts)
+
+
+def test_settings_and_a_missing_language_are_refused_by_name(table: pa.Table, tmp_path: Path) -> None:
+    for chosen, message in (
+        ({}, "exactly one of t and tail_share"),
+        ({"t": 3, "tail_share": 0.1}, "exactly one of t and tail_share"),
+        ({"t": 0}, "t 0 is not at least 1"),
+        ({"tail_share": 0.0}, r"tail_share 0\.0 is not in \(0, 1\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ConceptBalance(**chosen)
+    selector = ConceptBalance(t=40, per_language=True, reference_language="fr")
+    with pytest.raises(UserError, match=r"reference_language fr: .* name one of de, en, or"):
+        run(selector, write_parts(tmp_path, table, []))
+
+
+def test_the_published_recipe() -> None:
+    selector = load_config(Path("recipes/curate/metaclip_400m.yaml")).selectors["concepts"]
+    assert isinstance(selector, ConceptBalance) and (selector.t, selector.per_language) == (20_000, False)
