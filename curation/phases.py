@@ -254,7 +254,7 @@ def build(run: Run) -> dict[str, Any]:
         for result in progress(results, label="build", total=total, unit="samples", amount=lambda r: r["samples"]):
             copied.update(result)
         if run.slice is None:
-            building.finish(folder, target, made, parts, ledger)
+            building.finish(folder, target, made)
     manifest = {
         "phase": "build",
         "shards": len(made.sizes),

@@ -14,6 +14,7 @@ cut: files are not synced one by one.
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ import pyarrow.parquet as pq
 from curation.errors import UserError
 from curation.hashing import hash64_many
 from curation.ledger import read_column
-from curation.manifest import SCHEMA_VERSION, write_json
+from curation.manifest import SCHEMA_VERSION
 from curation.pool import fingerprint
 from curation.selection.engine import MapParts, Part
 from curation.tar import BLOCK, END, headers, padded
@@ -40,6 +41,7 @@ from curation.tar import BLOCK, END, headers, padded
 OPEN_FILES = 256  # output files that one worker holds open
 ZEROS = bytes(BLOCK)
 HEX = re.compile(r"[0-9a-fA-F]{32}")
+UID = np.dtype("u8,u8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class Plan:
     copies: list[Copy]
     sizes: list[int]  # bytes of each output shard
     samples: list[int]  # samples of each output shard
+    ids: np.ndarray  # the kept uids as DataComp stores a subset: dtype u8,u8, sorted, repeats kept
 
 
 def plan(parts: Sequence[Part], ledger: Path, *, seed: int, shard_samples: int, map_parts: MapParts = map) -> Plan:
@@ -90,6 +93,7 @@ def plan(parts: Sequence[Part], ledger: Path, *, seed: int, shard_samples: int, 
     samples = np.bincount(output, minlength=len(sizes)).tolist() if total else []
     copies: list[Copy] = []
     at = 0
+    ids = np.concatenate([f[3] for f in found]) if found else np.zeros(0, UID)
     groups: OrderedDict[str, list[int]] = OrderedDict()
     for i, part in enumerate(parts):
         groups.setdefault(part.path.name.rpartition("-")[0], []).append(i)
@@ -109,11 +113,11 @@ def plan(parts: Sequence[Part], ledger: Path, *, seed: int, shard_samples: int, 
                 copy=copy[here],
             )
         )
-    return Plan(copies=copies, sizes=sizes, samples=samples)
+    return Plan(copies=copies, sizes=sizes, samples=samples, ids=np.sort(ids))
 
 
-def _measure_part(ledger: Path, seed: int, part: Part) -> tuple[np.ndarray, np.ndarray, str]:
-    """For the kept rows of a part: (hash uint64 [kept], bytes in a tar int64 [kept]), and the input shard."""
+def _measure_part(ledger: Path, seed: int, part: Part) -> tuple[np.ndarray, np.ndarray, str, np.ndarray]:
+    """For the kept rows of a part: (hash uint64 [kept], bytes in a tar int64 [kept], input shard, uids UID [kept])."""
     table = pq.read_table(part.path, columns=["uid", "sizes", "shard"])
     kept = read_column(ledger, part, "copies") > 0
     shard = table["shard"][0].as_py()
@@ -121,7 +125,14 @@ def _measure_part(ledger: Path, seed: int, part: Part) -> tuple[np.ndarray, np.n
     lists = table["sizes"].combine_chunks()
     taken = BLOCK + -(-lists.flatten().to_numpy() // BLOCK) * BLOCK
     ends = np.concatenate([[0], np.cumsum(taken)])[np.cumsum([0, *lists.value_lengths().to_pylist()])]
-    return hash64_many(f"{seed}/shuffle", table["uid"].to_pylist()), np.diff(ends), shard
+    uids = table["uid"].to_pylist()
+    return hash64_many(f"{seed}/shuffle", uids), np.diff(ends), shard, _numbers(uids)
+
+
+def _numbers(uids: Sequence[str]) -> np.ndarray:
+    """Uids as numbers of 128 bits, UID [n]; one that is not 32 hex digits, which DataComp's always are, by its md5."""
+    digits = (uid if HEX.fullmatch(uid) else hashlib.md5(uid.encode()).hexdigest() for uid in uids)
+    return np.frombuffer(bytes.fromhex("".join(digits)), ">u8").astype("u8").view(UID)
 
 
 def kept_rows(part: Part, ledger: Path) -> list[int]:
@@ -236,19 +247,17 @@ def prepare(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
 
 
-def finish(folder: Path, target: Path, made: Plan, parts: Sequence[Part], ledger: Path) -> None:
+def finish(folder: Path, target: Path, made: Plan) -> None:
     """Write the files beside the tars, check the tars' sizes, and let the shards appear as `target` by one rename."""
     shards = folder / "shards"
-    for leftover in shards.glob(".*.tmp"):  # of a `write_json` that was killed
-        leftover.unlink()
     for output, size in enumerate(made.sizes):
         assert (shards / tar_name(output)).stat().st_size == size, tar_name(output)
-        write_json(shards / f"{output:08d}_stats.json", {"successes": made.samples[output]})
+        _write(shards / f"{output:08d}_stats.json", {"successes": made.samples[output]})
     names = [tar_name(output) for output in range(len(made.sizes))]
-    write_json(shards / "sizes.json", dict(zip(names, made.samples, strict=True)))
+    _write(shards / "sizes.json", dict(zip(names, made.samples, strict=True)))
     listed = [{"url": name, "nsamples": n} for name, n in zip(names, made.samples, strict=True)]
-    write_json(shards / "index.json", {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": listed})
-    write_json(
+    _write(shards / "index.json", {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": listed})
+    _write(
         shards / "meta.json",
         {
             "schema_version": SCHEMA_VERSION,
@@ -256,25 +265,16 @@ def finish(folder: Path, target: Path, made: Plan, parts: Sequence[Part], ledger
             "output_shard_format": "{:08d}.tar",
         },
     )
-    np.save(shards / "sample_ids.npy", sample_ids(parts, ledger))
+    np.save(shards / "sample_ids.npy", made.ids)
     shutil.rmtree(target, ignore_errors=True)
     shards.rename(target)
+
+
+def _write(path: Path, value: Any) -> None:
+    """Plainly: nobody sees the folder before its rename, and a killed `finish` writes all of it again."""
+    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def forget(folder: Path) -> None:
     """Remove the markers, once the build's manifest is there."""
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def sample_ids(parts: Sequence[Part], ledger: Path) -> np.ndarray:
-    """The kept uids as DataComp stores a subset: dtype u8,u8, sorted, repeats kept.
-
-    A uid that is not 32 hex digits, which DataComp's always are, is there by its md5.
-    """
-    pairs = []
-    for part in parts:
-        kept = read_column(ledger, part, "copies") > 0
-        for uid in pq.read_table(part.path, columns=["uid"]).filter(pa.array(kept))["uid"].to_pylist():
-            number = int(uid if HEX.fullmatch(uid) else hashlib.md5(uid.encode()).hexdigest(), 16)
-            pairs.append((number >> 64, number & 0xFFFFFFFFFFFFFFFF))
-    return np.sort(np.array(pairs, np.dtype("u8,u8")))

@@ -57,9 +57,12 @@ def lose_a_file(folder: Path, **options: object) -> None:
         os.remove(files[0])
 
 
-def write_half(descriptor: int, pieces: Sequence[bytes], offset: int) -> None:
-    whole = b"".join(pieces)
-    os.pwrite(descriptor, whole[: len(whole) // 2], offset)
+def write_half(descriptor: int, content: memoryview, offset: int, write: Callable[..., int] = os.pwrite) -> None:
+    write(descriptor, content[: len(content) // 2], offset)
+
+
+def write_half_text(path: Path, text: str) -> None:
+    path.write_bytes(text[: len(text) // 2].encode())
 
 
 def nothing(*arguments: object, **options: object) -> None:
@@ -71,7 +74,8 @@ STEPS = (
     (Path, "rename", nothing),
     (Path, "touch", nothing),
     (shutil, "rmtree", lose_a_file),
-    (os, "pwritev", write_half),
+    (os, "pwrite", write_half),
+    (Path, "write_text", write_half_text),
 )
 
 

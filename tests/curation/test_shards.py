@@ -49,7 +49,7 @@ def build(folder: Path, pool: Path, order: list[int]) -> Path:
     shards.prepare(hidden)
     for index in order:
         Copying(hidden, made.sizes).do(made.copies[index])
-    shards.finish(hidden, folder / "shards", made, parts, folder / "ledger")
+    shards.finish(hidden, folder / "shards", made)
     return folder / "shards"
 
 
