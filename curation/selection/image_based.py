@@ -21,13 +21,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from curation.errors import UserError
 from curation.hashing import config_hash, file_hash
-from curation.manifest import read_manifest
 from curation.selection import clustering
 from curation.selection.interface import Pass
+from curation.selection.reference_quantile import identities, read_reference, reference_content
 
 BLOCK = 65_536  # reference rows that are searched at once
 
@@ -62,7 +61,7 @@ class ImageBased:
                 raise UserError(f"image_based: {name} {value} is not at least 1")
 
     def content(self) -> str:
-        """By the bytes of the arrays; a measured folder by the names of its parts, as in reference_quantile.
+        """By the bytes of the arrays; a measured folder by the names of its parts.
 
         Raises:
             UserError: an array is missing, which is known here before hours of measuring.
@@ -73,8 +72,7 @@ class ImageBased:
         for field, name in arrays.items():
             if not Path(name).is_file():
                 raise _missing(field, name)
-        manifest = None if self._reference_is_array else read_manifest(Path(self.reference) / "measure.manifest.json")
-        measured = [Path(manifest["signal_set"]).name, manifest["parts"]] if manifest else []
+        measured = "" if self._reference_is_array else reference_content(self.reference)
         return config_hash([measured, {field: file_hash([Path(name)]) for field, name in arrays.items()}])
 
     @property
@@ -84,14 +82,14 @@ class ImageBased:
     def passes(self) -> Sequence[Pass]:
         return (Pass(self._local, self._decide),)
 
-    def _local(self, table: pa.Table, decision: Any) -> tuple[bytes, clustering.Sample | None]:
+    def _local(self, table: pa.Table, decision: Any) -> tuple[tuple[bytes, ...], clustering.Sample | None]:
         """(identity of the column, what may train)"""
-        identity = (table.schema.field(self.column).metadata or {}).get(b"identity", b"")
+        identity = identities(table.schema, [self.column])
         if self.clusters is None:
             return identity, None
         return identity, clustering.sample_rows(table, self.column, self.seed, self.sample)
 
-    def _decide(self, summaries: list[tuple[bytes, Any]], decision: Any) -> dict[str, Any]:
+    def _decide(self, summaries: list[tuple[tuple[bytes, ...], Any]], decision: Any) -> dict[str, Any]:
         """{"centroids": float32 [K, D] or None where nothing survives, "touched": bool [K]}"""
         if self.centroids is not None:
             centroids = _read_centroids(self.centroids)
@@ -135,29 +133,14 @@ class ImageBased:
             )
         return clustering.nearest(points, centroids, "ip" if self.assignment == "ip-raw" else "l2")
 
-    def _reference_blocks(self, identities: set[bytes]) -> Iterator[np.ndarray]:
+    def _reference_blocks(self, measured: set[tuple[bytes, ...]]) -> Iterator[np.ndarray]:
         """The reference's embeddings, [<= BLOCK, D] at a time."""
         if self._reference_is_array:
             array = _load_npy("reference", self.reference)
             yield from (array[start : start + BLOCK] for start in range(0, len(array), BLOCK))
             return
-        manifest = read_manifest(Path(self.reference) / "measure.manifest.json")
-        if manifest is None:
-            raise UserError(
-                f"reference {self.reference}: no finished measure there; run `gemsmith curate --phase measure` on the "
-                "reference pictures with this recipe first, or name an .npy of their embeddings"
-            )
-        for part in manifest["parts"]:
-            path = Path(self.reference) / manifest["signal_set"] / part
-            schema = pq.read_schema(path)
-            found = schema.field(self.column).metadata or {} if self.column in schema.names else {}
-            if {found.get(b"identity", b"")} != identities:
-                raise UserError(
-                    f"reference {self.reference}: its {self.column} was not measured by the same model and settings; "
-                    "measure it again with this recipe"
-                )
-            measured = pq.read_table(path, columns=[self.column])
-            if len(points := clustering.embeddings(measured.drop_null(), self.column)):
+        for part in read_reference(self.reference, [self.column], measured):
+            if len(points := clustering.embeddings(part.drop_null(), self.column)):
                 yield points
 
 
