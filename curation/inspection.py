@@ -77,7 +77,7 @@ def _sample(
         "reason": judged["reason"],
         "selectors": [] if record["error"] else _verdicts(selected, set(judged["failed"])),
         "went": [{"shard": here[0], "key": f"{record['uid']}-{here[1]}"}] if here else [],
-        "picture": _picture(record, members, row, out),
+        "picture": _picture(record, members, out),
     }
 
 
@@ -94,7 +94,7 @@ def _verdicts(selected: dict[str, Any], failed: set[str]) -> list[dict[str, Any]
     return verdicts
 
 
-def _picture(record: dict[str, Any], members: dict[str, tuple[int, int]], row: int, out: Path) -> Path | None:
+def _picture(record: dict[str, Any], members: dict[str, tuple[int, int]], out: Path) -> Path | None:
     """The image's own bytes, as a file to look at."""
     extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
     if extension is None or not Path(record["shard"]).exists():
