@@ -180,7 +180,7 @@ def open_shard(path: str | Path) -> Bytes:
 
 def headers(names: Sequence[str], sizes: np.ndarray) -> np.ndarray:
     """ustar headers of regular files, uint8 [n, 512]: mode 0644, without owner or time, so that equal inputs give
-    equal tars. All at once, since a build writes one for every member, and field by field they take several times as long.
+    equal tars. All at once: a build writes one for every member, and field by field they take several times as long.
 
     A name is at most 100 bytes (ours are a 32-digit uid, a copy number and an extension); sizes int64 [n] in bytes.
     """
