@@ -36,7 +36,7 @@ from curation.ledger import read_column
 from curation.manifest import SCHEMA_VERSION
 from curation.pool import fingerprint
 from curation.selection.engine import MapParts, Part
-from curation.tar import BLOCK, END, headers, padded
+from curation.tar import BLOCK, END, Tape, headers, padded
 
 OPEN_FILES = 256  # output files that one worker holds open
 ZEROS = bytes(BLOCK)
@@ -161,9 +161,9 @@ class Copying:
         outputs = _Outputs(self._folder, self._sizes)
         at = written = 0
         try:
-            with open(item.shard, "rb", buffering=0) as shard:
+            with Tape(item.shard) as tape:
                 for path in item.parts:
-                    samples = _kept_samples(shard.fileno(), path, item.ledger, item.copy[at:])
+                    samples = _kept_samples(tape, path, item.ledger, item.copy[at:])
                     for sample in samples:
                         outputs.write(int(item.output[at]), int(item.offset[at]), sample)
                         written += len(sample)
@@ -175,7 +175,7 @@ class Copying:
         return {"samples": at, "bytes": written}
 
 
-def _kept_samples(shard: int, part: Path, ledger: Path, copies: np.ndarray) -> Iterator[memoryview]:
+def _kept_samples(tape: Tape, part: Path, ledger: Path, copies: np.ndarray) -> Iterator[memoryview]:
     """Each kept sample of a part as it lies in a tar: headers, bytes and padding of its members. Valid until the next.
 
     Bytes are read straight to their place between the headers, in one buffer that stays in the processor's cache:
@@ -200,8 +200,7 @@ def _kept_samples(shard: int, part: Path, ledger: Path, copies: np.ndarray) -> I
                 buffer = buffer + bytes(end)
             view = memoryview(buffer)
             view[begin - BLOCK : begin] = heads[head : head + BLOCK]
-            if os.preadv(shard, [view[begin : begin + size]], start) != size:
-                raise OSError(f"{part.name}: the shard ended before byte {start + size}")
+            tape.read_into(view[begin : begin + size], start)
             view[begin + size : end] = ZEROS[: end - begin - size]
         at += length
         yield memoryview(buffer)[:end]
