@@ -5,6 +5,7 @@ ledger, and the build's plan, which is a function of them, so no tar is searched
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from curation import shards, store
 from curation.errors import UserError
 from curation.manifest import read_manifest
 from curation.phases import recorded_parts
+from curation.plan import plan
 from curation.selection import SELECTORS
 from curation.selection.engine import Part
 from curation.tar import IMAGE_EXTENSIONS, open_shard
@@ -40,7 +42,7 @@ def inspect(uid: str, out: Path) -> list[dict[str, Any]]:
     places = [(part, row) for part in parts for row in _rows(part, uid)]
     if not places:
         raise UserError(f"inspect {uid}: not among the {selected['seen']:,} samples of {out}; look into its ledger")
-    went = _destinations(parts, out, selected) if (out / "shards").is_dir() else {}
+    went = _destinations(parts, places, out, selected) if (out / "shards").is_dir() else {}
     return [_sample(part, row, out, selected, went) for part, row in places]
 
 
@@ -49,26 +51,32 @@ def _rows(part: Part, uid: str) -> list[int]:
     return pc.indices_nonzero(pc.equal(uids, pa.scalar(uid))).to_pylist()
 
 
-def _destinations(parts: list[Part], out: Path, selected: dict[str, Any]) -> dict[int, tuple[str, int]]:
-    """row of the pool -> (output shard, copy number)"""
-    config, ledger = selected["config"], out / "ledger"
-    plan = shards.plan(parts, ledger, seed=selected["seed"], shard_samples=config["shard_samples"])
-    kept = (part.first + row for part in parts for row in shards.kept_rows(part, ledger))
-    placed = (
-        (shards.tar_name(int(o)), int(c)) for item in plan.copies for o, c in zip(item.output, item.copy, strict=True)
-    )
-    return dict(zip(kept, placed, strict=True))
+def _destinations(
+    parts: list[Part], places: list[tuple[Part, int]], out: Path, selected: dict[str, Any]
+) -> dict[int, list[dict[str, str]]]:
+    """row of the pool -> where its copies are"""
+    settings = {"seed": selected["seed"], "shard_samples": selected["config"]["shard_samples"]}
+    went: dict[int, list[dict[str, str]]] = {}
+    with TemporaryDirectory() as folder:
+        made = plan(parts, out / "ledger", Path(folder), **settings)
+        for part, row in places:
+            uid = pq.read_table(part.path, columns=["uid"])["uid"][row].as_py()
+            went[part.first + row] = [
+                {"shard": shards.tar_name(entry["output"]), "key": f"{uid}-{entry['copy']}"}
+                for entry in made.entries(part).to_pylist()
+                if entry["row"] == row
+            ]
+    return went
 
 
 def _sample(
-    part: Part, row: int, out: Path, selected: dict[str, Any], went: dict[int, tuple[str, int]]
+    part: Part, row: int, out: Path, selected: dict[str, Any], went: dict[int, list[dict[str, str]]]
 ) -> dict[str, Any]:
     record = pq.read_table(part.path).slice(row, 1).to_pylist()[0]
     judged = pq.read_table(out / "ledger" / part.path.name).slice(row, 1).to_pylist()[0]
     members = dict(
         zip(record["extensions"] or (), zip(record["offsets"] or (), record["sizes"] or (), strict=True), strict=True)
     )
-    here = went.get(part.first + row)
     return {
         **{name: record[name] for name in ("uid", "shard", "key", "index", "caption", "url", "error")},
         "members": {extension: size for extension, (_, size) in members.items()},
@@ -76,7 +84,7 @@ def _sample(
         "verdict": judged["verdict"],
         "reason": judged["reason"],
         "selectors": [] if record["error"] else _verdicts(selected, set(judged["failed"])),
-        "went": [{"shard": here[0], "key": f"{record['uid']}-{here[1]}"}] if here else [],
+        "went": went.get(part.first + row, []),
         "picture": _picture(record, members, out),
     }
 

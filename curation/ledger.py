@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curation.selection.engine import MapParts, Part, Selection
+from curation.selection.engine import Part, Partition, Selection, State
+from curation.shuffle import MapParts
 
 VERDICTS = pa.array(["kept", "dropped", "error"])
 SCHEMA = pa.schema(
@@ -34,7 +35,7 @@ SCHEMA = pa.schema(
 
 
 def write_ledger(
-    folder: Path, parts: Sequence[Part], selection: Selection, map_parts: MapParts = map
+    folder: Path, pool: Sequence[Partition], selection: Selection, map_parts: MapParts = map
 ) -> dict[str, Any]:
     """Write the ledger and count it.
 
@@ -46,9 +47,8 @@ def write_ledger(
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
     names = [stage["name"] for stage in selection.stages]
-    work = list(zip(parts, selection.valid, selection.failed, strict=True))
     counts: Counter[tuple[str, str | None]] = Counter()
-    for counted in map_parts(partial(_write_part, temporary, names), work):
+    for counted in map_parts(partial(_write_partition, temporary, names, selection), pool):
         counts.update(counted)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
@@ -60,11 +60,19 @@ def write_ledger(
     }
 
 
-def _write_part(
-    folder: Path, names: list[str], item: tuple[Part, np.ndarray, np.ndarray]
+def _write_partition(
+    folder: Path, names: list[str], selection: Selection, partition: Partition
 ) -> Counter[tuple[str, str | None]]:
-    part, valid, failed = item
+    state, counts = selection.state(partition), Counter[tuple[str, str | None]]()
+    for part in partition.parts:
+        start = part.first - partition.first
+        counts += _write_part(folder, names, part, state.rows(start, start + part.rows))
+    return counts
+
+
+def _write_part(folder: Path, names: list[str], part: Part, state: State) -> Counter[tuple[str, str | None]]:
     table = pq.read_table(part.path, columns=["uid", "shard", "key", "error"])
+    valid, failed = state.valid, state.failed
     kept = valid & ~failed.any(axis=1)
     called = pa.array(names, pa.string())
     verdict = VERDICTS.take(pa.array(np.where(valid, np.where(kept, 0, 1), 2)))
@@ -79,7 +87,7 @@ def _write_part(
             verdict,
             reason,
             pa.ListArray.from_arrays(pa.array(ends), called.take(pa.array(np.nonzero(failed)[1]))),
-            pa.array(kept.astype(np.int32)),
+            pa.array(np.where(kept, state.copies, 0)),
         ],
         schema=SCHEMA,
     )

@@ -6,9 +6,11 @@ they arise: seen = kept + dropped + errors at every stage, or the run fails.
 """
 
 import itertools
+import shutil
 import time
+import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,17 @@ from curation.hashing import config_hash
 from curation.ledger import write_ledger
 from curation.manifest import read_manifest, write_manifest
 from curation.measure import Measuring, part_errors
+from curation.plan import plan
 from curation.pool import Shard
 from curation.report import write_report
 from curation.selection import engine
-from curation.selection.engine import MapParts, Part
+from curation.selection.engine import Part, Partition
+from curation.shuffle import MapParts
 from curation.store import SignalSet, Unit
 from curation.workers import Workers, progress
 
 FREE_ERRORS = 100  # so many broken samples stop no run, however small the pool
-RAY_PARTS = 256  # from this many parts on, selection is spread over Ray; below, starting it costs more than it gives
+RAY_PARTITIONS = 4  # from so many on, selection is spread over Ray; below, starting it costs more than it gives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +169,19 @@ def _in_order(folder: Path, names: Sequence[str], rows: Sequence[int]) -> list[P
     return [Part(path=folder / name, first=first, rows=n) for name, n, first in zip(names, rows, firsts)]
 
 
-def _map_parts(run: Run, parts: Sequence[Part]) -> MapParts:
-    """The builtin map, or Ray's where there are parts enough for it to pay."""
-    if len(parts) < RAY_PARTS:
+def _map_parts(run: Run, pool: Sequence[Partition]) -> MapParts:
+    """The builtin map, or Ray's where there are partitions enough for it to pay."""
+    if len(pool) < RAY_PARTITIONS:
         return map
 
-    def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        numbered = run.workers.map(_Numbered(function), list(enumerate(items)))
-        return [result for _, result in sorted(numbered, key=lambda pair: pair[0])]
+    def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        early: dict[int, Any] = {}
+        turn = 0
+        for number, result in run.workers.map(_Numbered(function), list(enumerate(items))):
+            early[number] = result
+            while turn in early:
+                yield early.pop(turn)
+                turn += 1
 
     return spread
 
@@ -190,9 +199,14 @@ class _Numbered:
 def select(run: Run) -> dict[str, Any]:
     began, started = time.perf_counter(), run.workers.start_seconds
     parts, measured = measured_parts(run)
-    map_parts = _map_parts(run, parts)
-    selection = engine.run(run.config.selectors, parts, map_parts)
-    counts = write_ledger(run.out / "ledger", parts, selection, map_parts)
+    pool = engine.partitions(parts)
+    map_parts = _map_parts(run, pool)
+    for leftover in run.out.glob(".select-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder = run.out / f".select-{uuid.uuid4().hex}"
+    selection = engine.run(run.config.selectors, pool, folder, map_parts)
+    counts = write_ledger(run.out / "ledger", pool, selection, map_parts)
+    shutil.rmtree(folder, ignore_errors=True)
     stages = [_decode_stage(counts), *selection.stages]
     _check_conservation(counts, stages, sum(part.rows for part in parts))
     wall = time.perf_counter() - began
@@ -238,19 +252,21 @@ def build(run: Run) -> dict[str, Any]:
         raise UserError(f"--out {run.out}: nothing is selected there; run --phase select (or all) first")
     parts, _ = measured_parts(run)
     ledger, target, folder = run.out / "ledger", run.out / "shards", run.build_folder
-    made = building.plan(
+    building.prepare(folder)
+    planned = folder / f"plan-{uuid.uuid4().hex}"  # by the run, since slices build side by side
+    made = plan(
         parts,
         ledger,
+        planned,
         seed=run.config.seed,
         shard_samples=run.config.shard_samples,
-        map_parts=_map_parts(run, parts),
+        map_parts=_map_parts(run, engine.partitions(parts)),
     )
     copied = Counter[str]()
     if not target.exists():
-        building.prepare(folder)
-        mine = [c for c in run.mine(made.copies) if len(c.output) and not building.marker(folder, c).exists()]
-        total = sum(len(c.output) for c in mine)
-        results = run.workers.map(building.Copying(folder, made.sizes), mine)
+        mine = [source for source in run.mine(made.sources) if not building.marker(folder, source).exists()]
+        total = sum(source.kept for source in mine)
+        results = run.workers.map(building.Copying(folder, made), mine)
         for result in progress(results, label="build", total=total, unit="samples", amount=lambda r: r["samples"]):
             copied.update(result)
         if run.slice is None:

@@ -6,9 +6,8 @@ which they are written means nothing; those that depend on what is left by
 others are refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,7 +15,7 @@ import pyarrow as pa
 
 from curation.errors import UserError
 from curation.hashing import config_hash
-from curation.selection.interface import Pass
+from curation.selection.interface import Program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,28 +43,20 @@ class AnyOf:
     def needs(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(column for s in self.selectors.values() for column in s.needs))
 
-    def passes(self) -> Sequence[Pass]:
-        """The passes of one selector after those of another. The decision is {name: its own so far}."""
-        return [
-            Pass(partial(self._local, name, one), partial(self._decide, name, one))
-            for name, selector in self.selectors.items()
-            for one in selector.passes()
-        ]
+    def decide(self) -> Program:
+        """{name: what that selector decides}, one after the other"""
+        decisions = {}
+        for name, selector in self.selectors.items():
+            decision = selector.decide() if hasattr(selector, "decide") else None
+            decisions[name] = (yield from decision) if isinstance(decision, Generator) else decision
+        return decisions
 
-    def _local(self, name: str, one: Pass, table: pa.Table, decisions: dict[str, Any] | None) -> Any:
-        return one.local(table, (decisions or {}).get(name))
+    def apply(self, table: pa.Table, decisions: dict[str, Any]) -> np.ndarray:
+        return np.any([s.apply(table, decisions[name]) for name, s in self.selectors.items()], axis=0)
 
-    def _decide(self, name: str, one: Pass, summaries: list[Any], decisions: dict[str, Any] | None) -> dict[str, Any]:
-        so_far = decisions or {}
-        return {**so_far, name: one.decide(summaries, so_far.get(name))}
-
-    def apply(self, table: pa.Table, decisions: dict[str, Any] | None) -> np.ndarray:
-        so_far = decisions or {}
-        return np.any([s.apply(table, so_far.get(name)) for name, s in self.selectors.items()], axis=0)
-
-    def describe(self, decisions: dict[str, Any] | None) -> dict[str, Any]:
+    def describe(self, decisions: dict[str, Any]) -> dict[str, Any]:
         """{"any_of": {name: what it says}, "thresholds": those of all}"""
-        said = {name: s.describe((decisions or {}).get(name)) for name, s in self.selectors.items()}
+        said = {name: s.describe(decisions[name]) for name, s in self.selectors.items()}
         thresholds: dict[str, list[float]] = {}
         for one in said.values():
             for column, bounds in one.get("thresholds", {}).items():

@@ -6,7 +6,6 @@ each of its parents, for the distinct hosts of the part alone.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 
 from curation.errors import UserError
 from curation.hashing import file_hash
-from curation.selection.interface import Pass
+from curation.selection.interface import Fold, Program
 
 # What urllib calls the hostname: after the last @ of what stands before the path, and before the port.
 HOST = r"^[\x00-\x20]*(?:[A-Za-z][A-Za-z0-9+.\-]*:)?//(?:[^/?#]*@)?(?P<host>\[[^\]/?#]*|[^/?#:]*)"
@@ -50,16 +49,10 @@ class BlockList:
     def needs(self) -> tuple[str, ...]:
         return (self.column,)
 
-    def passes(self) -> Sequence[Pass]:
-        return (Pass(self._local, self._decide),)
-
-    def _local(self, table: pa.Table, decision: Any) -> pa.DataType:
-        return table.schema.field(self.column).type
-
-    def _decide(self, kinds: list[pa.DataType], decision: Any) -> pa.Array:
+    def decide(self) -> Program:
         """The entries, distinct, as the column has its values; of domains, lower case without dots at the ends."""
+        kind = (yield Fold(self._kind, _either)) or pa.string()  # a pool without samples has no parts
         entries = read_entries(Path(self.file))
-        kind = next(iter(kinds), pa.string())  # a pool without samples has no parts
         text = pa.types.is_string(kind)
         if self.match == "domain" and text:
             entries = [e.strip(".").lower() for e in entries]
@@ -74,6 +67,9 @@ class BlockList:
             f"block_list: column {self.column} is {kind}; match {self.match} needs text"
             + (" or bytes" if self.match == "exact" else "")
         )
+
+    def _kind(self, table: pa.Table) -> pa.DataType:
+        return table.schema.field(self.column).type
 
     def _from_hex(self, entry: str, kind: pa.DataType) -> bytes:
         width = kind.byte_width if pa.types.is_fixed_size_binary(kind) else len(entry) // 2
@@ -94,6 +90,11 @@ class BlockList:
 
     def describe(self, decision: pa.Array) -> dict[str, Any]:
         return {"listed": len(decision)}
+
+
+def _either(a: pa.DataType, b: pa.DataType) -> pa.DataType:
+    """All parts have one schema."""
+    return a
 
 
 def read_entries(path: Path) -> list[str]:

@@ -7,7 +7,6 @@ inside a true sentence ("a stock car") has to be narrow.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 
 from curation.errors import UserError
-from curation.selection.interface import Pass
 
 WHOLE = {
     # IMG_2041, DSC00012, P1010233, Screenshot 2020-01-02 at 10.11.12, WhatsApp Image 2019-..., image (3)
@@ -83,9 +81,6 @@ class CaptionRules:
     @property
     def needs(self) -> tuple[str, ...]:
         return ("caption",)
-
-    def passes(self) -> Sequence[Pass]:
-        return ()
 
     def apply(self, table: pa.Table, decision: Any) -> np.ndarray:
         whole = re.compile("|".join(f"(?:{p})" for p in WHOLE.values()), re.IGNORECASE) if self.builtin else None

@@ -1,13 +1,13 @@
 """Flatten the pool: cluster image embeddings by FAISS's spherical k-means and cap what one cluster may give.
 
-Two passes: the first takes a sample by hash and trains the centroids, the
-second assigns every survivor and sees how large the clusters are. Inside a
-cluster hash(seed, uid) chooses, so the choice depends on neither order nor
-partition.
+A sample by hash trains the centroids, every survivor is assigned and the sizes
+of the clusters are counted, then each cluster's rows meet. Inside a cluster
+hash(seed, uid) chooses, so the choice depends on neither order nor partition.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ import pyarrow as pa
 from curation.errors import UserError
 from curation.hashing import hash64_many
 from curation.selection import clustering
-from curation.selection.interface import Pass, dropped_rows
+from curation.selection.interface import Fold, Leaving, Program, Shuffle, row_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,50 +46,54 @@ class ClusterBalance:
     def needs(self) -> tuple[str, ...]:
         return (self.column, "uid")
 
-    def passes(self) -> Sequence[Pass]:
-        return (Pass(self._sample, self._train), Pass(self._assign, self._choose))
-
-    def _sample(self, table: pa.Table, decision: Any) -> clustering.Sample:
-        return clustering.sample_rows(table, self.column, self.seed, self.sample)
-
-    def _train(self, summaries: list[clustering.Sample], decision: Any) -> np.ndarray | None:
-        return clustering.train(summaries, clusters=self.clusters, size=self.sample, seed=self.seed)
-
-    def _assign(self, table: pa.Table, centroids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(cluster int32, hash uint64, row int64), each [rows]."""
-        rows = table["row"].to_numpy()
-        if centroids is None or not len(rows):
-            return np.zeros(0, np.int32), np.zeros(0, np.uint64), rows
-        return (
-            clustering.nearest(clustering.embeddings(table, self.column), centroids),
-            hash64_many(f"{self.seed}/cluster choice", table["uid"].to_pylist()),
-            rows,
+    def decide(self) -> Program:
+        """{"dropped", "cap", "before": sizes, "after": sizes}"""
+        centroids = yield from clustering.trained(self.column, clusters=self.clusters, size=self.sample, seed=self.seed)
+        if centroids is None:
+            return {"dropped": [], "cap": 0, "before": [], "after": []}
+        sizes = yield Fold(partial(self._assign, centroids), np.add, columns=(self.column,))
+        cap = self._cap(sizes)
+        gone = yield Shuffle(
+            partial(self._rows, len(centroids)), partial(_beyond, cap), row_bytes=20, columns=("uid", "cluster")
         )
-
-    def _choose(self, summaries: list[tuple[np.ndarray, np.ndarray, np.ndarray]], centroids: Any) -> dict[str, Any]:
-        """{"dropped": int64 sorted, "cap", "before": sizes, "after": sizes}"""
-        cluster, hashes, rows = (np.concatenate([s[i] for s in summaries]) for i in range(3))
-        if not len(rows):
-            return {"dropped": rows, "cap": 0, "before": [], "after": []}
-        sizes = np.bincount(cluster, minlength=len(centroids))
-        if self.cap is not None:
-            cap = self.cap
-        elif self.cap_quantile is not None:
-            cap = int(np.ceil(np.quantile(sizes[sizes > 0], self.cap_quantile)))
-        else:
-            cap = int(np.ceil(len(rows) * (self.max_share or 0.0)))
-        order = np.lexsort((rows, hashes, cluster))
-        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        rank = np.arange(len(rows)) - starts[cluster[order]]
         return {
-            "dropped": np.sort(rows[order[rank >= cap]]),
+            "dropped": [gone],
             "cap": cap,
             "before": sizes.tolist(),
             "after": np.minimum(sizes, cap).tolist(),
         }
 
-    def apply(self, table: pa.Table, decision: dict[str, Any]) -> np.ndarray:
-        return dropped_rows(table, decision["dropped"])
+    def _assign(self, centroids: np.ndarray, table: pa.Table) -> Leaving:
+        cluster = clustering.nearest(clustering.embeddings(table, self.column), centroids)
+        return Leaving(np.bincount(cluster, minlength=len(centroids)), {"cluster": cluster})
+
+    def _cap(self, sizes: np.ndarray) -> int:
+        if self.cap is not None:
+            return self.cap
+        if self.cap_quantile is not None:
+            return int(np.ceil(np.quantile(sizes[sizes > 0], self.cap_quantile)))
+        return int(np.ceil(sizes.sum() * (self.max_share or 0.0)))
+
+    def _rows(self, clusters: int, table: pa.Table, buckets: int) -> pa.Table:
+        cluster = table["cluster"].to_numpy()
+        hashes = hash64_many(f"{self.seed}/cluster choice", table["uid"].to_pylist())
+        bucket = cluster.astype(np.int64) * buckets // clusters
+        return pa.table({"cluster": cluster, "hash": hashes, "row": table["row"], "bucket": bucket})
 
     def describe(self, decision: dict[str, Any]) -> dict[str, Any]:
         return {"clusters": {"cap": decision["cap"], "before": decision["before"], "after": decision["after"]}}
+
+
+def _beyond(cap: int, pieces: Iterator[pa.Table]) -> tuple[pa.Table, None]:
+    """The rows that are not among the `cap` lowest hashes of their cluster; no more than those are held."""
+    kept: list[pa.Table] = []
+    gone = []
+    for piece in pieces:
+        both = pa.concat_tables([*kept, piece])
+        cluster, hashes, rows = (both[name].to_numpy() for name in ("cluster", "hash", "row"))
+        order = np.lexsort((rows, hashes, cluster))
+        starts = np.searchsorted(cluster[order], cluster[order])
+        inside = np.arange(len(order)) - starts < cap
+        gone.append(rows[order[~inside]])
+        kept = [both.take(pa.array(order[inside]))]
+    return row_table(np.concatenate(gone)), None

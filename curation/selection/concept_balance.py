@@ -7,13 +7,13 @@ The threshold t divides the head from the tail, and the share of all matches
 that the tail has is what MetaCLIP 2 (arXiv 2507.22062) carries over from
 English to other languages, each with its own counts and so its own t.
 
-The first pass counts, the second sees what is left of the most frequent
-entries. One hash(seed, uid) a caption against 1 - prod(1 - p) has the same
-probability as one draw an entry, and depends on neither order nor partition.
+First the pool is counted, then what is left of the most frequent entries. One
+hash(seed, uid) a caption against 1 - prod(1 - p) has the same probability as one
+draw an entry, and depends on neither order nor partition.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,9 +22,10 @@ import pyarrow.compute as pc
 
 from curation.errors import UserError
 from curation.hashing import uniform_many
-from curation.selection.interface import Pass
+from curation.selection.interface import Fold, Program
 
 TOP = 20  # entries that the description shows
+PAIRS = pa.schema([("language", pa.string()), ("entry", pa.int32()), ("count_all", pa.int64())])
 ALL = "all"  # what stands for the language where languages are not told apart
 
 
@@ -71,25 +72,26 @@ class ConceptBalance:
     def needs(self) -> tuple[str, ...]:
         return (self.column, "uid", "language") if self.per_language else (self.column, "uid")
 
-    def passes(self) -> Sequence[Pass]:
-        return (Pass(self._count, self._thresholds), Pass(self._kept, self._settle))
+    def decide(self) -> Program:
+        """A `Balance`."""
+        pairs = yield Fold(self._count, _added)
+        balance = self._thresholds(pairs)
+        after = yield Fold(partial(self._kept, balance), np.add)
+        return balance if after is None else replace(balance, after=after)
 
-    def _count(self, table: pa.Table, decision: None) -> pa.Table:
+    def _count(self, table: pa.Table) -> pa.Table:
         """(language string, entry int32, count int64), a row for each pair that occurs."""
         rows, entries = self._matches(table)
         pairs = pa.table({"language": self._languages(table).take(pa.array(rows)), "entry": entries})
         return pairs.group_by(["language", "entry"]).aggregate([([], "count_all")])
 
-    def _thresholds(self, summaries: list[pa.Table], decision: None) -> Balance:
-        pairs = (
-            pa.concat_tables(summaries)
-            .group_by(["language", "entry"])
-            .aggregate([("count_all", "sum")])
-            .sort_by([("language", "ascending"), ("entry", "ascending")])
-        )
+    def _thresholds(self, pairs: pa.Table | None) -> Balance:
+        if pairs is None:
+            pairs = PAIRS.empty_table()
+        pairs = pairs.sort_by([("language", "ascending"), ("entry", "ascending")])
         languages = sorted(pairs["language"].unique().to_pylist())
         group = pc.index_in(pairs["language"], value_set=pa.array(languages, pa.string())).to_numpy().astype(np.int64)
-        counts = pairs["count_all_sum"].to_numpy()
+        counts = pairs["count_all"].to_numpy()
         t_g = self._t_of_each(languages, np.split(counts, np.flatnonzero(np.diff(group)) + 1))
         top = np.argsort(-counts, kind="stable")[:TOP]
         return Balance(
@@ -121,14 +123,11 @@ class ConceptBalance:
         t_g[reference] = self.t
         return t_g
 
-    def _kept(self, table: pa.Table, balance: Balance) -> np.ndarray:
+    def _kept(self, balance: Balance, table: pa.Table) -> np.ndarray:
         """How many captions of each top entry stay: int64 [<= TOP]."""
         rows, places = self._places(table, balance)
         kept = places[self._draw(table, rows, balance.probability[places])[rows]]
         return np.array([(kept == place).sum() for place in balance.top], np.int64)
-
-    def _settle(self, summaries: list[np.ndarray], balance: Balance) -> Balance:
-        return replace(balance, after=np.sum(summaries, axis=0))
 
     def apply(self, table: pa.Table, decision: Balance) -> np.ndarray:
         rows, places = self._places(table, decision)
@@ -175,6 +174,11 @@ class ConceptBalance:
             for g, e, b, a in zip(group[decision.top], entries.tolist(), before.tolist(), decision.after.tolist())
         ]
         return {"concepts": {"groups": groups, "top": top}}
+
+
+def _added(a: pa.Table, b: pa.Table) -> pa.Table:
+    both = pa.concat_tables([a, b]).group_by(["language", "entry"]).aggregate([("count_all", "sum")])
+    return both.rename_columns(["language", "entry", "count_all"])
 
 
 def t_to_share(counts: np.ndarray, t: int) -> float:

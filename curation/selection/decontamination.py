@@ -9,7 +9,6 @@ compared again in float64, and the verdict is that of float64 however the pool
 is cut.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -20,7 +19,7 @@ import pyarrow.compute as pc
 
 from curation.errors import UserError
 from curation.selection import clustering
-from curation.selection.interface import Pass
+from curation.selection.interface import Fold, Program
 from curation.selection.reference_quantile import identities, read_reference, reference_content
 
 BITS = 64
@@ -64,15 +63,10 @@ class Decontamination:
         near = [("phash", self.phash_bits), (self.column, self.cosine)]
         return ("image_sha256", *(column for column, bound in near if bound is not None))
 
-    def passes(self) -> Sequence[Pass]:
-        return (Pass(self._local, self._decide),)
-
-    def _local(self, table: pa.Table, decision: Any) -> tuple[bytes, ...]:
-        return identities(table.schema, self.needs)
-
-    def _decide(self, summaries: list[tuple[bytes, ...]], decision: Any) -> dict[str, Any]:
+    def decide(self) -> Program:
         """{"digests": distinct, "bands": of the distinct hashes, "points": float16 [R, D]}, the latter where needed"""
-        parts = list(read_reference(self.reference, self.needs, set(summaries)))
+        measured = yield Fold(self._identity, set.union)
+        parts = list(read_reference(self.reference, self.needs, measured or set()))
         if not any(part["image_sha256"].null_count < part.num_rows for part in parts):
             raise UserError(f"reference {self.reference}: holds no pictures; measure some evaluation pictures")
         reference = pa.concat_tables(parts)
@@ -83,6 +77,9 @@ class Decontamination:
         if self.cosine is not None:
             found["points"] = clustering.embeddings(reference.select([self.column]).drop_null(), self.column)
         return found
+
+    def _identity(self, table: pa.Table) -> set[tuple[bytes, ...]]:
+        return {identities(table.schema, self.needs)}
 
     def apply(self, table: pa.Table, decision: dict[str, Any]) -> np.ndarray:
         if not table.num_rows:

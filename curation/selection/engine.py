@@ -1,13 +1,20 @@
-"""Runs a recipe's selectors over the parts of the pool and keeps count.
+"""Runs a recipe's selectors over the partitions of the pool and keeps count.
 
-Selectors act in the recipe's order. What a part's rows have failed is one bit a
-selector; between the rounds that is all that is held of the pool. All work on
-columns goes through `map_parts`, which may be the builtin `map` or Ray's.
+Selectors act in the recipe's order. All work on columns is done in rounds over
+the partitions, through `map_parts`, which may be the builtin `map` or Ray's. A
+round reads each partition once: it lets those selectors act whose decisions
+have been made, and answers the next question of the one that is deciding. What
+the rows have failed so far lies beside the pool in one small file a partition,
+a new one where a round changes it, so that a round can be done again; the
+driver holds counts and decisions alone.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+import os
+import shutil
+import uuid
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.selection.interface import Selector
+from curation.selection.interface import Count, Fold, Leaving, Program, Selector, Shuffle, among
+from curation.shuffle import MapParts, buckets_for, gather, scatter
 
-MapParts = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
-"""`map_parts(function, items)`: the function's results in the order of the items."""
+PARTITION_ROWS = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,54 +37,253 @@ class Part:
     rows: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """Parts that follow one another and are worked on together."""
+
+    number: int
+    parts: tuple[Part, ...]
+
+    @property
+    def first(self) -> int:
+        return self.parts[0].first
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        return pa.concat_tables(pq.ParquetFile(part.path).read(list(columns), use_threads=False) for part in self.parts)
+
+
+def partitions(parts: Sequence[Part], rows: int = PARTITION_ROWS) -> list[Partition]:
+    """The parts in partitions that begin in the same stretch of so many rows."""
+    groups = itertools.groupby(parts, key=lambda part: part.first // rows)
+    return [Partition(number=number, parts=tuple(group)) for number, (_, group) in enumerate(groups)]
+
+
+@dataclass(kw_only=True)
+class State:
+    """The verdicts on the rows of a partition so far."""
+
+    valid: np.ndarray  # bool [rows]: False for rows with an error
+    failed: np.ndarray  # bool [rows, selectors]
+    copies: np.ndarray  # int32 [rows]: how often each row would be kept, whatever it failed
+    left: dict[str, np.ndarray] = field(default_factory=dict)  # columns that a deciding selector left, [rows]
+
+    def rows(self, start: int, end: int) -> "State":
+        return State(valid=self.valid[start:end], failed=self.failed[start:end], copies=self.copies[start:end])
+
+    def scope(self, selector: Selector) -> np.ndarray:
+        return self.valid & ~self.failed.any(axis=1) if selector.scope == "survivors" else self.valid
+
+
 @dataclass(kw_only=True)
 class Selection:
-    """What came out. `failed`[part] is bool [rows, selectors]; `valid`[part] is False for rows with an error."""
+    """What came out: where the last states lie, and for each selector {name, in, out, dropped, would_drop, ...}."""
 
-    valid: list[np.ndarray]
-    failed: list[np.ndarray]
+    folder: Path
+    version: int = 0
+    selectors: int
     stages: list[dict[str, Any]] = field(default_factory=list)
 
-
-def run(selectors: Mapping[str, Selector], parts: Sequence[Part], map_parts: MapParts = map) -> Selection:
-    """Apply the selectors in order; `stages` has one entry for each: {name, in, out, dropped, would_drop, ...}."""
-    valid = list(map_parts(_valid, parts))
-    failed = [np.zeros((part.rows, len(selectors)), bool) for part in parts]
-    result = Selection(valid=valid, failed=failed)
-    for number, (name, selector) in enumerate(selectors.items()):
-        alive = [v & ~f.any(axis=1) for v, f in zip(valid, failed, strict=True)]
-        scope = alive if selector.scope == "survivors" else valid
-        work = list(zip(parts, scope, strict=True))
-        decision = None
-        for one in selector.passes():
-            summaries = list(map_parts(partial(_local, selector, one.local, decision), work))
-            decision = one.decide(summaries, decision)
-        would = 0
-        for i, keep in enumerate(map_parts(partial(_apply, selector, decision), work)):
-            failed[i][scope[i], number] = ~keep
-            would += int((~keep).sum())
-        before = sum(int(a.sum()) for a in alive)
-        dropped = sum(int((a & f[:, number]).sum()) for a, f in zip(alive, failed, strict=True))
-        stage = {"name": name, "in": before, "out": before - dropped, "dropped": dropped, "would_drop": would}
-        result.stages.append({**stage, **selector.describe(decision)})
-    return result
+    def state(self, partition: Partition) -> State:
+        return _load(self.folder, self.version, self.selectors, partition)
 
 
-def _valid(part: Part) -> np.ndarray:
-    return pq.read_table(part.path, columns=["error"])["error"].is_null().to_numpy()
+def run(
+    selectors: Mapping[str, Selector], pool: Sequence[Partition], folder: Path, map_parts: MapParts = map
+) -> Selection:
+    """Apply the selectors in order. `folder` is for the run's files, and empty; whoever reads the states removes it."""
+    return _Engine(selectors, pool, folder, map_parts).run()
 
 
-def _table(selector: Selector, part: Part, scope: np.ndarray) -> pa.Table:
-    table = pq.read_table(part.path, columns=list(dict.fromkeys(selector.needs)))
-    table = table.append_column("row", pa.array(np.arange(part.first, part.first + part.rows)))
-    return table.filter(pa.array(scope))
+@dataclass(frozen=True, kw_only=True)
+class _Verdict:
+    """A selector that has decided: its place in the recipe and what it decided."""
+
+    number: int
+    selector: Selector
+    decision: Any
 
 
-def _local(
-    selector: Selector, local: Callable[[pa.Table, Any], Any], decision: Any, item: tuple[Part, np.ndarray]
-) -> Any:
-    return local(_table(selector, *item), decision)
+class _Engine:
+    def __init__(
+        self, selectors: Mapping[str, Selector], pool: Sequence[Partition], folder: Path, map_parts: MapParts
+    ) -> None:
+        self._selectors, self._pool, self._folder, self._map = selectors, pool, folder, map_parts
+        self._result = Selection(folder=folder, selectors=len(selectors))
+        self._decided: list[_Verdict] = []  # those that have not acted yet
+        self._shuffles: list[Path] = []
+
+    def run(self) -> Selection:
+        for number, selector in enumerate(self._selectors.values()):
+            decision: Any = getattr(selector, "decide", lambda: None)()
+            if isinstance(decision, Generator):
+                decision = self._drive(selector, decision)
+            self._decided.append(_Verdict(number=number, selector=selector, decision=decision))
+        if self._decided:
+            self._round(None, None)
+        for shuffled in self._shuffles:
+            shutil.rmtree(shuffled, ignore_errors=True)
+        return self._result
+
+    def _drive(self, selector: Selector, program: Program) -> Any:
+        answer: Any = None
+        while True:
+            try:
+                request = program.send(answer)
+            except StopIteration as end:
+                return end.value
+            answer = self._answer(selector, request)
+
+    def _answer(self, selector: Selector, request: Count | Fold | Shuffle) -> Any:
+        if isinstance(request, Count):
+            return self._round(selector, None)[0]
+        if isinstance(request, Fold):
+            return self._round(selector, request)[1]
+        rows, _ = self._round(selector, None)
+        buckets = buckets_for(rows * request.spread, request.row_bytes)
+        shuffled = self._folder / f"shuffle-{len(self._shuffles)}"
+        self._shuffles.append(shuffled)
+        self._round(selector, request, shuffled, buckets)
+        return gather(shuffled, len(self._pool), buckets, request.row_bytes, request.reduce, self._map)
+
+    def _round(
+        self, asking: Selector | None, request: Fold | Shuffle | None, shuffled: Path | None = None, buckets: int = 0
+    ) -> tuple[int, Any]:
+        """Let the decided act and answer the request: (rows in the asking selector's scope, the merged summary)."""
+        if request is None and not self._decided and asking is not None and self._counted[0] is asking:
+            return self._counted[1], None
+        task = _Round(
+            folder=self._folder, version=self._result.version, selectors=len(self._selectors),
+            decided=tuple(self._decided), asking=asking, request=request, shuffled=shuffled, buckets=buckets,
+        )  # fmt: skip
+        counts = np.zeros((len(self._decided), 3), np.int64)
+        rows, merged, changed = 0, None, False
+        for n, done in enumerate(self._map(task, self._pool)):
+            counts += done.counts
+            rows += done.rows
+            changed |= done.changed
+            if isinstance(request, Fold):
+                merged = done.summary if n == 0 else request.merge(merged, done.summary)
+        names = list(self._selectors)
+        for verdict, (before, dropped, would) in zip(self._decided, counts.tolist(), strict=True):
+            stage = {"name": names[verdict.number], "in": before, "out": before - dropped, "dropped": dropped}
+            said = verdict.selector.describe(verdict.decision)
+            self._result.stages.append({**stage, "would_drop": would, **said})
+        self._decided = []
+        if changed:
+            for old in self._folder.glob(f"state-{self._result.version}-*"):
+                old.unlink()
+            self._result.version += 1
+        self._counted = (asking, rows)
+        return rows, merged
+
+    _counted: tuple[Selector | None, int] = (None, 0)
 
 
-def _apply(selector: Selector, decision: Any, item: tuple[Part, np.ndarray]) -> np.ndarray:
-    return selector.apply(_table(selector, *item), decision)
+@dataclass(frozen=True, kw_only=True)
+class _Done:
+    counts: np.ndarray  # int64 [decided, 3]: rows before, dropped, would drop
+    rows: int
+    summary: Any
+    changed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Round:
+    """What a worker is told; called with a partition, it does the round there."""
+
+    folder: Path
+    version: int
+    selectors: int
+    decided: tuple[_Verdict, ...]
+    asking: Selector | None
+    request: Fold | Shuffle | None
+    shuffled: Path | None
+    buckets: int
+
+    def __call__(self, partition: Partition) -> _Done:
+        state = _load(self.folder, self.version, self.selectors, partition)
+        acting = [v for v in self.decided if hasattr(v.selector, "apply")]
+        asked = self._asked(state)
+        table = partition.read(list(dict.fromkeys([*(c for v in acting for c in v.selector.needs), *asked])))
+        counts = [self._act(verdict, table, state, partition) for verdict in self.decided]
+        if self.decided:
+            state.left = {}
+        summary, left = None, False
+        scope = state.scope(self.asking) if self.asking is not None else state.valid
+        if self.request is not None:
+            inner = _in_scope(table.select(asked), scope, partition, state.left)
+            if isinstance(self.request, Fold):
+                summary = self.request.local(inner)
+            else:
+                assert self.shuffled is not None
+                scatter(self.shuffled, partition.number, self.request.rows(inner, self.buckets), self.buckets)
+            if isinstance(summary, Leaving):
+                left = True
+                for name, values in summary.columns.items():
+                    state.left[name] = np.zeros(len(scope), values.dtype)
+                    state.left[name][scope] = values
+                summary = summary.summary
+        changed = bool(self.decided) or left
+        if changed:
+            _save(self.folder, self.version + 1, partition, state)
+        return _Done(
+            counts=np.array(counts, np.int64).reshape(-1, 3), rows=int(scope.sum()), summary=summary, changed=changed
+        )
+
+    def _asked(self, state: State) -> list[str]:
+        if self.request is None or self.asking is None:
+            return []
+        columns = self.asking.needs if self.request.columns is None else self.request.columns
+        return [column for column in dict.fromkeys(columns) if column not in state.left]
+
+    def _act(self, verdict: _Verdict, table: pa.Table, state: State, partition: Partition) -> tuple[int, int, int]:
+        """Mark what the selector drops: (rows before, dropped, would drop)."""
+        selector, scope = verdict.selector, state.scope(verdict.selector)
+        alive = state.valid & ~state.failed.any(axis=1)
+        if hasattr(selector, "apply"):
+            needs = list(dict.fromkeys(selector.needs))
+            kept = selector.apply(_in_scope(table.select(needs), scope, partition, {}), verdict.decision)
+        else:
+            kept = ~among(np.flatnonzero(scope) + partition.first, verdict.decision["dropped"])
+        if kept.dtype != bool:
+            state.copies[scope] *= np.maximum(kept, 1).astype(np.int32)
+        gone = state.failed[:, verdict.number]
+        gone[scope] = kept == 0
+        return int(alive.sum()), int((alive & gone).sum()), int(gone.sum())
+
+
+def _in_scope(table: pa.Table, scope: np.ndarray, partition: Partition, left: Mapping[str, np.ndarray]) -> pa.Table:
+    added = {**left, "row": np.arange(partition.first, partition.first + len(scope))}
+    for name, values in added.items() if table.num_columns else ():
+        table = table.append_column(name, pa.array(values))
+    if not table.num_columns:  # such a table has no length
+        table = pa.table(added)
+    return table if scope.all() else table.filter(pa.array(scope))
+
+
+def _path(folder: Path, version: int, partition: Partition) -> Path:
+    return folder / f"state-{version}-{partition.number:06d}.npz"
+
+
+def _load(folder: Path, version: int, selectors: int, partition: Partition) -> State:
+    if version == 0:
+        valid = partition.read(["error"])["error"].is_null().to_numpy()
+        rows = len(valid)
+        return State(valid=valid, failed=np.zeros((rows, selectors), bool), copies=np.ones(rows, np.int32))
+    with np.load(_path(folder, version, partition)) as saved:
+        fields = {name: saved[name] for name in saved.files}
+    base = {name: fields.pop(name) for name in ("valid", "failed", "copies")}
+    return State(**base, left=fields)
+
+
+def _save(folder: Path, version: int, partition: Partition, state: State) -> None:
+    path = _path(folder, version, partition)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.npz")
+    columns: dict[str, Any] = {"valid": state.valid, "failed": state.failed, "copies": state.copies, **state.left}
+    np.savez(temporary, **columns)
+    os.replace(temporary, path)

@@ -1,13 +1,19 @@
-"""Keep one of each set of equal samples: the first in the pool's order, among those that survived so far."""
+"""Keep one of each set of equal samples: the first in the pool's order, among those that survived so far.
 
-from collections.abc import Sequence
+Rows go to a bucket by a hash of their values, so equal ones meet there; the
+comparison itself is of the values.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from curation.selection.interface import Pass, dropped_rows
+from curation.hashing import hash64_many
+from curation.selection.interface import Program, Shuffle, row_table
+from curation.shuffle import hash_buckets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,20 +30,27 @@ class ExactDuplicates:
     def needs(self) -> tuple[str, ...]:
         return self.by
 
-    def passes(self) -> Sequence[Pass]:
-        return (Pass(self._local, self._decide),)
+    def decide(self) -> Program:
+        """{"dropped"}"""
+        gone = yield Shuffle(self._rows, self._later, row_bytes=40 + 40 * len(self.by))
+        return {"dropped": [gone]}
 
-    def _local(self, table: pa.Table, decision: Any) -> pa.Table:
-        return table.select([*self.by, "row"]).drop_null()
+    def _rows(self, table: pa.Table, buckets: int) -> pa.Table:
+        table = table.select([*self.by, "row"]).drop_null()
+        values = zip(*(table[column].to_pylist() for column in self.by), strict=True)
+        bucket = hash_buckets(hash64_many("equal values", map(repr, values)), buckets)
+        return table.append_column("bucket", pa.array(bucket))
 
-    def _decide(self, summaries: list[pa.Table], decision: Any) -> np.ndarray:
-        """The rows to drop: int64, sorted."""
-        table = pa.concat_tables(summaries)
-        firsts = table.group_by(list(self.by)).aggregate([("row", "min")])["row_min"].to_numpy()
-        return np.setdiff1d(table["row"].to_numpy(), firsts, assume_unique=True)
-
-    def apply(self, table: pa.Table, decision: np.ndarray) -> np.ndarray:
-        return dropped_rows(table, decision)
+    def _later(self, pieces: Iterator[pa.Table]) -> tuple[pa.Table, None]:
+        """All but the first of equal rows; of a value that fills a bucket only the first row is held."""
+        firsts: pa.Table | None = None
+        later = []
+        for piece in pieces:
+            both = piece if firsts is None else pa.concat_tables([firsts, piece.select(firsts.column_names)])
+            found = both.group_by(list(self.by)).aggregate([("row", "min")])
+            later.append(np.setdiff1d(both["row"].to_numpy(), found["row_min"].to_numpy(), assume_unique=True))
+            firsts = found.select([*self.by, "row_min"]).rename_columns([*self.by, "row"])
+        return row_table(np.concatenate(later)), None
 
     def describe(self, decision: Any) -> dict[str, Any]:
         return {}

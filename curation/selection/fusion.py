@@ -1,35 +1,36 @@
 """Keep what several scores rate highest together: SIEVE's fusion (arXiv 2310.02110, baselines/apply_filter.py).
 
 Each column is scaled to [0, 1] by its lowest and highest value in the whole
-pool, and the weighted sum decides. One pass finds the ranges; where a fraction
-is asked for, a second finds the sum that it ends at. All arithmetic is float64
-and element by element, so the sums do not depend on how the pool is cut.
+pool, and the weighted sum decides. First the ranges are found; where a fraction
+is asked for, the sum that it ends at. All arithmetic is float64 and element by
+element, so the sums do not depend on how the pool is cut.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from curation.errors import UserError
-from curation.selection.fraction import Ranked, last_kept, not_after, ranked
-from curation.selection.interface import Pass, numbers
+from curation.selection.interface import Fold, Program, numbers
+from curation.selection.ranking import highest, stays
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFusion:
     """The sum over `weights` (column -> weight above 0) of weight times the column's min-max scaled value. Set one:
 
-    `fraction` in (0, 1]: int(n * fraction) of the pool stay, ties by uid (SIEVE, whose rule is DataComp's, keeps one
-    more and all ties). `minimum`: sums of at least this stay; they lie in [0, sum of the weights].
+    `fraction` in (0, 1]: the highest of the pool, counted as in `mode` (SIEVE has DataComp's rule).
+    `minimum`: sums of at least this stay; they lie in [0, sum of the weights].
     NaN and missing values count as the column's lowest, and so does every value of a constant column.
     """
 
     weights: dict[str, float]
     fraction: float | None = None
     minimum: float | None = None
+    mode: Literal["datacomp", "exact"] = "datacomp"
     scope: ClassVar[Literal["pool"]] = "pool"
 
     def __post_init__(self) -> None:
@@ -47,25 +48,22 @@ class ScoreFusion:
     def needs(self) -> tuple[str, ...]:
         return tuple(self.weights) if self.fraction is None else (*self.weights, "uid")
 
-    def passes(self) -> Sequence[Pass]:
-        ranges = Pass(self._ends, self._ranges)
-        return (ranges,) if self.fraction is None else (ranges, Pass(self._ranked, self._last))
+    def decide(self) -> Program:
+        """{"ranges": float64 [columns, 2], "edge": where the fraction ends}"""
+        ends = yield Fold(self._ends, _wider)
+        ranges = np.zeros((len(self.weights), 2)) if ends is None else np.where(ends[:, :1] > ends[:, 1:], 0.0, ends)
+        if self.fraction is None:
+            return {"ranges": ranges, "edge": None}
+        edge = yield from highest(partial(self._fused, ranges), self.fraction, self.mode)
+        return {"ranges": ranges, "edge": edge}
 
-    def _ends(self, table: pa.Table, decision: Any) -> np.ndarray:
+    def _ends(self, table: pa.Table) -> np.ndarray:
         """The lowest and the highest value of each column here: float64 [columns, 2]."""
         columns = [numbers(table, column).astype(np.float64) for column in self.weights]
         present = [values[~np.isnan(values)] for values in columns]
         return np.array([[v.min(initial=np.inf), v.max(initial=-np.inf)] for v in present])
 
-    def _ranges(self, summaries: list[np.ndarray], decision: Any) -> dict[str, Any]:
-        """{"ranges": float64 [columns, 2]}; [0, 0] for a column without any value."""
-        none = np.full((len(self.weights), 2), [np.inf, -np.inf])
-        of_parts = np.stack([none, *summaries])
-        ends = np.stack([of_parts[..., 0].min(axis=0), of_parts[..., 1].max(axis=0)], axis=1)
-        ends[ends[:, 0] > ends[:, 1]] = 0.0
-        return {"ranges": ends}
-
-    def _fused(self, table: pa.Table, ranges: np.ndarray) -> np.ndarray:
+    def _fused(self, ranges: np.ndarray, table: pa.Table) -> np.ndarray:
         """The weighted sums: float64 [rows], never NaN."""
         fused = np.zeros(table.num_rows)
         for (column, weight), (low, high) in zip(self.weights.items(), ranges, strict=True):
@@ -74,22 +72,18 @@ class ScoreFusion:
                 fused += weight * (np.where(np.isnan(values), 0.0, values - low) / (high - low))
         return fused
 
-    def _ranked(self, table: pa.Table, decision: dict[str, Any]) -> Ranked:
-        return ranked(self._fused(table, decision["ranges"]), table)
-
-    def _last(self, summaries: list[Ranked], decision: dict[str, Any]) -> dict[str, Any]:
-        """{"ranges", "last": the edge of what stays, as in `fraction`}"""
-        return {**decision, "last": last_kept(summaries, self.fraction or 0.0)}
-
     def apply(self, table: pa.Table, decision: dict[str, Any]) -> np.ndarray:
-        fused = self._fused(table, decision["ranges"])
-        if self.minimum is not None:
-            return fused >= self.minimum
-        return not_after(fused, table, decision["last"])
+        fused = self._fused(decision["ranges"], table)
+        return stays(fused, table, decision["edge"]) if self.minimum is None else fused >= self.minimum
 
     def describe(self, decision: dict[str, Any]) -> dict[str, Any]:
-        last = decision.get("last")
+        edge = decision["edge"]
         return {
             "ranges": dict(zip(self.weights, decision["ranges"].tolist(), strict=True)),
-            "fused_minimum": self.minimum if last is None else float(last[0]),
+            "fused_minimum": self.minimum if edge is None else float(edge.value),
         }
+
+
+def _wider(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The range that holds both, by column; [inf, -inf] holds nothing."""
+    return np.stack([np.minimum(a[:, 0], b[:, 0]), np.maximum(a[:, 1], b[:, 1])], axis=1)

@@ -14,7 +14,7 @@ nothing here; of an .npy only the width can be checked.
 
 import pickle
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,7 +25,7 @@ import pyarrow as pa
 from curation.errors import UserError
 from curation.hashing import config_hash, file_hash
 from curation.selection import clustering
-from curation.selection.interface import Pass
+from curation.selection.interface import Fold, Program
 from curation.selection.reference_quantile import identities, read_reference, reference_content
 
 BLOCK = 65_536  # reference rows that are searched at once
@@ -79,38 +79,31 @@ class ImageBased:
     def needs(self) -> tuple[str, ...]:
         return (self.column,) if self.clusters is None else (self.column, "uid")
 
-    def passes(self) -> Sequence[Pass]:
-        return (Pass(self._local, self._decide),)
-
-    def _local(self, table: pa.Table, decision: Any) -> tuple[tuple[bytes, ...], clustering.Sample | None]:
-        """(identity of the column, what may train)"""
-        identity = identities(table.schema, [self.column])
-        if self.clusters is None:
-            return identity, None
-        return identity, clustering.sample_rows(table, self.column, self.seed, self.sample)
-
-    def _decide(self, summaries: list[tuple[tuple[bytes, ...], Any]], decision: Any) -> dict[str, Any]:
+    def decide(self) -> Program:
         """{"centroids": float32 [K, D] or None where nothing survives, "touched": bool [K]}"""
+        measured = yield Fold(self._identity, set.union, columns=(self.column,))
         if self.centroids is not None:
             centroids = _read_centroids(self.centroids)
         else:
-            trained = clustering.train(
-                [sample for _, sample in summaries],
+            centroids = yield from clustering.trained(
+                self.column,
                 clusters=self.clusters or 0,
                 size=self.sample,
                 seed=self.seed,
                 iterations=self.iterations,
                 spherical=False,
             )
-            if trained is None:
+            if centroids is None:
                 return {"centroids": None, "touched": np.zeros(0, bool)}
-            centroids = trained
         touched = np.zeros(len(centroids), bool)
-        for block in self._reference_blocks({identity for identity, _ in summaries}):
+        for block in self._reference_blocks(measured or set()):
             touched[self._nearest(block, centroids, f"reference {self.reference}")] = True
         if not touched.any():
             raise UserError(f"reference {self.reference}: holds no embeddings; measure some pictures")
         return {"centroids": centroids, "touched": touched}
+
+    def _identity(self, table: pa.Table) -> set[tuple[bytes, ...]]:
+        return {identities(table.schema, [self.column])}
 
     def apply(self, table: pa.Table, decision: dict[str, Any]) -> np.ndarray:
         if not table.num_rows:

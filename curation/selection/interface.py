@@ -1,11 +1,22 @@
 """What a selector is: one file with a frozen dataclass of settings, and one line in `curation.selection.SELECTORS`.
 
-A selector sees columns, one part of the pool at a time, so that no process
-holds the pool. One that needs nothing but the row has no passes: `apply` is
-all. One that needs the whole pool (a quantile, the copies, the clusters) says
-so in passes: in each, `local` makes a small summary of every part and `decide`
-turns all summaries into a decision, which the next pass and at last `apply`
-are given.
+A selector sees columns, one partition of the pool at a time, so that no process
+holds the pool. One that needs nothing but the row has `apply` alone. One that
+needs the whole pool (a quantile, the copies, the clusters) has `decide`, which
+returns the decision that `apply` is given. It is a generator where it has to
+ask the pool, and each answer comes back as the value of its `yield`:
+
+    def decide(self):
+        rows = yield Count()
+        lowest = yield Fold(self._lowest, min)
+        gone = yield Shuffle(self._rows, self._choose, row_bytes=24)
+        return {"dropped": [gone]}
+
+`Count` is how many rows are in scope. `Fold` makes a small summary of each
+partition and merges them. `Shuffle` brings the rows of one bucket together from
+all partitions (`curation.shuffle`) and lets each bucket find something out;
+selectors that drop rows by what others hold (copies, clusters) are made of it.
+A selector without `apply` drops the rows in its decision's "dropped".
 
 One that reads a file of the user's beside the pool has `content() -> str`, which
 changes with what it reads from there ("" where that is not there yet): an
@@ -17,45 +28,86 @@ scope "pool" is every row; "survivors" are those that no earlier selector of the
 recipe dropped, so that a copy that is out anyway does not shadow a good one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
+from curation.shuffle import Reduce, RowFiles
 
-class Pass(NamedTuple):
-    """`local(table, decision so far) -> summary`, then `decide(summaries, decision so far) -> decision`."""
 
-    local: Callable[[pa.Table, Any], Any]
-    decide: Callable[[list[Any], Any], Any]
+class Count(NamedTuple):
+    """How many rows are in scope: int."""
+
+
+class Leaving(NamedTuple):
+    """A summary, and a column for each row that the selector's later requests find in their tables."""
+
+    summary: Any
+    columns: Mapping[str, np.ndarray]
+
+
+class Fold(NamedTuple):
+    """`local(table)` of each partition, which may be `Leaving`, merged from left to right; None of no partitions."""
+
+    local: Callable[[pa.Table], Any]
+    merge: Callable[[Any, Any], Any]
+    columns: Sequence[str] | None = None  # where it reads less than the selector `needs`
+
+
+class Shuffle(NamedTuple):
+    """`rows(table, buckets)` of each partition is sent to the buckets in its column `bucket`; `reduce` sees each
+    bucket and returns what it found, a table with `row`, and a summary. The answer is a `RowFiles`."""
+
+    rows: Callable[[pa.Table, int], pa.Table]
+    reduce: Reduce
+    row_bytes: int  # about how large a sent row is, from which follows the number of buckets
+    spread: int = 1  # how many rows are sent of each
+    columns: Sequence[str] | None = None
+
+
+Program = Generator[Count | Fold | Shuffle, Any, Any]
+Rows = np.ndarray | RowFiles
+"""Places in the pool: int64, ascending; in one process or in the files of a shuffle."""
 
 
 class Selector(Protocol):
+    """Optional: `decide() -> Program | Any`, `content() -> str`, and, instead of `apply`, a decision with "dropped"."""
+
     scope: ClassVar[Literal["pool", "survivors"]]
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The columns it reads."""
 
-    def passes(self) -> Sequence[Pass]:
-        """Empty where a row decides for itself."""
-
     def apply(self, table: pa.Table, decision: Any) -> np.ndarray:
-        """Which rows to keep: bool [rows]."""
+        """Which rows to keep: bool [rows]; or int32 [rows], how many copies of each."""
 
     def describe(self, decision: Any) -> dict[str, Any]:
         """What the manifest and the page say about the decision, as JSON; may hold "thresholds": {column: [values]}."""
 
 
-def dropped_rows(table: pa.Table, dropped: np.ndarray) -> np.ndarray:
-    """Which rows of the table are not among `dropped` (int64, sorted): bool [rows]."""
-    rows = table["row"].to_numpy()
-    place = np.searchsorted(dropped, rows)
-    found = np.zeros(len(rows), bool)
-    inside = place < len(dropped)
-    found[inside] = dropped[place[inside]] == rows[inside]
-    return ~found
+def row_table(rows: np.ndarray) -> pa.Table:
+    """Places as what a bucket found."""
+    return pa.table({"row": pa.array(rows, pa.int64())})
+
+
+def among(rows: np.ndarray, found: Sequence[Rows]) -> np.ndarray:
+    """Which of these rows (int64, ascending) are in one of `found`: bool [rows]."""
+    inside = np.zeros(len(rows), bool)
+    if not len(rows):
+        return inside
+    for one in found:
+        if isinstance(one, RowFiles):
+            pieces = [table["row"].to_numpy() for _, table in one.between(int(rows[0]), int(rows[-1]) + 1)]
+        else:
+            pieces = [one[slice(*np.searchsorted(one, [rows[0], rows[-1] + 1]))]]
+        for piece in pieces:
+            place = np.searchsorted(rows, piece)
+            place = place[place < len(rows)]
+            inside[place[rows[place] == piece[: len(place)]]] = True
+    return inside
 
 
 def numbers(table: pa.Table, column: str) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Keep captions in some languages, by fastText's first guess."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.errors import UserError
-from curation.selection.interface import Pass, numbers
+from curation.selection.interface import numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +26,6 @@ class LanguageIs:
     @property
     def needs(self) -> tuple[str, ...]:
         return ("language", "language_probability")
-
-    def passes(self) -> Sequence[Pass]:
-        return ()
 
     def apply(self, table: pa.Table, decision: Any) -> np.ndarray:
         named = pc.is_in(table["language"], value_set=pa.array(self.languages)).to_numpy()

@@ -2,27 +2,41 @@
 
 A picture is dropped when one that is kept lies within `distance` bits of it, so
 every dropped picture has a kept neighbour, and a chain of slow changes is not
-eaten whole as it would be by connected components. Neighbours come from FAISS's
-multi-index hashing: two hashes that differ in at most d bits agree in one of
-d + 1 bands, which makes the search exact without comparing all with all.
+eaten whole as it would be by connected components.
+
+Of equal hashes all but the first go at once. The others are cut into bands: two
+hashes that differ in at most d bits agree in at least m - d of m bands, so each
+is sent once for every choice of m - d bands, under these bits, and only hashes
+that share them are compared. More bands make longer keys and fewer chance
+meetings; as many are taken as the pool's size asks for, and none is missed.
+What is left to decide in one process are the near pairs alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations, pairwise
+from math import comb
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from curation.errors import UserError
-from curation.selection.interface import Pass, dropped_rows
+from curation.selection.interface import Count, Program, Shuffle, among, row_table
+from curation.shuffle import RowFiles, hash_buckets
 
 BITS = 64
+MOST_KEYS = 40  # of one hash
+MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: spreads keys over the buckets
 
 
 @dataclass(frozen=True, kw_only=True)
 class NearDuplicates:
-    """Pictures whose 64-bit `column` differs in at most `distance` bits (0 to 15) are the same."""
+    """Pictures whose 64-bit `column` differs in at most `distance` bits (0 to 15) are the same.
+
+    Memory: 16 bytes a near pair, in the one process that decides.
+    """
 
     distance: int = 4
     column: str = "phash"
@@ -38,42 +52,97 @@ class NearDuplicates:
     def needs(self) -> tuple[str, ...]:
         return (self.column,)
 
-    def passes(self) -> Sequence[Pass]:
-        return (Pass(self._local, self._decide),)
+    def decide(self) -> Program:
+        """{"dropped"}"""
+        equal = yield Shuffle(self._hashes, _later, row_bytes=16)
+        if not self.distance:
+            return {"dropped": [equal]}
+        keys = keys_for((yield Count()), self.distance)
+        near = yield Shuffle(
+            partial(self._keyed, equal, keys), partial(_pairs, self.distance), row_bytes=24, spread=len(keys)
+        )
+        return {"dropped": [equal, greedy(near)]}
 
-    def _local(self, table: pa.Table, decision: Any) -> tuple[np.ndarray, np.ndarray]:
-        return table[self.column].to_numpy(), table["row"].to_numpy()
+    def _hashes(self, table: pa.Table, buckets: int) -> pa.Table:
+        hashes = table[self.column].to_numpy()
+        bucket = hash_buckets(hashes * MIX, buckets)
+        return pa.table({"hash": hashes, "row": table["row"], "bucket": bucket})
 
-    def _decide(self, summaries: list[tuple[np.ndarray, np.ndarray]], decision: Any) -> np.ndarray:
-        """The rows to drop: int64, sorted."""
-        hashes = np.concatenate([s[0] for s in summaries])
-        rows = np.concatenate([s[1] for s in summaries])
-        order = np.argsort(rows, kind="stable")
-        # Equal hashes first: only the first of each can be kept, and blank pictures would fill whole buckets.
-        unique, first = np.unique(hashes[order], return_index=True)
-        by_place = np.argsort(first, kind="stable")
-        kept = order[first[by_place][greedy(unique[by_place], self.distance)]]
-        return np.setdiff1d(rows, rows[kept], assume_unique=True)
-
-    def apply(self, table: pa.Table, decision: np.ndarray) -> np.ndarray:
-        return dropped_rows(table, decision)
+    def _keyed(self, equal: RowFiles, keys: list[np.uint64], table: pa.Table, buckets: int) -> pa.Table:
+        rows = table["row"].to_numpy()
+        first = ~among(rows, [equal])
+        rows, hashes = rows[first], table[self.column].to_numpy()[first]
+        # The number of the choice goes into the key, or equal bits of other bands would meet too.
+        keyed = np.concatenate([((hashes & mask) ^ np.uint64(n)) * MIX for n, mask in enumerate(keys)])
+        return pa.table(
+            {
+                "key": keyed,
+                "hash": np.tile(hashes, len(keys)),
+                "row": np.tile(rows, len(keys)),
+                "bucket": hash_buckets(keyed, buckets),
+            }
+        )
 
     def describe(self, decision: Any) -> dict[str, Any]:
         return {}
 
 
-def greedy(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """Which of these distinct hashes (uint64 [n]) to keep, the first first: bool [n]."""
-    keep = np.ones(len(hashes), bool)
-    if distance == 0 or len(hashes) < 2:
-        return keep
-    import faiss
+def _later(pieces: Iterator[pa.Table]) -> tuple[pa.Table, None]:
+    """All rows but the first of each hash. Pieces come in the pool's order, so the first seen is the first."""
+    seen, later = np.zeros(0, np.uint64), []
+    for piece in pieces:
+        hashes, rows = np.concatenate([seen, piece["hash"].to_numpy()]), piece["row"].to_numpy()
+        unique, first = np.unique(hashes, return_index=True)
+        repeated = np.ones(len(hashes), bool)
+        repeated[first] = False
+        later.append(rows[repeated[len(seen) :]])
+        seen = unique
+    return row_table(np.concatenate(later)), None
 
-    codes = hashes.astype("<u8").view(np.uint8).reshape(-1, BITS // 8)
-    index = faiss.IndexBinaryMultiHash(BITS, distance + 1, BITS // (distance + 1))
-    index.add(codes)
-    limits, _, neighbours = index.range_search(codes, distance + 1)  # FAISS's radius is exclusive
-    for i in np.flatnonzero(np.diff(limits.astype(np.int64)) > 1):
-        earlier = neighbours[limits[i] : limits[i + 1]]
-        keep[i] = not keep[earlier[earlier < i]].any()
-    return keep
+
+def keys_for(rows: int, distance: int) -> list[np.uint64]:
+    """Masks of bits, such that hashes within the distance agree under one of them: few long ones for a large pool."""
+    bands = distance + 1
+    while BITS * (bands - distance) / bands < np.log2(max(rows, 2)) - 3 and comb(bands + 1, distance) <= MOST_KEYS:
+        bands += 1
+    edges = [BITS * n // bands for n in range(bands + 1)]
+    masks = [(1 << high) - (1 << low) for low, high in pairwise(edges)]
+    return [np.uint64(sum(chosen)) for chosen in combinations(masks, bands - distance)]
+
+
+def _pairs(distance: int, pieces: Iterator[pa.Table]) -> tuple[pa.Table, None]:
+    """(row, earlier) of all hashes in the bucket that share a key and are near."""
+    table = pa.concat_tables(pieces)
+    key, hashes, rows = (table[name].to_numpy() for name in ("key", "hash", "row"))
+    order = np.lexsort((rows, key))
+    key, hashes, rows = key[order], hashes[order], rows[order]
+    ends = np.searchsorted(key, key, "right")
+    here = np.arange(len(key))
+    later, earlier = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    step = 0
+    while len(here):  # each with the next one, the one after, ... of its run
+        step += 1
+        here = here[here + step < ends[here]]
+        apart = np.bitwise_count(hashes[here] ^ hashes[here + step])
+        near = here[(apart <= distance) & (rows[here] != rows[here + step])]  # two keys of one hash may be equal
+        later.append(rows[near + step])
+        earlier.append(rows[near])
+    pairs = np.unique(np.stack([np.concatenate(later), np.concatenate(earlier)], axis=1), axis=0)
+    return pa.table({"row": pairs[:, 0], "earlier": pairs[:, 1]}), None
+
+
+def greedy(near: RowFiles) -> np.ndarray:
+    """The rows that go, when each stays unless an earlier one that stays is near: int64, sorted."""
+    found = [table for _, table in near.between(0, 1 << 62)]
+    if not found:
+        return np.zeros(0, np.int64)
+    pairs = pa.concat_tables(found)
+    later, earlier = pairs["row"].to_numpy(), pairs["earlier"].to_numpy()
+    order = np.argsort(later, kind="stable")
+    later, earlier = later[order], earlier[order]
+    rows, starts = np.unique(later, return_index=True)
+    gone: set[int] = set()
+    for row, mine in zip(rows.tolist(), np.split(earlier, starts[1:]), strict=True):
+        if not gone.issuperset(mine.tolist()):
+            gone.add(row)
+    return np.array(sorted(gone), np.int64)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from curation.errors import UserError
 from curation.hashing import config_hash
 from curation.manifest import read_manifest
-from curation.selection.interface import Pass, numbers
+from curation.selection.interface import Fold, Program, numbers
 from curation.selection.threshold import in_precision
 
 
@@ -44,20 +44,19 @@ class ReferenceQuantile:
     def needs(self) -> tuple[str, ...]:
         return (self.column,)
 
-    def passes(self) -> Sequence[Pass]:
-        return (Pass(self._local, self._decide),)
-
-    def _local(self, table: pa.Table, decision: Any) -> tuple[bytes, ...]:
-        return identities(table.schema, self.needs)
-
-    def _decide(self, summaries: list[tuple[bytes, ...]], decision: Any) -> float:
-        parts = read_reference(self.reference, self.needs, set(summaries))
+    def decide(self) -> Program:
+        """float"""
+        measured = yield Fold(self._identity, set.union)
+        parts = read_reference(self.reference, self.needs, measured or set())
         values = [numbers(part, self.column) for part in parts]
         scores = np.concatenate(values) if values else np.zeros(0)
         scores = scores[~np.isnan(scores)]
         if not len(scores):
             raise UserError(f"reference {self.reference}: holds no {self.column}; measure some trusted pairs")
         return float(np.quantile(scores, self.quantile, method="lower"))
+
+    def _identity(self, table: pa.Table) -> set[tuple[bytes, ...]]:
+        return {identities(table.schema, self.needs)}
 
     def apply(self, table: pa.Table, decision: Any) -> np.ndarray:
         values = numbers(table, self.column)

@@ -14,9 +14,10 @@ no further tile: at most half of the products, and no more than one tile in
 memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,19 +25,10 @@ import pyarrow.compute as pc
 
 from curation.errors import UserError
 from curation.selection import clustering
-from curation.selection.interface import Pass, dropped_rows
+from curation.selection.interface import Fold, Leaving, Program, Shuffle, row_table
 
 BLOCK = 1024  # rows that are compared at once ...
 TILE = 8192  # ... with so many earlier ones: 32 MiB of cosines
-
-
-class Assigned(NamedTuple):
-    """The survivors of one part: cluster int32 [m], row int64 [m], points float16 [m, D], uid [m]."""
-
-    cluster: np.ndarray
-    row: np.ndarray
-    points: np.ndarray
-    uid: pa.ChunkedArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +37,7 @@ class SemanticDuplicates:
 
     `sample`: rows that train the centroids, in so many `iterations`.
 
-    Memory: the embeddings of all survivors in float16, in the one process that
-    decides (10 million of 768 values are 15 GB; through Ray they lie in its
-    object store), about 100 bytes a row beside them, and the largest cluster
-    twice in float32.
+    Memory: the sample in the process that decides; the largest cluster's embeddings, twice in float32, in a worker.
     """
 
     column: str = "clip_image_embedding"
@@ -71,50 +60,49 @@ class SemanticDuplicates:
     def needs(self) -> tuple[str, ...]:
         return (self.column, "uid")
 
-    def passes(self) -> Sequence[Pass]:
-        return (Pass(self._sample, self._train), Pass(self._assign, self._compare))
-
-    def _sample(self, table: pa.Table, decision: Any) -> clustering.Sample:
-        return clustering.sample_rows(table, self.column, self.seed, self.sample)
-
-    def _train(self, summaries: list[clustering.Sample], decision: Any) -> np.ndarray | None:
-        return clustering.train(
-            summaries, clusters=self.clusters, size=self.sample, seed=self.seed, iterations=self.iterations
+    def decide(self) -> Program:
+        """{"dropped", "sizes": rows of each cluster}"""
+        centroids = yield from clustering.trained(
+            self.column, clusters=self.clusters, size=self.sample, seed=self.seed, iterations=self.iterations
         )
-
-    def _assign(self, table: pa.Table, centroids: np.ndarray | None) -> Assigned:
-        points = clustering.embeddings(table, self.column)
-        # Without centroids there are no rows.
-        cluster = np.zeros(0, np.int32) if centroids is None else clustering.nearest(points, centroids)
-        return Assigned(cluster, table["row"].to_numpy(), points, table["uid"])
-
-    def _compare(self, parts: list[Assigned], centroids: np.ndarray | None) -> dict[str, Any]:
-        """{"dropped": int64 sorted, "sizes": rows of each cluster}"""
         if centroids is None:
-            return {"dropped": np.zeros(0, np.int64), "sizes": np.zeros(0, np.int64)}
-        cluster = np.concatenate([p.cluster for p in parts])
-        rows = np.concatenate([p.row for p in parts])
-        uid_rank = pc.rank(pa.chunked_array([c for p in parts for c in p.uid.chunks], pa.string()), tiebreaker="min")
-        uid_rank = uid_rank.to_numpy()
-        part = np.repeat(np.arange(len(parts)), [len(p.row) for p in parts])
-        place = np.concatenate([np.arange(len(p.row)) for p in parts])
-        sizes = np.bincount(cluster, minlength=len(centroids))
+            return {"dropped": [], "sizes": np.zeros(0, np.int64)}
+        sizes = yield Fold(partial(self._assign, centroids), np.add, columns=(self.column,))
+        before = np.concatenate([[0], np.cumsum(sizes)])  # rows of earlier clusters: buckets hold about equally many
+        gone = yield Shuffle(
+            partial(self._rows, before), partial(self._compare, centroids), row_bytes=2 * centroids.shape[1] + 64
+        )
+        return {"dropped": [gone], "sizes": sizes}
+
+    def _assign(self, centroids: np.ndarray, table: pa.Table) -> Leaving:
+        cluster = clustering.nearest(clustering.embeddings(table, self.column), centroids)
+        return Leaving(np.bincount(cluster, minlength=len(centroids)), {"cluster": cluster})
+
+    def _rows(self, before: np.ndarray, table: pa.Table, buckets: int) -> pa.Table:
+        cluster = table["cluster"].to_numpy()
+        bucket = before[cluster] * buckets // max(before[-1], 1)
+        return table.select(["cluster", "row", "uid", self.column]).append_column("bucket", pa.array(bucket))
+
+    def _compare(self, centroids: np.ndarray, pieces: Iterator[pa.Table]) -> tuple[pa.Table, None]:
+        table = pa.concat_tables(pieces).combine_chunks()
+        cluster, rows = table["cluster"].to_numpy(), table["row"].to_numpy()
+        embedded = clustering.embeddings(table, self.column)
+        uid_rank = pc.rank(table["uid"], tiebreaker="min").to_numpy()
         by_cluster = np.argsort(cluster, kind="stable")
-        dropped = []
-        for centroid, members in zip(centroids, np.split(by_cluster, np.cumsum(sizes)[:-1]), strict=True):
+        dropped = [np.zeros(0, np.int64)]
+        for members in np.split(by_cluster, np.flatnonzero(np.diff(cluster[by_cluster])) + 1):
             if len(members) < 2:
                 continue
             likeness = np.empty(len(members))
-            points = _gather(parts, part[members], place[members])
+            points = embedded[members].astype(np.float32)
             for start in range(0, len(members), BLOCK):
-                _normalize(points[start : start + BLOCK], centroid, likeness[start : start + BLOCK])
+                _normalize(
+                    points[start : start + BLOCK], centroids[cluster[members[0]]], likeness[start : start + BLOCK]
+                )
             order = np.lexsort((rows[members], uid_rank[members], likeness))
             points = points[order]
             dropped.append(rows[members[order[~keep_distinct(points, self.eps, self.mode)]]])
-        return {"dropped": np.sort(np.concatenate([np.zeros(0, np.int64), *dropped])), "sizes": sizes}
-
-    def apply(self, table: pa.Table, decision: dict[str, Any]) -> np.ndarray:
-        return dropped_rows(table, decision["dropped"])
+        return row_table(np.concatenate(dropped)), None
 
     def describe(self, decision: dict[str, Any]) -> dict[str, Any]:
         sizes = decision["sizes"]
@@ -159,15 +147,6 @@ def _keep_greedily(close: np.ndarray) -> np.ndarray:
     for i in np.flatnonzero(np.tril(close, -1).any(axis=1)):
         keep[i] = not (close[i, :i] & keep[:i]).any()
     return keep
-
-
-def _gather(parts: list[Assigned], part: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """The rows at these places of these parts (int64 [n], parts ascending) as float32 [n, D]."""
-    points = np.empty((len(part), parts[0].points.shape[1]), np.float32)
-    present, starts = np.unique(part, return_index=True)
-    for which, start, end in zip(present, starts, [*starts[1:], len(part)], strict=True):
-        points[start:end] = parts[which].points[place[start:end]]
-    return points
 
 
 def _normalize(points: np.ndarray, centroid: np.ndarray, likeness: np.ndarray) -> None:

@@ -1,6 +1,5 @@
 """Keep rows whose column lies between two bounds, both inclusive: lengths, sizes, aspect, CLIPScore, ..."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -8,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation.errors import UserError
-from curation.selection.interface import Pass, numbers
+from curation.selection.interface import numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +30,6 @@ class Threshold:
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.column,)
-
-    def passes(self) -> Sequence[Pass]:
-        return ()
 
     def apply(self, table: pa.Table, decision: Any) -> np.ndarray:
         values = numbers(table, self.column)

@@ -1,6 +1,5 @@
 """Keep the uids of a list: a DataComp subset (.npy of u8,u8), a text file with one uid a line, or a parquet column."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,7 +11,6 @@ import pyarrow.parquet as pq
 
 from curation.errors import UserError
 from curation.hashing import file_hash
-from curation.selection.interface import Pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +32,7 @@ class Uids:
     def needs(self) -> tuple[str, ...]:
         return ("uid",)
 
-    def passes(self) -> Sequence[Pass]:
-        return (Pass(_nothing, self._decide),)
-
-    def _decide(self, summaries: list[None], decision: Any) -> pa.Array:
+    def decide(self) -> pa.Array:
         return read_uids(Path(self.file))
 
     def apply(self, table: pa.Table, decision: pa.Array) -> np.ndarray:
@@ -45,10 +40,6 @@ class Uids:
 
     def describe(self, decision: pa.Array) -> dict[str, Any]:
         return {"listed": len(decision)}
-
-
-def _nothing(table: pa.Table, decision: Any) -> None:
-    """The list alone decides."""
 
 
 def read_uids(path: Path) -> pa.Array:

@@ -17,12 +17,12 @@ from curation.config import load_config, parse_config
 from curation.errors import UserError
 from curation.measure import Measuring
 from curation.pool import list_shards
-from curation.selection import engine
 from curation.selection.concept_balance import TOP, ConceptBalance, share_to_t, t_to_share
 from curation.selection.engine import Part
 from curation.signals.concepts import Concepts, ConceptsMeter
 from curation.store import Unit
 from tests.curation.conftest import sample, write_tar
+from tests.curation.selecting import select
 from tests.curation.test_selection import write_parts
 
 ROWS, ENTRIES = 4_000, 300
@@ -123,8 +123,8 @@ def table() -> pa.Table:
 
 def run(selector: ConceptBalance, parts: list[Part]) -> tuple[np.ndarray, dict[str, object]]:
     """(bool [rows] dropped, what the stage says)"""
-    selection = engine.run({"it": selector}, parts)
-    return np.concatenate(selection.failed)[:, 0], selection.stages[0]["concepts"]
+    selection = select({"it": selector}, parts)
+    return selection.failed[:, 0], selection.stages[0]["concepts"]
 
 
 def captions_of(table: pa.Table, per_language: bool) -> list[tuple[int, list[tuple[str, int]]]]:

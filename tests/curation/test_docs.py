@@ -18,6 +18,7 @@ from curation.signals import SIGNALS
 from curation.store import Unit
 from tests.conftest import ROOT
 from tests.curation.conftest import sample, write_tar
+from tests.curation.selecting import select
 
 PAGE = (ROOT / "docs" / "curation.md").read_text()
 
@@ -46,8 +47,8 @@ def test_the_example_of_a_signal_works(tmp_path: Path, monkeypatch: pytest.Monke
     path = signal_set.path(unit)
     values = pq.read_table(path)["flatness"].to_pylist()
     assert values[1] == 1.0 and 0 < values[0] < 0.5
-    result = engine.run(config.selectors, [engine.Part(path=path, first=0, rows=2)])
-    assert result.failed[0][:, 0].tolist() == [False, True]
+    result = select(config.selectors, [engine.Part(path=path, first=0, rows=2)])
+    assert result.failed[:, 0].tolist() == [False, True]
 
 
 def test_every_kind_is_on_the_page() -> None:

@@ -11,7 +11,6 @@ import pytest
 from curation.config import load_config, parse_config
 from curation.errors import UserError
 from curation.manifest import write_manifest
-from curation.selection import engine
 from curation.selection.caption_rules import CaptionRules
 from curation.selection.cluster_balance import ClusterBalance
 from curation.selection.engine import Part
@@ -23,6 +22,7 @@ from curation.selection.near_duplicates import NearDuplicates
 from curation.selection.reference_quantile import ReferenceQuantile
 from curation.selection.threshold import Threshold
 from curation.selection.uids import Uids
+from tests.curation.selecting import select
 
 ROWS = 10_000
 
@@ -74,7 +74,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory, table: pa.Table) -> list[Par
 
 def dropped(selectors: Mapping[str, Selector], parts: list[Part]) -> np.ndarray:
     """bool [rows, selectors]; rows with an error are False everywhere."""
-    return np.concatenate(engine.run(selectors, parts).failed)
+    return select(selectors, parts).failed
 
 
 def keeps(selector: Selector, parts: list[Part]) -> np.ndarray:
@@ -166,8 +166,8 @@ def test_near_duplicates_against_all_pairs(table: pa.Table, parts: list[Part], d
 
 def test_cluster_balance_caps_each_cluster(table: pa.Table, parts: list[Part], tmp_path: Path) -> None:
     selector = ClusterBalance(column="embedding", clusters=8, cap=1000, sample=4000, seed=5)
-    selection = engine.run({"balance": selector}, parts)
-    failed = np.concatenate(selection.failed)[:, 0]
+    selection = select({"balance": selector}, parts)
+    failed = selection.failed[:, 0]
     clusters = selection.stages[0]["clusters"]
     valid = valid_of(table)
     assert sum(clusters["before"]) == valid.sum() and max(clusters["before"]) > 1000 > min(clusters["before"])
@@ -184,7 +184,7 @@ def test_cluster_caps_by_quantile_and_share(parts: list[Part]) -> None:
         ({"max_share": 0.05}, lambda sizes: int(np.ceil(0.05 * sum(sizes)))),
     ):
         selector = ClusterBalance(column="embedding", clusters=8, **settings)
-        clusters = engine.run({"b": selector}, parts).stages[0]["clusters"]
+        clusters = select({"b": selector}, parts).stages[0]["clusters"]
         assert clusters["cap"] == expected(clusters["before"])
 
 
@@ -256,8 +256,8 @@ def test_caption_rules_on_captions_by_hand() -> None:
 
 def test_stages_are_counted_in_order(table: pa.Table, parts: list[Part]) -> None:
     selectors = {"a": Threshold(column="score", min=0.3), "b": Threshold(column="width", min=500)}
-    selection = engine.run(selectors, parts)
-    failed, valid = np.concatenate(selection.failed), valid_of(table)
+    selection = select(selectors, parts)
+    failed, valid = selection.failed, valid_of(table)
     a, b = selection.stages
     assert (a["in"], a["dropped"], a["would_drop"]) == (valid.sum(), failed[:, 0].sum(), failed[:, 0].sum())
     assert (b["in"], b["dropped"]) == (a["out"], (failed[:, 1] & ~failed[:, 0]).sum())

@@ -12,11 +12,13 @@ import torch
 
 from curation.config import parse_config
 from curation.errors import UserError
+from curation.hashing import hash64_many
 from curation.manifest import write_manifest
-from curation.selection import clustering, engine, semantic_duplicates
+from curation.selection import clustering, semantic_duplicates
 from curation.selection.engine import Part
 from curation.selection.image_based import ImageBased
 from curation.selection.semantic_duplicates import SemanticDuplicates, keep_distinct
+from tests.curation.selecting import select
 from tests.curation.test_selection import keeps, write_parts
 
 ROWS, WIDTH, EPS = 6_000, 32, 0.05
@@ -57,9 +59,9 @@ def clusters_of(table: pa.Table) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each cluster: (rows in the order of comparison, their cosines to each other in float64)."""
     numbered = table.append_column("row", pa.array(np.arange(ROWS))).filter(table["error"].is_null())
     points = unit(clustering.embeddings(numbered, "embedding").astype(np.float64))
-    chosen = selector_of("greedy")
-    centroids = chosen._train([chosen._sample(numbered, None)], None)
-    assert centroids is not None
+    lowest = np.argsort(hash64_many("3/cluster sample", numbered["uid"].to_pylist()), kind="stable")[:2000]
+    sample = clustering.embeddings(numbered, "embedding")[lowest].astype(np.float32)
+    centroids = clustering.train(sample, 3, 3, clustering.ITERATIONS, True)
     nearest = (points @ centroids.T).argmax(axis=1)
     likeness = (points * centroids[nearest]).sum(axis=1)
     rows, uids = numbered["row"].to_numpy(), numbered["uid"].to_pylist()
@@ -132,7 +134,7 @@ def test_the_choice_depends_on_neither_parts_nor_order(
 def test_nothing_left_and_what_the_manifest_says(table: pa.Table, tmp_path: Path, parts: list[Part]) -> None:
     nothing = write_parts(tmp_path, table.slice(0, 1), [])
     assert keeps(selector_of("greedy"), nothing).all()
-    stage = engine.run({"it": selector_of("greedy")}, parts).stages[0]
+    stage = select({"it": selector_of("greedy")}, parts).stages[0]
     assert stage["filled_clusters"] == 3
     assert stage["largest_cluster"] == max(len(rows) for rows, _ in clusters_of(table))
 
@@ -192,7 +194,7 @@ def test_image_based_against_argmax(
     expected = np.isin(plain_nearest(points, centroids, assignment), list(touched))
     np.testing.assert_array_equal(keeps(selector, parts)[valid], expected[valid])
     assert 0 < expected.sum() < ROWS
-    stage = engine.run({"it": selector}, parts).stages[0]
+    stage = select({"it": selector}, parts).stages[0]
     assert (stage["centroids"], stage["centroids_touched"]) == (40, len(touched))
     disagree = plain_nearest(points, centroids, "ip-raw") != plain_nearest(points, centroids, "l2")
     assert disagree.mean() > 0.05

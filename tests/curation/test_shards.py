@@ -16,6 +16,7 @@ from curation import shards
 from curation.hashing import hash64
 from curation.ledger import SCHEMA
 from curation.measure import Measuring
+from curation.plan import plan
 from curation.pool import list_shards
 from curation.selection.engine import Part
 from curation.shards import Copying
@@ -44,11 +45,11 @@ def build(folder: Path, pool: Path, order: list[int]) -> Path:
             pq.write_table(pa.table(ledger), folder / "ledger" / unit.part)
             parts.append(Part(path=signal_set.path(unit), first=first, rows=unit.rows))
             first += unit.rows
-    made = shards.plan(parts, folder / "ledger", seed=9, shard_samples=SHARD_SAMPLES)
     hidden = folder / ".build"
     shards.prepare(hidden)
+    made = plan(parts, folder / "ledger", hidden / "plan", seed=9, shard_samples=SHARD_SAMPLES)
     for index in order:
-        Copying(hidden, made.sizes).do(made.copies[index])
+        Copying(hidden, made).do(made.sources[index])
     shards.finish(hidden, folder / "shards", made)
     return folder / "shards"
 
@@ -78,6 +79,10 @@ def built(tmp_path_factory: pytest.TempPathFactory, pool: Path) -> Path:
     return build(tmp_path_factory.mktemp("built"), pool, [0, 1, 2, 3])
 
 
+def _parted(key: str) -> tuple[str, str, str]:
+    return key.rpartition("-")
+
+
 def test_every_member_is_byte_equal_and_in_hash_order(built: Path, sources: dict[str, list[dict[str, bytes]]]) -> None:
     keys: list[str] = []
     for path in sorted(built.glob("*.tar")):
@@ -94,7 +99,7 @@ def test_every_member_is_byte_equal_and_in_hash_order(built: Path, sources: dict
     uids = [key.rpartition("-")[0] for key in keys]
     assert Counter(uids) == {uid: len(members) for uid, members in sources.items()}
     assert len(set(keys)) == len(keys) and max(Counter(uids).values()) == 2
-    hashes = [hash64("9/shuffle", uid) for uid in uids]
+    hashes = [hash64("9/shuffle", *([uid] if copy == "0" else [uid, copy])) for uid, _, copy in map(_parted, keys)]
     assert hashes == sorted(hashes)
 
 

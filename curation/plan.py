@@ -1,0 +1,261 @@
+"""The plan of a build: where in the output every copy of every kept sample goes, before anything is copied.
+
+A copy's place is the rank of its hash among all of them, its shard and byte
+offset follow from the sizes. Both are found by shuffles (`curation.shuffle`), so
+no process holds the pool: one brings equal uids together, numbers their copies
+and writes the list of uids; the next brings hashes of one range together, and
+the ranges in their order are one long tape that is cut into shards.
+"""
+
+import hashlib
+import re
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curation.hashing import hash64_many
+from curation.ledger import read_column
+from curation.selection.engine import Part, Partition, partitions
+from curation.shuffle import MapParts, RowFiles, buckets_for, gather, hash_buckets, scatter
+from curation.tar import BLOCK, END
+
+SAMPLED = 4_096  # uids from which the ranges of uids are guessed
+ROW_BYTES = 36
+HEX = re.compile(r"[0-9a-fA-F]{32}")
+UID = np.dtype("u8,u8")
+Numbers = tuple[np.ndarray, np.ndarray]
+"""The high and the low half of uids as numbers of 128 bits: uint64 [n] both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An input shard that gives something: `kept` copies from its parts, which are in the pool's order."""
+
+    index: int
+    shard: str
+    fingerprint: str
+    parts: tuple[Part, ...]
+    kept: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """`sizes` and `samples` are of the output shards: bytes and copies; `ids` is the sorted list of all uids, a file
+    as DataComp stores a subset (dtype u8,u8, repeats kept)."""
+
+    sources: list[Source]
+    sizes: list[int]
+    samples: list[int]
+    ids: Path
+    shard_samples: int
+    places: RowFiles  # row, copy int32, place int64, tape int64: bytes from the start of the bucket
+    tape_starts: np.ndarray  # int64 [buckets]
+    shard_starts: np.ndarray  # int64 [output shards]
+
+    def entries(self, part: Part) -> pa.Table:
+        """Every copy that a part gives: row (of the part), copy, output, offset; by row and copy."""
+        found = []
+        for bucket, table in self.places.between(part.first, part.first + part.rows):
+            tape = table["tape"].to_numpy() + self.tape_starts[bucket]
+            output = table["place"].to_numpy() // self.shard_samples
+            columns = {
+                "row": table["row"].to_numpy() - part.first,
+                "copy": table["copy"],
+                "output": output,
+                "offset": tape - self.shard_starts[output],
+            }
+            found.append(pa.table(columns))
+        return pa.concat_tables(found).sort_by([("row", "ascending"), ("copy", "ascending")]) if found else _NO_ENTRIES
+
+
+_NO_ENTRIES = pa.schema(
+    [("row", pa.int64()), ("copy", pa.int32()), ("output", pa.int64()), ("offset", pa.int64())]
+).empty_table()
+
+
+def plan(
+    parts: Sequence[Part], ledger: Path, folder: Path, *, seed: int, shard_samples: int, map_parts: MapParts = map
+) -> Plan:
+    """Plan the build of what the ledger keeps. `parts` are in the pool's order, those of one input shard together;
+    `folder` is for the plan's files, and stays as long as the plan is used."""
+    pool = partitions(parts)
+    kept: list[int] = []
+    sample = np.zeros(0, UID)
+    weights = np.zeros(0, np.uint64)
+    for counts, hashes, uids in map_parts(partial(_look, ledger), pool):
+        kept += counts
+        weights, sample = np.concatenate([weights, hashes]), np.concatenate([sample, uids])
+        lowest = np.argsort(weights, kind="stable")[:SAMPLED]
+        weights, sample = weights[lowest], sample[lowest]
+    buckets = buckets_for(sum(kept), ROW_BYTES)
+
+    splitters = np.sort(sample)[len(sample) * np.arange(1, buckets) // buckets]
+    for _ in map_parts(partial(_send_uids, ledger, folder / "uids", splitters), pool):
+        pass
+    numbered = gather(folder / "uids", len(pool), buckets, ROW_BYTES, partial(_number, folder), map_parts)
+    ids = _join(folder / "sample_ids.npy", [Path(piece) for piece in numbered.summaries], sum(kept))
+
+    sent = np.zeros(buckets, np.int64)
+    for counts in map_parts(partial(_send_hashes, ledger, folder / "places", numbered, seed, buckets), pool):
+        sent += counts
+    ranks = np.cumsum(sent) - sent
+    order = partial(_place, ranks, buckets, shard_samples)
+    places = gather(folder / "places", len(pool), buckets, ROW_BYTES, order, map_parts)
+    lengths = np.array([length for length, _ in places.summaries], np.int64)
+    tape_starts = np.cumsum(lengths) - lengths
+    shard_starts = np.concatenate([start + at for start, (_, at) in zip(tape_starts, places.summaries, strict=True)])
+    ends = np.append(shard_starts[1:], lengths.sum()) if len(shard_starts) else shard_starts
+    total = sum(kept)
+    return Plan(
+        sources=_sources(parts, kept),
+        sizes=[int(size) + len(END) for size in ends - shard_starts],
+        samples=[min(shard_samples, total - start) for start in range(0, total, shard_samples)],
+        ids=ids,
+        shard_samples=shard_samples,
+        places=places,
+        tape_starts=tape_starts,
+        shard_starts=shard_starts,
+    )
+
+
+def _sources(parts: Sequence[Part], kept: Sequence[int]) -> list[Source]:
+    groups: dict[str, list[int]] = {}
+    for i, part in enumerate(parts):
+        groups.setdefault(part.path.name.rpartition("-")[0], []).append(i)
+    return [
+        Source(
+            index=index,
+            shard=Partition(number=0, parts=(parts[members[0]],)).read(["shard"])["shard"][0].as_py(),
+            fingerprint=name,
+            parts=tuple(parts[i] for i in members),
+            kept=sum(kept[i] for i in members),
+        )
+        for index, (name, members) in enumerate(groups.items())
+        if any(kept[i] for i in members)
+    ]
+
+
+def _copies(partition: Partition, ledger: Path) -> np.ndarray:
+    return np.concatenate([read_column(ledger, part, "copies") for part in partition.parts])
+
+
+def _kept(partition: Partition, ledger: Path, columns: Sequence[str]) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+    """(the columns of the kept rows, their places in the pool int64, their copies int32)"""
+    copies = _copies(partition, ledger)
+    here = np.flatnonzero(copies)
+    return partition.read(columns).take(pa.array(here)), here + partition.first, copies[here]
+
+
+def _look(ledger: Path, partition: Partition) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """(copies of each part, and of at most SAMPLED uids with the lowest hashes: the hashes, the uids as UID)"""
+    table, _, _ = _kept(partition, ledger, ["uid"])
+    uids = table["uid"].to_pylist()
+    hashes = hash64_many("uid sample", uids)
+    lowest = np.argsort(hashes, kind="stable")[:SAMPLED]
+    high, low = numbers([uids[i] for i in lowest])
+    counts = [int(read_column(ledger, part, "copies").sum()) for part in partition.parts]
+    return counts, hashes[lowest], _as_uid(high, low)
+
+
+def _send_uids(ledger: Path, folder: Path, splitters: np.ndarray, partition: Partition) -> None:
+    table, rows, copies = _kept(partition, ledger, ["uid"])
+    high, low = numbers(table["uid"].to_pylist())
+    bucket = np.searchsorted(splitters["f0"], high, "left")
+    for splitter in splitters:  # those with the same high half as a splitter, as all short numbers have
+        bucket += (high == splitter["f0"]) & (low >= splitter["f1"])
+    sent = pa.table({"high": high, "low": low, "row": rows, "copies": copies, "bucket": bucket})
+    scatter(folder, partition.number, sent, len(splitters) + 1)
+
+
+def _number(folder: Path, pieces: Iterator[pa.Table]) -> tuple[pa.Table, str]:
+    """(of rows whose uid an earlier row has: the number of its first copy; a file of the bucket's uids, sorted)"""
+    table = pa.concat_tables(pieces)
+    high, low, rows, copies = (table[name].to_numpy() for name in ("high", "low", "row", "copies"))
+    order = np.lexsort((rows, low, high))
+    high, low, rows, copies = high[order], low[order], rows[order], copies[order].astype(np.int64)
+    new = np.ones(len(rows), bool)
+    new[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+    before = np.cumsum(copies) - copies
+    first = before - before[new][np.cumsum(new) - 1] if len(rows) else before
+    file = folder / f"ids-{uuid.uuid4().hex}"
+    file.write_bytes(np.repeat(_as_uid(high, low), copies).tobytes())
+    repeated = ~new
+    return pa.table({"row": rows[repeated], "first": first[repeated]}), str(file)
+
+
+def _join(path: Path, pieces: Sequence[Path], length: int) -> Path:
+    """One .npy of the pieces, in their order."""
+    header: dict[str, Any] = {"descr": np.lib.format.dtype_to_descr(UID), "fortran_order": False, "shape": (length,)}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in pieces:
+            file.write(piece.read_bytes())
+            piece.unlink()
+    return path
+
+
+def _send_hashes(
+    ledger: Path, folder: Path, numbered: RowFiles, seed: int, buckets: int, partition: Partition
+) -> np.ndarray:
+    """Send every copy by its hash; how many went to each bucket: int64 [buckets]."""
+    table, rows, copies = _kept(partition, ledger, ["uid", "sizes"])
+    first = np.zeros(len(rows), np.int64)
+    for _, found in numbered.between(partition.first, partition.first + partition.rows):
+        first[np.searchsorted(rows, found["row"].to_numpy())] = found["first"].to_numpy()
+    of = np.repeat(np.arange(len(rows)), copies)  # the row of each copy
+    number = first[of] + np.arange(len(of)) - (np.cumsum(copies) - copies)[of]
+    uids = table["uid"].to_pylist()
+    hashes = hash64_many(f"{seed}/shuffle", uids)[of]
+    again = np.flatnonzero(number)  # further copies lie anywhere, so that no batch holds one sample twice
+    named = [f"{uids[of[i]]}\x00{number[i]}" for i in again]
+    hashes[again] = hash64_many(f"{seed}/shuffle", named)
+    bucket = hash_buckets(hashes, buckets)
+    sent = {
+        "hash": hashes,
+        "row": rows[of],
+        "copy": number.astype(np.int32),
+        "taken": taken(table)[of],
+        "bucket": bucket,
+    }
+    scatter(folder, partition.number, pa.table(sent), buckets)
+    return np.bincount(bucket, minlength=buckets)
+
+
+def taken(table: pa.Table) -> np.ndarray:
+    """How many bytes of a tar each sample takes: int64 [rows]."""
+    lists = table["sizes"].combine_chunks()
+    blocks = BLOCK + -(-pc.list_flatten(lists).to_numpy() // BLOCK) * BLOCK
+    ends = np.concatenate([[0], np.cumsum(blocks)])
+    return np.diff(ends[np.concatenate([[0], np.cumsum(pc.list_value_length(lists).to_numpy())])])
+
+
+def _place(
+    ranks: np.ndarray, buckets: int, shard_samples: int, pieces: Iterator[pa.Table]
+) -> tuple[pa.Table, tuple[int, np.ndarray]]:
+    """(where each copy of the bucket goes; its bytes, and at which of them output shards begin)"""
+    table = pa.concat_tables(pieces)
+    hashes, rows, copy, size = (table[name].to_numpy() for name in ("hash", "row", "copy", "taken"))
+    order = np.lexsort((copy, rows, hashes))
+    start = ranks[hash_buckets(hashes[:1], buckets)[0]] if len(order) else 0
+    place = start + np.arange(len(order))
+    tape = np.cumsum(size[order]) - size[order]
+    found = pa.table({"row": rows[order], "copy": copy[order], "place": place, "tape": tape})
+    return found, (int(size.sum()), tape[place % shard_samples == 0])
+
+
+def numbers(uids: Sequence[str]) -> Numbers:
+    """Uids as numbers; one that is not 32 hex digits, which DataComp's always are, by its md5."""
+    digits = (uid if HEX.fullmatch(uid) else hashlib.md5(uid.encode()).hexdigest() for uid in uids)
+    pairs = np.frombuffer(bytes.fromhex("".join(digits)), ">u8").astype("u8").reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _as_uid(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    return np.stack([high, low], axis=1).reshape(-1).view(UID)
