@@ -5,6 +5,8 @@
       clip_score: {kind: clip, model: ViT-B-32-quickgelu, pretrained: openai}
     selectors:                    name -> {kind: one of curation.selection.SELECTORS, its settings}, in this order
       words: {kind: threshold, column: caption_words, min: 3}
+    members:                      extension -> column: texts that become new members of each sample in the shards
+      recaption.txt: recaption
     seed: 0
 
 Every setting is overridable by its path, `--selectors.words.min 5`. jsonargparse
@@ -13,18 +15,20 @@ refused with the entry's name.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import jsonargparse
 import pyarrow as pa
 import yaml
-from pyarrow.types import is_floating, is_integer
+from pyarrow.types import is_floating, is_integer, is_string
 
 from curation import store
 from curation.errors import UserError
+from curation.pool import MAX_EXTENSION
 from curation.selection import SELECTORS
 from curation.selection.any_of import AnyOf
 from curation.selection.fraction import Fraction
@@ -34,7 +38,9 @@ from curation.selection.reference_quantile import ReferenceQuantile
 from curation.selection.threshold import Threshold
 from curation.signals import SIGNALS
 from curation.signals.interface import Signal
+from curation.tar import IMAGE_EXTENSIONS
 
+EXTENSION = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")
 NUMERIC = (Threshold, Fraction, ReferenceQuantile)  # the kinds that compare a column with a number
 
 
@@ -44,6 +50,7 @@ class CurateConfig:
 
     signals: Mapping[str, Signal]
     selectors: Mapping[str, Selector]
+    members: Mapping[str, str] = field(default_factory=dict)  # extension -> column of texts: new members of the shards
     seed: int = 0
     unit_samples: int = 1_000  # samples that are measured, retried and resumed together
     shard_samples: int = 10_000  # samples of an output shard, at most
@@ -87,17 +94,17 @@ def parse_config(raw: Mapping[str, Any]) -> CurateConfig:
     """
     top = {**raw}
     signals = _entries(top.pop("signals", None), SIGNALS, "signals", {})
-    sizes = [f for f in dataclasses.fields(CurateConfig) if f.name not in ("signals", "selectors")]
+    sizes = [f for f in dataclasses.fields(CurateConfig) if f.name not in ("signals", "selectors", "members")]
     sizes_class = dataclasses.make_dataclass(
         "Sizes", [(f.name, f.type, f.default) for f in sizes], frozen=True, kw_only=True
     )
-    selector_settings = top.pop("selectors", None)
+    selector_settings, members = top.pop("selectors", None), top.pop("members", None) or {}
     checked = _typed(sizes_class, top, "recipe")
     for name, least in (("unit_samples", 1), ("shard_samples", 1), ("max_error_rate", 0), ("seed", 0)):
         if not getattr(checked, name) >= least:  # NaN too
             raise UserError(f"{name}: {getattr(checked, name)} is not at least {least}")
     selectors = _entries(selector_settings, SELECTORS, "selectors", {"seed": checked.seed})
-    config = CurateConfig(signals=signals, selectors=selectors, **dataclasses.asdict(checked))
+    config = CurateConfig(signals=signals, selectors=selectors, members=members, **dataclasses.asdict(checked))
     _check_columns(config)
     return config
 
@@ -170,6 +177,18 @@ def _check_columns(config: CurateConfig) -> None:
         for setting, column in compared.items():
             if not (is_integer(kinds[column]) or is_floating(kinds[column])):
                 raise UserError(f"selectors.{name}.{setting}: {column} holds no numbers; name a column that does")
+    _check_members(config.members, kinds)
+
+
+def _check_members(members: Any, kinds: Mapping[str, pa.DataType]) -> None:
+    if not isinstance(members, dict):
+        raise UserError("members: not a mapping of extensions to columns; write {recaption.txt: recaption}")
+    for extension, column in members.items():
+        taken = extension in ("txt", "json", *IMAGE_EXTENSIONS)
+        if taken or not EXTENSION.fullmatch(str(extension)) or len(str(extension)) > MAX_EXTENSION:
+            raise UserError(f"members.{extension}: no extension for a new member; name one such as recaption.txt")
+        if column not in kinds or not is_string(kinds[column]):
+            raise UserError(f"members.{extension}: {column} is no column of texts; name one that a signal gives")
 
 
 def _each(selectors: Mapping[str, Selector]) -> Iterator[tuple[str, Selector]]:

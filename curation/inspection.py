@@ -18,7 +18,7 @@ from curation.manifest import read_manifest
 from curation.phases import recorded_parts
 from curation.plan import plan
 from curation.selection import SELECTORS
-from curation.selection.engine import Part
+from curation.selection.engine import Part, partitions
 from curation.tar import IMAGE_EXTENSIONS, open_shard
 
 WORDS = {True: "passes", False: "FAILS", None: "not asked"}
@@ -55,10 +55,11 @@ def _destinations(
     parts: list[Part], places: list[tuple[Part, int]], out: Path, selected: dict[str, Any]
 ) -> dict[int, list[dict[str, str]]]:
     """row of the pool -> where its copies are"""
-    settings = {"seed": selected["seed"], "shard_samples": selected["config"]["shard_samples"]}
+    config = selected["config"]
+    settings = {name: config[name] for name in ("seed", "shard_samples", "members")}
     went: dict[int, list[dict[str, str]]] = {}
     with TemporaryDirectory() as folder:
-        made = plan(parts, out / "ledger", Path(folder), **settings)
+        made = plan(partitions(parts), out / "ledger", Path(folder), **settings)
         for part, row in places:
             uid = pq.read_table(part.path, columns=["uid"])["uid"][row].as_py()
             went[part.first + row] = [

@@ -254,13 +254,15 @@ def build(run: Run) -> dict[str, Any]:
     ledger, target, folder = run.out / "ledger", run.out / "shards", run.build_folder
     building.prepare(folder)
     planned = folder / f"plan-{uuid.uuid4().hex}"  # by the run, since slices build side by side
+    pool = engine.partitions(parts)
     made = plan(
-        parts,
+        pool,
         ledger,
         planned,
         seed=run.config.seed,
         shard_samples=run.config.shard_samples,
-        map_parts=_map_parts(run, engine.partitions(parts)),
+        members=run.config.members,
+        map_parts=_map_parts(run, pool),
     )
     copied = Counter[str]()
     if not target.exists():

@@ -10,7 +10,7 @@ the ranges in their order are one long tape that is cut into shards.
 import hashlib
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation.errors import UserError
 from curation.hashing import hash64_many
 from curation.ledger import read_column
-from curation.selection.engine import Part, Partition, partitions
+from curation.selection.engine import Part, Partition
 from curation.shuffle import MapParts, RowFiles, buckets_for, gather, hash_buckets, scatter
 from curation.tar import BLOCK, END
 
@@ -55,6 +56,7 @@ class Plan:
     samples: list[int]
     ids: Path
     shard_samples: int
+    members: Mapping[str, str]
     places: RowFiles  # row, copy int32, place int64, tape int64: bytes from the start of the bucket
     tape_starts: np.ndarray  # int64 [buckets]
     shard_starts: np.ndarray  # int64 [output shards]
@@ -81,11 +83,25 @@ _NO_ENTRIES = pa.schema(
 
 
 def plan(
-    parts: Sequence[Part], ledger: Path, folder: Path, *, seed: int, shard_samples: int, map_parts: MapParts = map
+    pool: Sequence[Partition],
+    ledger: Path,
+    folder: Path,
+    *,
+    seed: int,
+    shard_samples: int,
+    members: Mapping[str, str],
+    map_parts: MapParts = map,
 ) -> Plan:
-    """Plan the build of what the ledger keeps. `parts` are in the pool's order, those of one input shard together;
-    `folder` is for the plan's files, and stays as long as the plan is used."""
-    pool = partitions(parts)
+    """Plan the build of what the ledger keeps.
+
+    Args:
+        pool: partitions in the pool's order, the parts of one input shard after one another.
+        folder: for the plan's files; stays as long as the plan is used.
+        members: extension -> column of strings that becomes a member of each sample where it is not null.
+
+    Raises:
+        UserError: a sample has a member of such an extension already.
+    """
     kept: list[int] = []
     sample = np.zeros(0, UID)
     weights = np.zeros(0, np.uint64)
@@ -103,7 +119,8 @@ def plan(
     ids = _join(folder / "sample_ids.npy", [Path(piece) for piece in numbered.summaries], sum(kept))
 
     sent = np.zeros(buckets, np.int64)
-    for counts in map_parts(partial(_send_hashes, ledger, folder / "places", numbered, seed, buckets), pool):
+    send = partial(_send_hashes, ledger, folder / "places", numbered, seed, buckets, members)
+    for counts in map_parts(send, pool):
         sent += counts
     ranks = np.cumsum(sent) - sent
     order = partial(_place, ranks, buckets, shard_samples)
@@ -114,11 +131,12 @@ def plan(
     ends = np.append(shard_starts[1:], lengths.sum()) if len(shard_starts) else shard_starts
     total = sum(kept)
     return Plan(
-        sources=_sources(parts, kept),
+        sources=_sources([part for partition in pool for part in partition.parts], kept),
         sizes=[int(size) + len(END) for size in ends - shard_starts],
         samples=[min(shard_samples, total - start) for start in range(0, total, shard_samples)],
         ids=ids,
         shard_samples=shard_samples,
+        members=members,
         places=places,
         tape_starts=tape_starts,
         shard_starts=shard_starts,
@@ -202,10 +220,16 @@ def _join(path: Path, pieces: Sequence[Path], length: int) -> Path:
 
 
 def _send_hashes(
-    ledger: Path, folder: Path, numbered: RowFiles, seed: int, buckets: int, partition: Partition
+    ledger: Path,
+    folder: Path,
+    numbered: RowFiles,
+    seed: int,
+    buckets: int,
+    members: Mapping[str, str],
+    partition: Partition,
 ) -> np.ndarray:
     """Send every copy by its hash; how many went to each bucket: int64 [buckets]."""
-    table, rows, copies = _kept(partition, ledger, ["uid", "sizes"])
+    table, rows, copies = _kept(partition, ledger, ["uid", "extensions", "sizes", *members.values()])
     first = np.zeros(len(rows), np.int64)
     for _, found in numbered.between(partition.first, partition.first + partition.rows):
         first[np.searchsorted(rows, found["row"].to_numpy())] = found["first"].to_numpy()
@@ -221,19 +245,28 @@ def _send_hashes(
         "hash": hashes,
         "row": rows[of],
         "copy": number.astype(np.int32),
-        "taken": taken(table)[of],
+        "taken": taken(table, members)[of],
         "bucket": bucket,
     }
     scatter(folder, partition.number, pa.table(sent), buckets)
     return np.bincount(bucket, minlength=buckets)
 
 
-def taken(table: pa.Table) -> np.ndarray:
-    """How many bytes of a tar each sample takes: int64 [rows]."""
+def taken(table: pa.Table, members: Mapping[str, str]) -> np.ndarray:
+    """How many bytes of a tar each sample takes, with its new members: int64 [rows]."""
+    present = pc.is_in(pc.list_flatten(table["extensions"]), value_set=pa.array(list(members), pa.string()))
+    if pc.any(present).as_py():
+        raise UserError(
+            f"members: samples of the pool have one of {', '.join(members)} already; name another extension"
+        )
     lists = table["sizes"].combine_chunks()
     blocks = BLOCK + -(-pc.list_flatten(lists).to_numpy() // BLOCK) * BLOCK
     ends = np.concatenate([[0], np.cumsum(blocks)])
-    return np.diff(ends[np.concatenate([[0], np.cumsum(pc.list_value_length(lists).to_numpy())])])
+    own = np.diff(ends[np.concatenate([[0], np.cumsum(pc.list_value_length(lists).to_numpy())])])
+    for column in members.values():
+        length = pc.binary_length(table[column])
+        own += np.where(length.is_valid(), BLOCK + -(-pc.fill_null(length, 0).to_numpy() // BLOCK) * BLOCK, 0)
+    return own
 
 
 def _place(

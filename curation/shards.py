@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,9 @@ class Copying:
                 for part in item.parts:
                     entries = self._plan.entries(part)
                     places = zip(entries["output"].to_pylist(), entries["offset"].to_pylist(), strict=True)
-                    for (output, offset), sample in zip(places, _samples(tape, part, entries), strict=True):
+                    for (output, offset), sample in zip(
+                        places, _samples(tape, part, entries, self._plan.members), strict=True
+                    ):
                         outputs.write(output, offset, sample)
                         written += len(sample)
                         done += 1
@@ -71,32 +73,49 @@ class Copying:
         return {"samples": done, "bytes": written}
 
 
-def _samples(tape: Tape, part: Part, entries: pa.Table) -> Iterator[memoryview]:
-    """Each copy of a part as it lies in a tar: headers, bytes and padding of its members. Valid until the next.
+def _samples(tape: Tape, part: Part, entries: pa.Table, new: Mapping[str, str]) -> Iterator[memoryview]:
+    """Each copy of a part as it lies in a tar: headers, bytes and padding of its members, those of `new` (extension ->
+    column) at its end. Valid until the next.
 
     Bytes are read straight to their place between the headers, in one buffer that stays in the processor's cache:
     writing them from a memory map instead costs a page fault every few kilobytes.
     """
-    table = pq.read_table(part.path, columns=["uid", "extensions", "offsets", "sizes"])
+    table = pq.read_table(part.path, columns=["uid", "extensions", "offsets", "sizes", *new.values()])
     table = table.take(entries["row"]).combine_chunks()
-    members = np.repeat(np.arange(table.num_rows), lengths := pc.list_value_length(table["sizes"]).to_numpy())
+    rows = np.arange(table.num_rows)
+    of = [np.repeat(rows, pc.list_value_length(table["sizes"]).to_numpy())]  # the copy that each member belongs to
     extensions = pc.list_flatten(table["extensions"]).to_pylist()
-    starts, sizes = (pc.list_flatten(table[name]).to_numpy() for name in ("offsets", "sizes"))
+    starts, sizes = ([pc.list_flatten(table[name]).to_numpy()] for name in ("offsets", "sizes"))
+    texts: list[bytes] = []  # the new members, where -1 - start is their place
+    for extension, column in new.items():
+        present = table[column].is_valid().to_numpy()
+        starts.append(-1 - len(texts) - np.arange(present.sum()))
+        texts += [text.encode() for text in table[column].drop_null().to_pylist()]
+        sizes.append(np.array([len(text) for text in texts[len(texts) - int(present.sum()) :]], np.int64))
+        of.append(rows[present])
+        extensions += [extension] * int(present.sum())
+    members = np.concatenate(of)
+    order = np.argsort(members, kind="stable")
+    start, size = np.concatenate(starts)[order], np.concatenate(sizes)[order]
     stems = [f"{u}-{c}." for u, c in zip(table["uid"].to_pylist(), entries["copy"].to_pylist(), strict=True)]
-    heads = headers([stems[i] + e for i, e in zip(members.tolist(), extensions, strict=True)], sizes).tobytes()
-    layout = list(zip(range(0, len(heads), BLOCK), starts.tolist(), sizes.tolist(), strict=True))
+    names = [stems[members[i]] + extensions[i] for i in order.tolist()]
+    heads = headers(names, size).tobytes()
+    layout = list(zip(range(0, len(heads), BLOCK), start.tolist(), size.tolist(), strict=True))
     buffer = bytearray(1 << 20)
     at = 0
-    for length in lengths.tolist():
+    for length in np.bincount(members, minlength=table.num_rows).tolist():
         end = 0
-        for head, start, size in layout[at : at + length]:
-            begin, end = end + BLOCK, end + BLOCK + padded(size)
+        for head, first, bytes_ in layout[at : at + length]:
+            begin, end = end + BLOCK, end + BLOCK + padded(bytes_)
             if end > len(buffer):
                 buffer = buffer + bytes(end)
             view = memoryview(buffer)
             view[begin - BLOCK : begin] = heads[head : head + BLOCK]
-            tape.read_into(view[begin : begin + size], start)
-            view[begin + size : end] = ZEROS[: end - begin - size]
+            if first >= 0:
+                tape.read_into(view[begin : begin + bytes_], first)
+            else:
+                view[begin : begin + bytes_] = texts[-1 - first]
+            view[begin + bytes_ : end] = ZEROS[: end - begin - bytes_]
         at += length
         yield memoryview(buffer)[:end]
 

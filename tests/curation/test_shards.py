@@ -4,6 +4,7 @@ import hashlib
 import json
 import tarfile
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
-from curation import shards
+from curation import shards, shuffle
+from curation.errors import UserError
 from curation.hashing import hash64
 from curation.ledger import SCHEMA
 from curation.measure import Measuring
 from curation.plan import plan
 from curation.pool import list_shards
+from curation.selection import engine
 from curation.selection.engine import Part
 from curation.shards import Copying
 from curation.store import Unit, open_set
@@ -27,8 +30,9 @@ SHARD_SAMPLES = 20
 DROPPED = {5, 17, 44}
 
 
-def build(folder: Path, pool: Path, order: list[int]) -> Path:
-    """Measure nothing, drop `DROPPED` by place in the pool, and copy the input shards in this order."""
+def build(folder: Path, pool: Path, order: list[int], members: dict[str, str] | None = None, repeated: int = 1) -> Path:
+    """Measure nothing, drop `DROPPED` by place in the pool, and copy the input shards in this order; of each third
+    sample `repeated` copies."""
     signal_set = open_set(folder / "signals", {}, 16, None)
     measure = Measuring(signals={}, signal_set=signal_set)()
     parts, first = [], 0
@@ -39,7 +43,9 @@ def build(folder: Path, pool: Path, order: list[int]) -> Path:
             unit = Unit(shard=shard, number=number, rows=min(16, rows - 16 * number))
             measure(unit)
             table = pq.read_table(signal_set.path(unit))
-            copies = [int(e is None and first + i not in DROPPED) for i, e in enumerate(table["error"].to_pylist())]
+            wanted = [repeated if (first + i) % 3 == 0 else 1 for i in range(table.num_rows)]
+            kept = [e is None and first + i not in DROPPED for i, e in enumerate(table["error"].to_pylist())]
+            copies = [n * k for n, k in zip(wanted, kept, strict=True)]
             ledger = {**{n: table[n] for n in ("uid", "shard", "key")}, "copies": pa.array(copies, pa.int32())}
             ledger |= {n: pa.nulls(len(copies), SCHEMA.field(n).type) for n in ("verdict", "reason", "failed")}
             pq.write_table(pa.table(ledger), folder / "ledger" / unit.part)
@@ -47,7 +53,14 @@ def build(folder: Path, pool: Path, order: list[int]) -> Path:
             first += unit.rows
     hidden = folder / ".build"
     shards.prepare(hidden)
-    made = plan(parts, folder / "ledger", hidden / "plan", seed=9, shard_samples=SHARD_SAMPLES)
+    made = plan(
+        engine.partitions(parts, rows=40),
+        folder / "ledger",
+        hidden / "plan",
+        seed=9,
+        shard_samples=SHARD_SAMPLES,
+        members=members or {},
+    )
     for index in order:
         Copying(hidden, made).do(made.sources[index])
     shards.finish(hidden, folder / "shards", made)
@@ -133,6 +146,51 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_any_order_of_input_shards_gives_the_same_bytes(tmp_path: Path, built: Path, pool: Path) -> None:
     assert digests(build(tmp_path, pool, [3, 1, 0, 2])) == digests(built)
+
+
+def test_plans_in_buckets_are_the_plan(
+    tmp_path: Path, built: Path, pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 400)
+    assert shuffle.buckets_for(130, 36) == 12
+    assert digests(build(tmp_path, pool, [0, 1, 2, 3])) == digests(built)
+
+
+def test_repeats_lie_apart_and_new_members_beside_the_old(
+    tmp_path: Path, sources: dict[str, list[dict[str, bytes]]], pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 1_000)
+    folder = build(tmp_path, pool, [1, 0, 3, 2], {"url.txt": "url"}, repeated=4)
+    places: dict[str, list[int]] = {}
+    found: dict[str, dict[str, bytes]] = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for info in tar:
+                key, _, extension = info.name.partition(".")
+                if key not in found:
+                    places.setdefault(key.rpartition("-")[0], []).append(len(found))
+                assert extension not in found.setdefault(key, {})
+                found[key][extension] = tar.extractfile(info).read()  # type: ignore[union-attr]
+    copies = Counter(key.rpartition("-")[0] for key in found)
+    assert set(copies) == set(sources) and {n for n in copies.values()} >= {1, 4}
+    for uid, n in copies.items():
+        assert {f"{uid}-{j}" for j in range(n)} <= set(found)
+        contents = [{e: b for e, b in found[f"{uid}-{j}"].items() if e != "url.txt"} for j in range(n)]
+        assert all(content in sources[uid] for content in contents)
+        assert all(original in contents for original in sources[uid])
+    for members in found.values():
+        url = json.loads(members["json"]).get("url") if "json" in members else None
+        assert members.get("url.txt") == (url.encode() if url else None)
+    gaps = [b - a for spots in places.values() for a, b in pairwise(spots)]
+    assert np.mean(gaps) > len(found) / 10  # beside one another the mean would be 1
+    ids = np.load(folder / "sample_ids.npy")
+    assert ids.tolist() == sorted((int(u[:16], 16), int(u[16:], 16)) for u, n in copies.items() for _ in range(n))
+
+
+def test_a_new_member_that_is_there_already_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "pool" / "0.tar", {"a": sample(1), "b": {**sample(2), "alt.txt": b"other"}})
+    with pytest.raises(UserError, match=r"members: samples of the pool have one of alt.txt already"):
+        build(tmp_path, tmp_path / "pool", [0], {"alt.txt": "caption"})
 
 
 def test_many_members_and_an_empty_one(tmp_path: Path) -> None:
