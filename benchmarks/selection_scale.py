@@ -1,0 +1,191 @@
+"""Selection at two sizes, ten times apart: memory of the driver and of the workers, and time, as the pool grows.
+
+    python -m benchmarks.selection_scale --work FOLDER               1.28 and 12.8 million rows; 8 GB of disk
+    python -m benchmarks.selection_scale --work FOLDER --rows 100000 a tenth and all of so many
+
+The signals are made up, the selection is `phases.select` as `gemsmith curate`
+calls it, on Ray with a worker for each core. Memory is each process's highest
+resident size by the kernel's count, maps of files included. Writes
+benchmarks/results/selection_scale.json and prints it.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.run import device
+from curation import phases
+from curation.config import CurateConfig
+from curation.manifest import SCHEMA_VERSION, write_json, write_manifest
+from curation.selection.cluster_balance import ClusterBalance
+from curation.selection.concept_balance import ConceptBalance
+from curation.selection.engine import PARTITION_ROWS
+from curation.selection.exact_duplicates import ExactDuplicates
+from curation.selection.fraction import Fraction
+from curation.selection.fusion import ScoreFusion
+from curation.selection.language import LanguageIs
+from curation.selection.near_duplicates import NearDuplicates
+from curation.selection.threshold import Threshold
+from curation.store import BASE
+from curation.workers import Workers
+
+ROWS = 12_800_000
+PART_ROWS = 1_000  # the default unit of a measurement
+WIDTH = 32  # of the embeddings; time is the selection's, not that of long dot products
+CONCEPTS = 20_000
+RESULTS = Path(__file__).parent / "results" / "selection_scale.json"
+SELECTORS: dict[str, Any] = {
+    "language": LanguageIs(languages=["en"]),
+    "words": Threshold(column="caption_words", min=3),
+    "clip_score": Fraction(column="clip_score", fraction=0.6),
+    "fused": ScoreFusion(weights={"clip_score": 0.5, "other_score": 0.5}, fraction=0.7),
+    "exact_duplicates": ExactDuplicates(),
+    "near_duplicates": NearDuplicates(distance=4),
+    "concepts": ConceptBalance(tail_share=0.3),
+    "balance": ClusterBalance(clusters=100, cap_quantile=0.9),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.selection_scale", allow_abbrev=False)
+    parser.add_argument("--work", type=Path, required=True, help="a folder for the signals, which are kept")
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--one", action="store_true", help="one size, in this process: prints its figures")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    a = parser.parse_args()
+    if a.one:
+        print(json.dumps(select(a.work, a.rows)))
+        return 0
+    sizes = {}
+    for rows in (a.rows // 10, a.rows):
+        command = [sys.executable, "-m", "benchmarks.selection_scale", "--one", "--rows", str(rows)]
+        folder = a.work / str(rows)
+        if not (folder / "measure.manifest.json").exists():
+            make_signals(folder, rows)
+        done = subprocess.run([*command, "--work", str(folder)], capture_output=True, text=True, check=True)
+        sizes[str(rows)] = json.loads(done.stdout.splitlines()[-1])
+        print(rows, sizes[str(rows)], file=sys.stderr, flush=True)
+    small, large = sizes.values()
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "sizes": sizes,
+        "driver_growth": large["driver_mib"] / small["driver_mib"],
+        "time_growth_over_rows": large["wall_s"] / small["wall_s"] / 10,
+        "partition_rows": PARTITION_ROWS,
+        "device": device(),
+        "command": "python -m benchmarks.selection_scale --work FOLDER",
+    }
+    write_json(a.out, result)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def make_signals(folder: Path, rows: int) -> None:
+    """A finished measure of a pool with one pair in ten an exact copy, and as many near ones."""
+    names = []
+    for number, first in enumerate(range(0, rows, PART_ROWS)):
+        name = f"{number // 10:016x}-{number % 10:05d}.parquet"
+        (folder / "signals" / "set").mkdir(parents=True, exist_ok=True)
+        pq.write_table(_part(number, first, min(PART_ROWS, rows - first)), folder / "signals" / "set" / name)
+        names.append(name)
+    sizes = [min(PART_ROWS, rows - first) for first in range(0, rows, PART_ROWS)]
+    speed = {"wall_s": 0.0, "ray_start_s": 0.0, "pairs_per_s": 0.0}
+    manifest = {"phase": "measure", "seen": rows, "signal_set": "signals/set", "parts": names, "rows": sizes, **speed}
+    write_manifest(folder / "measure.manifest.json", manifest)
+
+
+def _part(number: int, first: int, rows: int) -> pa.Table:
+    rng = np.random.default_rng(number)
+    own, other, draw = first + np.arange(rows), rng.integers(0, first + rows, rows), rng.random(rows)
+    content, look = np.where(draw < 0.1, other, own), np.where(draw < 0.2, other, own)
+    flipped = np.where((draw >= 0.1) & (draw < 0.2), np.uint64(1) << rng.integers(0, 64, rows, np.uint64), np.uint64(0))
+    phash = (look.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(0x5851F42D4C957F2D)) ^ flipped
+    hexadecimal = rng.bytes(16 * rows).hex().encode()
+    points = rng.normal(size=(rows, WIDTH)).astype(np.float32) + rng.normal(size=(10, WIDTH))[rng.integers(0, 10, rows)]
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    named = np.minimum(rng.zipf(1.3, 4 * rows), CONCEPTS) - 1
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 8, rows))]).clip(max=4 * rows).astype(np.int32)
+    columns: dict[str, Any] = {
+        "uid": pa.Array.from_buffers(
+            pa.string(), rows, [None, pa.py_buffer(32 * np.arange(rows + 1, dtype=np.int32)), pa.py_buffer(hexadecimal)]
+        ),
+        "shard": pa.repeat(f"{number // 10:08d}.tar", rows),
+        "key": pa.array([f"{first + i:012d}" for i in range(rows)]),
+        "index": pa.array(np.arange(rows, dtype=np.int32)),
+        "language": pa.array(np.where(rng.random(rows) < 0.5, "en", "de")),
+        "language_probability": pa.array(rng.random(rows, np.float32)),
+        "caption_words": pa.array(rng.integers(1, 20, rows, np.int32)),
+        "clip_score": pa.array(rng.normal(0.25, 0.05, rows).astype(np.float32)),
+        "other_score": pa.array(rng.normal(0.5, 0.2, rows).astype(np.float32)),
+        "image_sha256": pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(32), rows, [None, pa.py_buffer(np.repeat(content, 4).tobytes())]
+        ),
+        "phash": pa.array(phash),
+        "concepts": pa.ListArray.from_arrays(pa.array(offsets), pa.array(named.astype(np.int32))),
+        "clip_image_embedding": pa.FixedSizeListArray.from_arrays(pa.array(points.astype(np.float16).ravel()), WIDTH),
+    }
+    for field in BASE:
+        columns.setdefault(field.name, pa.nulls(rows, field.type))
+    return pa.table(columns)
+
+
+def select(folder: Path, rows: int) -> dict[str, Any]:
+    """{"wall_s", "driver_mib", "worker_mib", "kept", "stages"} of one selection over the signals in `folder`."""
+    cores = len(os.sched_getaffinity(0))
+    config = CurateConfig(signals={}, selectors=SELECTORS)
+    with Workers(cores, None) as workers:
+        run = phases.Run(
+            config=config, pool=[], out=folder, root=folder / "signals", slice=None, workers=workers, identity={},
+            read={},
+        )  # fmt: skip
+        watched = _Watch()
+        began = time.perf_counter()
+        done = phases.select(run)
+        wall = time.perf_counter() - began
+        return {
+            "rows": rows,
+            "wall_s": round(wall - workers.start_seconds, 2),
+            "driver_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "worker_mib": round(watched.stop() / 2**20, 1),
+            "kept": done["kept"],
+            "dropped": done["dropped"],
+        }
+
+
+class _Watch:
+    """The highest resident size that any worker has reached, bytes."""
+
+    def __init__(self) -> None:
+        self._highest, self._end = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        self._end.set()
+        self._thread.join()
+        return self._highest
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.2):
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    if process.name().startswith("ray::"):
+                        self._highest = max(self._highest, process.memory_info().rss)
+                except psutil.NoSuchProcess:
+                    continue
+
+
+if __name__ == "__main__":
+    sys.exit(main())
