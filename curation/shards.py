@@ -30,16 +30,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from curation.copying import Outputs, lay_out, tar_name
 from curation.errors import UserError
 from curation.hashing import hash64_many
 from curation.ledger import read_column
 from curation.manifest import SCHEMA_VERSION
 from curation.pool import fingerprint
 from curation.selection.engine import MapParts, Part
-from curation.tar import BLOCK, END, Tape, headers, padded
+from curation.tar import BLOCK, END, Tape, headers
 
-OPEN_FILES = 256  # output files that one worker holds open
-ZEROS = bytes(BLOCK)
 HEX = re.compile(r"[0-9a-fA-F]{32}")
 UID = np.dtype("u8,u8")
 
@@ -158,14 +157,14 @@ class Copying:
         """
         if not os.path.exists(item.shard) or fingerprint(Path(item.shard)) != item.fingerprint:
             raise UserError(f"--pool: {item.shard} has changed since it was measured; curate into a new --out")
-        outputs = _Outputs(self._folder, self._sizes)
+        outputs = Outputs(self._folder / "shards", self._sizes)
+        places = zip(item.output.tolist(), item.offset.tolist(), strict=True)
         at = written = 0
         try:
             with Tape(item.shard) as tape:
                 for path in item.parts:
-                    samples = _kept_samples(tape, path, item.ledger, item.copy[at:])
-                    for sample in samples:
-                        outputs.write(int(item.output[at]), int(item.offset[at]), sample)
+                    for sample in _kept_samples(tape, path, item.ledger, item.copy[at:]):
+                        outputs.write(*next(places), sample)
                         written += len(sample)
                         at += 1
         finally:
@@ -176,64 +175,17 @@ class Copying:
 
 
 def _kept_samples(tape: Tape, part: Path, ledger: Path, copies: np.ndarray) -> Iterator[memoryview]:
-    """Each kept sample of a part as it lies in a tar: headers, bytes and padding of its members. Valid until the next.
-
-    Bytes are read straight to their place between the headers, in one buffer that stays in the processor's cache:
-    writing them from a memory map instead costs a page fault every few kilobytes.
-    """
-    table = pq.read_table(part, columns=["uid", "extensions", "offsets", "sizes"])
-    kept = pq.read_table(ledger / part.name, columns=["copies"])["copies"].to_numpy() > 0
+    """Each kept sample of a part as it lies in a tar; see `lay_out`."""
+    table = pq.ParquetFile(part).read(["uid", "extensions", "offsets", "sizes"], use_threads=False)
+    kept = pq.ParquetFile(ledger / part.name).read(["copies"], use_threads=False)["copies"].to_numpy() > 0
     table = table.filter(pa.array(kept)).combine_chunks()
-    members = np.repeat(np.arange(table.num_rows), lengths := pc.list_value_length(table["sizes"]).to_numpy())
+    lengths = pc.list_value_length(table["sizes"]).to_numpy()
     extensions = pc.list_flatten(table["extensions"]).to_pylist()
     starts, sizes = (pc.list_flatten(table[name]).to_numpy() for name in ("offsets", "sizes"))
     stems = [f"{uid}-{copy}." for uid, copy in zip(table["uid"].to_pylist(), copies[: table.num_rows], strict=True)]
-    heads = headers([stems[i] + e for i, e in zip(members.tolist(), extensions, strict=True)], sizes).tobytes()
-    layout = list(zip(range(0, len(heads), BLOCK), starts.tolist(), sizes.tolist(), strict=True))
-    buffer = bytearray(1 << 20)
-    at = 0
-    for length in lengths.tolist():
-        end = 0
-        for head, start, size in layout[at : at + length]:
-            begin, end = end + BLOCK, end + BLOCK + padded(size)
-            if end > len(buffer):
-                buffer = buffer + bytes(end)
-            view = memoryview(buffer)
-            view[begin - BLOCK : begin] = heads[head : head + BLOCK]
-            tape.read_into(view[begin : begin + size], start)
-            view[begin + size : end] = ZEROS[: end - begin - size]
-        at += length
-        yield memoryview(buffer)[:end]
-
-
-class _Outputs:
-    """Open output files, the last used ones, each stretched to its planned size when first opened."""
-
-    def __init__(self, folder: Path, sizes: Sequence[int]) -> None:
-        self._folder = folder
-        self._sizes = sizes
-        self._open: OrderedDict[int, int] = OrderedDict()
-
-    def write(self, output: int, offset: int, content: memoryview) -> None:
-        descriptor = self._open.pop(output, None)
-        if descriptor is None:
-            if len(self._open) >= OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            descriptor = os.open(self._folder / "shards" / tar_name(output), os.O_WRONLY | os.O_CREAT, 0o644)
-            if os.fstat(descriptor).st_size != self._sizes[output]:
-                os.ftruncate(descriptor, self._sizes[output])
-        self._open[output] = descriptor
-        written = 0
-        while written < len(content):  # a signal or a full disk may cut it short; the next call then raises
-            written += os.pwrite(descriptor, content[written:], offset + written)
-
-    def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-
-def tar_name(output: int) -> str:
-    return f"{output:08d}.tar"
+    members = np.repeat(np.arange(table.num_rows), lengths).tolist()
+    heads = headers([stems[i] + e for i, e in zip(members, extensions, strict=True)], sizes)
+    return lay_out(tape, heads, starts, sizes, lengths, ())
 
 
 def marker(folder: Path, item: Copy) -> Path:
