@@ -15,8 +15,7 @@ cut: files are not synced one by one.
 import json
 import os
 import shutil
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from curation.copying import Outputs, lay_out, tar_name
 from curation.errors import UserError
 from curation.manifest import SCHEMA_VERSION
 from curation.plan import Plan, Source
 from curation.pool import fingerprint
 from curation.selection.engine import Part
-from curation.tar import BLOCK, Tape, headers, padded
-
-OPEN_FILES = 256  # output files that one worker holds open
-ZEROS = bytes(BLOCK)
+from curation.tar import Tape, headers
 
 
 class Copying:
@@ -53,7 +50,7 @@ class Copying:
         """
         if not os.path.exists(item.shard) or fingerprint(Path(item.shard)) != item.fingerprint:
             raise UserError(f"--pool: {item.shard} has changed since it was measured; curate into a new --out")
-        outputs = _Outputs(self._folder, self._plan.sizes)
+        outputs = Outputs(self._folder / "shards", self._plan.sizes)
         done = written = 0
         try:
             with Tape(item.shard) as tape:
@@ -74,80 +71,28 @@ class Copying:
 
 
 def _samples(tape: Tape, part: Part, entries: pa.Table, new: Mapping[str, str]) -> Iterator[memoryview]:
-    """Each copy of a part as it lies in a tar: headers, bytes and padding of its members, those of `new` (extension ->
-    column) at its end. Valid until the next.
-
-    Bytes are read straight to their place between the headers, in one buffer that stays in the processor's cache:
-    writing them from a memory map instead costs a page fault every few kilobytes.
-    """
-    table = pq.read_table(part.path, columns=["uid", "extensions", "offsets", "sizes", *new.values()])
-    table = table.take(entries["row"]).combine_chunks()
+    """Each copy of a part as it lies in a tar, the members of `new` (extension -> column) at its end; see `lay_out`."""
+    columns = ["uid", "extensions", "offsets", "sizes", *new.values()]
+    table = pq.ParquetFile(part.path).read(columns, use_threads=False).take(entries["row"]).combine_chunks()
     rows = np.arange(table.num_rows)
     of = [np.repeat(rows, pc.list_value_length(table["sizes"]).to_numpy())]  # the copy that each member belongs to
     extensions = pc.list_flatten(table["extensions"]).to_pylist()
     starts, sizes = ([pc.list_flatten(table[name]).to_numpy()] for name in ("offsets", "sizes"))
-    texts: list[bytes] = []  # the new members, where -1 - start is their place
+    texts: list[bytes] = []
     for extension, column in new.items():
-        present = table[column].is_valid().to_numpy()
-        starts.append(-1 - len(texts) - np.arange(present.sum()))
-        texts += [text.encode() for text in table[column].drop_null().to_pylist()]
-        sizes.append(np.array([len(text) for text in texts[len(texts) - int(present.sum()) :]], np.int64))
-        of.append(rows[present])
-        extensions += [extension] * int(present.sum())
+        added = [text.encode() for text in table[column].drop_null().to_pylist()]
+        of.append(rows[table[column].is_valid().to_numpy()])
+        extensions += [extension] * len(added)
+        starts.append(-1 - len(texts) - np.arange(len(added)))
+        sizes.append(np.array([len(text) for text in added], np.int64))
+        texts += added
     members = np.concatenate(of)
     order = np.argsort(members, kind="stable")
-    start, size = np.concatenate(starts)[order], np.concatenate(sizes)[order]
     stems = [f"{u}-{c}." for u, c in zip(table["uid"].to_pylist(), entries["copy"].to_pylist(), strict=True)]
-    names = [stems[members[i]] + extensions[i] for i in order.tolist()]
-    heads = headers(names, size).tobytes()
-    layout = list(zip(range(0, len(heads), BLOCK), start.tolist(), size.tolist(), strict=True))
-    buffer = bytearray(1 << 20)
-    at = 0
-    for length in np.bincount(members, minlength=table.num_rows).tolist():
-        end = 0
-        for head, first, bytes_ in layout[at : at + length]:
-            begin, end = end + BLOCK, end + BLOCK + padded(bytes_)
-            if end > len(buffer):
-                buffer = buffer + bytes(end)
-            view = memoryview(buffer)
-            view[begin - BLOCK : begin] = heads[head : head + BLOCK]
-            if first >= 0:
-                tape.read_into(view[begin : begin + bytes_], first)
-            else:
-                view[begin : begin + bytes_] = texts[-1 - first]
-            view[begin + bytes_ : end] = ZEROS[: end - begin - bytes_]
-        at += length
-        yield memoryview(buffer)[:end]
-
-
-class _Outputs:
-    """Open output files, the last used ones, each stretched to its planned size when first opened."""
-
-    def __init__(self, folder: Path, sizes: Sequence[int]) -> None:
-        self._folder = folder
-        self._sizes = sizes
-        self._open: OrderedDict[int, int] = OrderedDict()
-
-    def write(self, output: int, offset: int, content: memoryview) -> None:
-        descriptor = self._open.pop(output, None)
-        if descriptor is None:
-            if len(self._open) >= OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            descriptor = os.open(self._folder / "shards" / tar_name(output), os.O_WRONLY | os.O_CREAT, 0o644)
-            if os.fstat(descriptor).st_size != self._sizes[output]:
-                os.ftruncate(descriptor, self._sizes[output])
-        self._open[output] = descriptor
-        written = 0
-        while written < len(content):  # a signal or a full disk may cut it short; the next call then raises
-            written += os.pwrite(descriptor, content[written:], offset + written)
-
-    def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-
-def tar_name(output: int) -> str:
-    return f"{output:08d}.tar"
+    size = np.concatenate(sizes)[order]
+    heads = headers([stems[members[i]] + extensions[i] for i in order.tolist()], size)
+    lengths = np.bincount(members, minlength=len(rows))
+    return lay_out(tape, heads, np.concatenate(starts)[order], size, lengths, texts)
 
 
 def marker(folder: Path, item: Source) -> Path:

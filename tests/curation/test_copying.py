@@ -1,0 +1,84 @@
+"""The copy loop's ends: tars laid out from a damaged-looking tape, against the plain way; files reserved or refused."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from curation import copying
+from curation.copying import Outputs, lay_out
+from curation.tar import BLOCK, Tape, headers, padded
+
+RNG = np.random.default_rng(0)
+
+
+def plainly(samples: list[list[tuple[str, bytes]]]) -> list[bytes]:
+    """The same by tarfile, sample by sample."""
+    found = []
+    for members in samples:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            found.append(buffer.getvalue()[: tar.offset])
+    return found
+
+
+@pytest.mark.parametrize("buffer", [BLOCK, 16 * BLOCK, 1 << 20])
+@pytest.mark.parametrize("chosen", [range(60), range(0, 60, 3), [5, 5, 4, 59, 0, 1, 2]])
+def test_as_tarfile_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffer: int, chosen: list[int] | range
+) -> None:
+    """Dense and sparse choices, repeats, empty and whole-block members, padding that is not zero, texts from memory."""
+    monkeypatch.setattr(copying, "BUFFER", buffer)
+    sizes = [int(n) for n in RNG.choice([0, 1, 511, 512, 513, 1024, 5000, 20_000], 120)]
+    contents = [RNG.bytes(n) for n in sizes]
+    tape, offsets = bytearray(), []
+    for content in contents:  # two members a sample, with junk where headers and padding are
+        tape += b"h" * BLOCK
+        offsets.append(len(tape))
+        tape += content + b"p" * (padded(len(content)) - len(content))
+    (tmp_path / "tape").write_bytes(tape)
+
+    samples, starts, texts = [], [], []
+    for n, i in enumerate(chosen):
+        samples.append([(f"{i}-{n}.a", contents[2 * i]), (f"{i}-{n}.b", contents[2 * i + 1])])
+        starts += offsets[2 * i : 2 * i + 2]
+        if n % 4 == 0:
+            starts.append(-1 - len(texts))
+            texts.append(f"text {n}".encode() * n)
+            samples[-1].append((f"{i}-{n}.new", texts[-1]))
+    members = [member for sample in samples for member in sample]
+    lengths = np.array([len(content) for _, content in members])
+    heads = headers([name for name, _ in members], lengths)
+    with Tape(tmp_path / "tape") as opened:
+        found = [
+            bytes(sample)
+            for sample in lay_out(opened, heads, np.array(starts), lengths, np.array([len(s) for s in samples]), texts)
+        ]
+    assert found == plainly(samples)
+
+
+def test_outputs_are_whole_and_hold_no_more_files_open_than_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "OPEN_FILES", 2)
+    outputs = Outputs(tmp_path, [10, 20, 30, 40])
+    before = len(os.listdir("/proc/self/fd"))
+    for output, offset in [(3, 5), (0, 0), (1, 2), (3, 30), (2, 29), (0, 8)]:
+        outputs.write(output, offset, memoryview(b"x"))
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+    outputs.close()
+    assert [p.stat().st_size for p in sorted(tmp_path.iterdir())] == [10, 20, 30, 40]
+    assert [p.read_bytes().count(b"x") for p in sorted(tmp_path.iterdir())] == [2, 1, 1, 2]
+
+
+def test_a_disk_that_is_too_small_is_known_at_the_first_write(tmp_path: Path) -> None:
+    outputs = Outputs(tmp_path, [1 << 50])
+    with pytest.raises(OSError, match=r"No space left|File too large"):
+        outputs.write(0, 0, memoryview(b"x"))
