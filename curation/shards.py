@@ -30,13 +30,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curation.errors import UserError
 from curation.hashing import hash64_many
 from curation.ledger import read_column
 from curation.manifest import SCHEMA_VERSION
-from curation.pool import fingerprint
 from curation.selection.engine import MapParts, Part
-from curation.tar import BLOCK, END, Tape, headers, padded
+from curation.sources import Source, whole_shard
+from curation.tar import BLOCK, END, headers, padded
 
 OPEN_FILES = 256  # output files that one worker holds open
 ZEROS = bytes(BLOCK)
@@ -156,12 +155,10 @@ class Copying:
         Raises:
             UserError: the shard is not the one that was measured.
         """
-        if not os.path.exists(item.shard) or fingerprint(Path(item.shard)) != item.fingerprint:
-            raise UserError(f"--pool: {item.shard} has changed since it was measured; curate into a new --out")
         outputs = _Outputs(self._folder, self._sizes)
         at = written = 0
         try:
-            with Tape(item.shard) as tape:
+            with whole_shard(item.shard, item.fingerprint) as tape:
                 for path in item.parts:
                     samples = _kept_samples(tape, path, item.ledger, item.copy[at:])
                     for sample in samples:
@@ -175,7 +172,7 @@ class Copying:
         return {"samples": at, "bytes": written}
 
 
-def _kept_samples(tape: Tape, part: Path, ledger: Path, copies: np.ndarray) -> Iterator[memoryview]:
+def _kept_samples(tape: Source, part: Path, ledger: Path, copies: np.ndarray) -> Iterator[memoryview]:
     """Each kept sample of a part as it lies in a tar: headers, bytes and padding of its members. Valid until the next.
 
     Bytes are read straight to their place between the headers, in one buffer that stays in the processor's cache:

@@ -39,7 +39,11 @@ class Meter(Protocol):
 
 
 class Signal(Protocol):
-    """The settings of a signal; `version` goes up when the same settings give other values."""
+    """The settings of a signal; `version` goes up when the same settings give other values.
+
+    A signal may have `reads: ClassVar[tuple[str, ...]]`, of "image" and "caption", what of a sample it needs; one that
+    has not is taken to need both, so that it is for pools of pairs alone.
+    """
 
     version: ClassVar[int]
 
