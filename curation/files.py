@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -114,7 +115,9 @@ def _listed_there(folder: str, deep: bool) -> list[File] | None:
     fs, path, url = _address(folder)
     fs.invalidate_cache()
     try:
-        if deep:
+        if deep and _is_http(fs):
+            infos = _walked(fs, path)
+        elif deep:
             infos = list(retrying(folder, lambda: fs.find(path, detail=True)).values())
         else:
             infos = retrying(folder, lambda: fs.ls(path, detail=True))
@@ -129,6 +132,19 @@ def _listed_there(folder: str, deep: bool) -> list[File] | None:
     return [_file(name, info) for name, info in zip(names, infos, strict=True)]
 
 
+def _walked(fs: Any, path: str) -> list[dict[str, Any]]:
+    """All below a page of links, by the links alone; `find` would fetch every file to see whether it is a folder."""
+    found, folders = [], [path]
+    while folders:
+        folder = folders.pop()
+        for info in retrying(folder, partial(fs.ls, folder, detail=True)):
+            if info["type"] == "directory":
+                folders.append(info["name"])
+            else:
+                found.append(info)
+    return found
+
+
 def read(file: str, start: int = 0, size: int | None = None) -> bytes:
     """Bytes of a file from `start` on: `size` of them, or fewer where it ends before.
 
@@ -141,7 +157,10 @@ def read(file: str, start: int = 0, size: int | None = None) -> bytes:
             return f.read(-1 if size is None else size)
     fs, path, _ = _address(file)
     end = None if size is None else start + size
-    return retrying(file, lambda: fs.cat_file(path, start=start or None, end=end))
+    found = retrying(file, lambda: fs.cat_file(path, start=start or None, end=end))
+    if size is not None and len(found) > size:  # a server that knows no ranges sends all of it
+        found = found[start : start + size]
+    return found
 
 
 def opened(file: str) -> IO[bytes]:
@@ -149,7 +168,16 @@ def opened(file: str) -> IO[bytes]:
     if not is_remote(file):
         return open(file, "rb")
     fs, path, _ = _address(file)
-    return retrying(file, lambda: fs.open(path, "rb"))
+    there = retrying(file, lambda: fs.open(path, "rb"))
+    if _is_http(fs):
+        try:
+            there.seek(max(0, (there.size or 0) - 1))
+            there.read(1)
+            there.seek(0)
+        except ValueError:  # a server that knows no ranges
+            there.close()
+            return fetched(file)
+    return there
 
 
 def fetched(file: str) -> IO[bytes]:
@@ -220,6 +248,10 @@ def _address(url: str) -> tuple[Any, str, str]:
         line = " ".join(str(reason).split())
         raise UserError(f"--pool {url}: {line}; install what reads it, such as s3fs or gcsfs") from None
     return fs, path, fs.unstrip_protocol(path).rstrip("/")
+
+
+def _is_http(fs: Any) -> bool:
+    return "http" in fs.protocol or "https" in fs.protocol
 
 
 def _base(name: str) -> str:

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import pyarrow as pa
@@ -123,8 +124,9 @@ def _shards_of(pool: str, modality: Modality) -> tuple[list[Shard], list[File]]:
         mark = f".{file_fingerprint(beside)}" if beside else ""
         shards.append(_shard(tar, mark, beside.name if beside else None))
     metadata = []
-    for table in tables.values():
-        if _is_metadata(table.name, modality):
+    judged = files.together(partial(_is_metadata, modality), list(tables))
+    for table, is_metadata in zip(tables.values(), judged, strict=True):
+        if is_metadata:
             metadata.append(table)
         else:
             shards.append(_shard(table))
@@ -147,7 +149,7 @@ def _shard(file: File, mark: str = "", sidecar: str | None = None) -> Shard:
     return Shard(path=file.name, fingerprint=fingerprint, size=file.size, index=0, sidecar=sidecar)
 
 
-def _is_metadata(name: str, modality: Modality) -> bool:
+def _is_metadata(modality: Modality, name: str) -> bool:
     """Whether a parquet file has no samples of its own. One that cannot be read is a shard, which then says so."""
     try:
         schema = read_schema(name)

@@ -142,7 +142,7 @@ class _Bytes:
         _, offsets, data = chunk.buffers()
         ends = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
         first, last = (int(ends[0]), int(ends[-1])) if len(ends) else (0, 0)
-        self.data = memoryview(data)[first:last] if data is not None else memoryview(b"")
+        self.data = memoryview(data).cast("B")[first:last] if data is not None else memoryview(b"")
         self._ends = ends - first
         self._valid = chunk.is_valid().to_numpy(zero_copy_only=False)
 
