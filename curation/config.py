@@ -28,7 +28,7 @@ from pyarrow.types import is_floating, is_integer, is_string
 
 from curation import store
 from curation.errors import UserError
-from curation.pool import MAX_EXTENSION
+from curation.pool import MAX_EXTENSION, Modality
 from curation.selection import SELECTORS
 from curation.selection.any_of import AnyOf
 from curation.selection.fraction import Fraction
@@ -41,6 +41,7 @@ from curation.signals.interface import Signal
 from curation.tar import IMAGE_EXTENSIONS
 
 EXTENSION = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")
+ABSENT = {"images": "caption", "texts": "image"}
 NUMERIC = (Threshold, Fraction, ReferenceQuantile)  # the kinds that compare a column with a number
 
 
@@ -51,6 +52,7 @@ class CurateConfig:
     signals: Mapping[str, Signal]
     selectors: Mapping[str, Selector]
     members: Mapping[str, str] = field(default_factory=dict)  # extension -> column of texts: new members of the shards
+    modality: Modality = "pairs"  # images: captions may be missing; texts: images may
     seed: int = 0
     unit_samples: int = 1_000  # samples that are measured, retried and resumed together
     shard_samples: int = 10_000  # samples of an output shard, at most
@@ -156,10 +158,13 @@ def _typed(cls: type, settings: Mapping[str, Any], where: str) -> Any:
 
 
 def _check_columns(config: CurateConfig) -> None:
-    """Every selector's columns are measured, and none is measured twice."""
-    measured: dict[str, str] = {c: "every sample" for c in store.BASE.names}
+    """Every selector's columns are measured, and none is measured twice; nothing reads what the modality has not."""
+    absent = ABSENT.get(config.modality)
+    measured: dict[str, str] = {c: "every sample" for c in store.BASE.names if c != absent}
     kinds: dict[str, pa.DataType] = {field.name: field.type for field in store.BASE}
     for name, signal in config.signals.items():
+        if absent in getattr(signal, "reads", ("image", "caption")):
+            raise UserError(f"signals.{name}: reads the {absent}, which modality {config.modality} is without; drop it")
         for column, kind in signal.schema(name).items():
             if column in measured:
                 raise UserError(f"signals.{name}: its column {column} is already that of {measured[column]}; drop one")

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from curation.tar import BLOCK, Tape
+from curation.sources import Source
+from curation.tar import BLOCK
 
 BUFFER = 1 << 20  # bytes; one that stays in the processor's cache
 OPEN_FILES = 256  # output files that one worker holds open
 
 
 def lay_out(
-    tape: Tape, heads: np.ndarray, starts: np.ndarray, sizes: np.ndarray, lengths: np.ndarray, texts: Sequence[bytes]
+    tape: Source, heads: np.ndarray, starts: np.ndarray, sizes: np.ndarray, lengths: np.ndarray, texts: Sequence[bytes]
 ) -> Iterator[memoryview]:
     """Samples as they lie in a tar, one after another: headers, bytes and padding of their members.
 

@@ -19,7 +19,8 @@ from curation.phases import recorded_parts
 from curation.plan import plan
 from curation.selection import SELECTORS
 from curation.selection.engine import Part, partitions
-from curation.tar import IMAGE_EXTENSIONS, open_shard
+from curation.sources import open_shard
+from curation.tar import IMAGE_EXTENSIONS
 
 WORDS = {True: "passes", False: "FAILS", None: "not asked"}
 
@@ -106,12 +107,17 @@ def _verdicts(selected: dict[str, Any], failed: set[str]) -> list[dict[str, Any]
 def _picture(record: dict[str, Any], members: dict[str, tuple[int, int]], out: Path) -> Path | None:
     """The image's own bytes, as a file to look at."""
     extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
-    if extension is None or not Path(record["shard"]).exists():
+    if extension is None:
         return None
     offset, size = members[extension]
     path = out / "inspect" / f"{record['uid']}-{record['key'].replace('/', '_')}.{extension}"
+    try:
+        with open_shard(record["shard"]) as data:
+            picture = data[offset : offset + size]
+    except (OSError, UserError):  # the pool is no longer there
+        return None
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(open_shard(record["shard"])[offset : offset + size])
+    path.write_bytes(picture)
     return path
 
 

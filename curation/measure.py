@@ -1,38 +1,59 @@
 """The measuring half that runs in a worker: scan a shard, measure a unit.
 
-A unit opens its shard as a memory map, decodes every image once, shows it to
-all meters and writes one parquet part. Pixels stay in this process. Samples
-with an error keep their row, without signals; one that any signal cannot
-digest has the error "signal_failed".
+A unit opens its shard as a tape, decodes every image once, shows it to all
+meters and writes one parquet part. Pixels stay in this process. Samples with an
+error keep their row, without signals; one that any signal cannot digest has the
+error "signal_failed". A shard behind a URL is scanned and measured in one go, so
+that it is fetched once.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
+from PIL import Image
 
 from curation import store
 from curation.errors import UserError
 from curation.images import decode
 from curation.pool import Row, Shard, damaged_uid, read_row
+from curation.sidecar import Sidecar
 from curation.signals.interface import Decoded, Meter, Signal
+from curation.sources import Source, whole_shard
 from curation.store import SignalSet, Unit
-from curation.tar import Bytes, Sample, open_shard, samples
+from curation.tar import Sample
 
 BATCH = 64  # samples that a meter turns into columns at once
 
 
 @dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A shard to scan and to measure, as far as it is not measured."""
+
+    shard: Shard
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measuring:
-    """What a worker is told once; called, it gives the function that does a shard (scan) or a unit (measure)."""
+    """What a worker is told once; called, it gives the function that does a shard (scan), a unit (measure) or both."""
 
     signals: Mapping[str, Signal]
     signal_set: SignalSet
 
-    def __call__(self) -> Callable[[Shard | Unit], dict[str, Any]]:
+    def __call__(self) -> Callable[[Shard | Unit | Whole], dict[str, Any]]:
         return _Measurer(self.signals, self.signal_set).do
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    fingerprint: str
+    source: Source
+    samples: list[Sample]
+    damage: str | None  # "reason: detail"
+    sidecar: Sidecar | None
 
 
 class _Measurer:
@@ -40,30 +61,60 @@ class _Measurer:
         self._signals = signals
         self._set = signal_set
         self._meters: dict[str, Meter] = {}
-        self._scanned: tuple[str, Bytes, list[Sample], str | None] | None = None
+        self._last: _Opened | None = None
 
-    def do(self, item: Shard | Unit) -> dict[str, Any]:
+    def do(self, item: Shard | Unit | Whole) -> dict[str, Any]:
+        if isinstance(item, Whole):
+            return self.whole(item.shard)
         return self.scan(item) if isinstance(item, Shard) else self.measure(item)
 
-    def _open(self, shard: Shard) -> tuple[Bytes, list[Sample], str | None]:
-        """The units of one shard come one after another, so the last scan is worth keeping."""
-        if self._scanned is None or self._scanned[0] != shard.fingerprint:
-            data = open_shard(shard.path)
-            self._scanned = (shard.fingerprint, data, *samples(data))
-        return self._scanned[1:]
+    def _open(self, shard: Shard) -> _Opened:
+        """The units of one shard come one after another, so the last one is kept open."""
+        if self._last is None or self._last.fingerprint != shard.fingerprint:
+            self._close()
+            source = whole_shard(shard.path, shard.fingerprint)
+            tables = shard.sidecar is not None or shard.metadata
+            sidecar = Sidecar(shard, self._set.root) if tables else None
+            found, damage = source.samples()
+            self._last = _Opened(
+                fingerprint=shard.fingerprint,
+                source=source,
+                samples=found,
+                damage=damage or (sidecar.damage if sidecar else None),
+                sidecar=sidecar,
+            )
+        return self._last
+
+    def _close(self) -> None:
+        if self._last is not None:
+            self._last.source.close()
+            self._last = None
 
     def scan(self, shard: Shard) -> dict[str, Any]:
-        _, found, damage = self._open(shard)
-        store.write_shard_record(self._set.root, shard, len(found), damage)
-        return {"rows": len(found) + (damage is not None)}
+        opened = self._open(shard)
+        store.write_shard_record(self._set.root, shard, len(opened.samples), opened.damage)
+        return {"rows": len(opened.samples) + (opened.damage is not None)}
+
+    def whole(self, shard: Shard) -> dict[str, Any]:
+        """Scan, measure the missing units, and let go of the shard: {"rows": n measured, "errors": {reason: n}}."""
+        self.scan(shard)
+        opened = self._open(shard)
+        units = store.units_of(shard, len(opened.samples), opened.damage, self._set.unit_samples)
+        done = [self.measure(unit) for unit in self._set.missing(units)]
+        self._close()
+        errors: Counter[str] = Counter()
+        for result in done:
+            errors.update(result["errors"])
+        return {"rows": sum(result["rows"] for result in done), "errors": dict(errors)}
 
     def measure(self, unit: Unit) -> dict[str, Any]:
         """Measure a unit and write its part: {"rows": n, "errors": {reason: n}}."""
-        data, found, damage = self._open(unit.shard)
+        opened, modality = self._open(unit.shard), self._set.modality
+        data, found = opened.source, opened.samples
         first = unit.number * self._set.unit_samples
         chosen = found[first : first + self._set.unit_samples]
-        rows = [read_row(data, sample) for sample in chosen]
-        errors = [row.error for row in rows]
+        rows: list[Row] = []
+        errors: list[str | None] = []
 
         known = store.taken_over(self._set, unit)
         meters = {name: self._meter(name) for name in self._signals if name not in known}
@@ -77,22 +128,31 @@ class _Measurer:
                     seen[name] = []
 
         waiting = 0
-        if not meters and known:  # other sets know every signal, and with them which images cannot be decoded
-            errors = next(iter(known.values()))["error"].to_pylist()[: len(rows)]
-        for i, row in enumerate(rows if meters or not known else []):
-            if row.error is not None or row.image is None or row.caption is None:
+        for sample in chosen:
+            row = read_row(data, sample, modality, opened.sidecar)
+            rows.append(row)
+            errors.append(row.error)
+            if row.error is not None or (known and not meters):
                 continue
-            raw = data[row.image.offset : row.image.offset + row.image.size]
-            image, image_format, errors[i] = decode(raw)
-            if image is None:
-                continue
-            decoded = Decoded(caption=row.caption, image=image, image_format=image_format, raw=raw)
+            raw, image, image_format = b"", None, ""
+            if row.image is not None and modality != "texts":
+                raw = data[row.image.offset : row.image.offset + row.image.size]
+                image, image_format, errors[-1] = decode(raw)
+                if image is None:
+                    continue
+            decoded = Decoded(
+                caption=row.caption or "",
+                image=cast(Image.Image, image),
+                image_format=image_format,
+                raw=raw,
+                record=row.record,
+            )
             try:
                 looked = [meter.see(decoded) for meter in meters.values()]
             except (UserError, MemoryError):  # not the sample's fault
                 raise
             except Exception:
-                errors[i] = store.SIGNAL_FAILED
+                errors[-1] = store.SIGNAL_FAILED
                 continue
             for name, value in zip(meters, looked, strict=True):
                 seen[name].append(value)
@@ -102,7 +162,9 @@ class _Measurer:
                 waiting = 0
         flush()
 
-        rest = damage if first + len(chosen) == len(found) and len(chosen) < unit.rows else None
+        if known and not meters:  # other sets know every signal, and with them which images cannot be decoded
+            errors = next(iter(known.values()))["error"].to_pylist()[: len(rows)]
+        rest = opened.damage if first + len(chosen) == len(found) and len(chosen) < unit.rows else None
         table = _base_table(unit.shard, chosen, rows, errors, first, rest)
         for name, signal in self._signals.items():
             table = _with_signal(table, name, signal, self._set.identities[name], batches.get(name), known.get(name))
@@ -132,7 +194,8 @@ def _base_table(
         for sample, row, error in zip(chosen, rows, errors, strict=True)
     ]
     if damage is not None:
-        records.append({"uid": damaged_uid(shard), "key": "", "error": "truncated_tar", "caption": None, "url": None})
+        reason = damage.partition(":")[0]
+        records.append({"uid": damaged_uid(shard), "key": "", "error": reason, "caption": None, "url": None})
     for place, record in enumerate(records):
         record["shard"], record["index"] = shard.path, first + place
     return pa.Table.from_pylist(records, schema=store.BASE)

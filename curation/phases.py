@@ -22,7 +22,7 @@ from curation.errors import UserError
 from curation.hashing import config_hash
 from curation.ledger import write_ledger
 from curation.manifest import read_manifest, write_manifest
-from curation.measure import Measuring, part_errors
+from curation.measure import Measuring, Whole, part_errors
 from curation.plan import plan
 from curation.pool import Shard
 from curation.report import write_report
@@ -74,7 +74,11 @@ def known_units(run: Run, shards: Sequence[Shard]) -> list[Unit] | None:
 
 
 def signal_set_of(run: Run, units: list[Unit] | None) -> SignalSet:
-    return store.open_set(run.root, run.config.signals, run.config.unit_samples, units)
+    return store.open_set(run.root, run.config.signals, run.config.unit_samples, units, run.config.modality)
+
+
+def one(_: Any) -> int:
+    return 1
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -82,24 +86,34 @@ def measure(run: Run) -> dict[str, Any]:
     mine = run.mine(run.pool)
     unscanned = [shard for shard in mine if store.shard_record(run.root, shard) is None]
     setup = Measuring(signals=run.config.signals, signal_set=signal_set_of(run, None))
-    scans = run.workers.map(setup, unscanned)
-    for _ in progress(scans, label="scan", total=len(unscanned), unit="shards", amount=lambda _: 1):
+    here = [shard for shard in unscanned if not shard.whole]
+    for _ in progress(run.workers.map(setup, here), label="scan", total=len(here), unit="shards", amount=one):
         pass
+    unseen = {shard.path for shard in unscanned if shard.whole}
+    known = known_units(run, [shard for shard in mine if shard.path not in unseen])
+    assert known is not None
+    signal_set = signal_set_of(run, None if unseen else known)
+    store.describe_set(signal_set)
+    before = {unit.part for unit in known} - {unit.part for unit in signal_set.missing(known)}
+    errors: Counter[str] = Counter()
+    wanted = unseen | {unit.shard.path for unit in signal_set.missing(known)}
+    whole = [Whole(shard=shard) for shard in mine if shard.whole and shard.path in wanted]
+    setup = Measuring(signals=run.config.signals, signal_set=signal_set)
+    measured = 0
+    results = progress(run.workers.map(setup, whole), label="measure", total=len(whole), unit="shards", amount=one)
+    for done, result in enumerate(results, start=1):
+        measured += result["rows"]
+        errors.update(result["errors"])
+        _check_budget(run, errors, measured * len(whole) // done)  # as if the others were like these
     units = known_units(run, mine)
     assert units is not None
     rows = sum(unit.rows for unit in units)
     if not rows and run.slice is None:
-        raise UserError("--pool: the shards hold no samples; name a folder of img2dataset tars")
-    signal_set = signal_set_of(run, units)
-    store.describe_set(signal_set)
-    missing = signal_set.missing(units)
-    absent = {unit.part for unit in missing}
-    errors: Counter[str] = Counter()
+        raise UserError("--pool: the shards hold no samples; name a pool that has some")
     for unit in units:
-        if unit.part not in absent:
+        if unit.part in before:
             errors.update(part_errors(signal_set.path(unit)))
-    setup = Measuring(signals=run.config.signals, signal_set=signal_set)
-    measured = 0
+    missing = signal_set.missing(units)
     results = run.workers.map(setup, missing)
     total = sum(unit.rows for unit in missing)
     for result in progress(results, label="measure", total=total, unit="pairs", amount=lambda r: r["rows"]):
@@ -266,7 +280,7 @@ def build(run: Run) -> dict[str, Any]:
     )
     copied = Counter[str]()
     if not target.exists():
-        mine = [source for source in run.mine(made.sources) if not building.marker(folder, source).exists()]
+        mine = [source for source in run.mine(made.inputs) if not building.marker(folder, source).exists()]
         total = sum(source.kept for source in mine)
         results = run.workers.map(building.Copying(folder, made), mine)
         for result in progress(results, label="build", total=total, unit="samples", amount=lambda r: r["samples"]):

@@ -56,7 +56,7 @@ def curate(
     """Curate pools into `out` and return the manifest of the phase.
 
     Args:
-        pools: folders of img2dataset tars.
+        pools: folders, files or URLs of samples (`curation.pool`).
         phase: "measure", "select", "build", or "all" of them.
         signals: the signal store; `out`/signals unless named. Recipes may share one.
         workers: Ray actors; one for each CPU unless given. Changes no output.
@@ -70,7 +70,7 @@ def curate(
     if phase not in (*STEPS, "all"):
         raise UserError(f"--phase {phase}: unknown; one of {', '.join(STEPS)}, all")
     chosen = _parse_slice(part, phase)
-    pool = list_shards(pools)
+    pool = list_shards(pools, config.modality)
     identity = _identity(config, pool)
     root = (signals or out / "signals").resolve()
     with Workers(workers, ray_address) as ray_workers:

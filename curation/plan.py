@@ -36,7 +36,7 @@ Numbers = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Input:
     """An input shard that gives something: `kept` copies from its parts, which are in the pool's order."""
 
     index: int
@@ -51,7 +51,7 @@ class Plan:
     """`sizes` and `samples` are of the output shards: bytes and copies; `ids` is the sorted list of all uids, a file
     as DataComp stores a subset (dtype u8,u8, repeats kept)."""
 
-    sources: list[Source]
+    inputs: list[Input]
     sizes: list[int]
     samples: list[int]
     ids: Path
@@ -131,7 +131,7 @@ def plan(
     ends = np.append(shard_starts[1:], lengths.sum()) if len(shard_starts) else shard_starts
     total = sum(kept)
     return Plan(
-        sources=_sources([part for partition in pool for part in partition.parts], kept),
+        inputs=_inputs([part for partition in pool for part in partition.parts], kept),
         sizes=[int(size) + len(END) for size in ends - shard_starts],
         samples=[min(shard_samples, total - start) for start in range(0, total, shard_samples)],
         ids=ids,
@@ -143,12 +143,12 @@ def plan(
     )
 
 
-def _sources(parts: Sequence[Part], kept: Sequence[int]) -> list[Source]:
+def _inputs(parts: Sequence[Part], kept: Sequence[int]) -> list[Input]:
     groups: dict[str, list[int]] = {}
     for i, part in enumerate(parts):
         groups.setdefault(part.path.name.rpartition("-")[0], []).append(i)
     return [
-        Source(
+        Input(
             index=index,
             shard=Partition(number=0, parts=(parts[members[0]],)).read(["shard"])["shard"][0].as_py(),
             fingerprint=name,

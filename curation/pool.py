@@ -1,97 +1,190 @@
 """The raw pool: which shards there are, and what one sample of a shard says about itself.
 
-A pool is one folder or several of img2dataset tars. All shards are put in one
-order, by path, so that the order in which pools are named changes nothing. A
-shard is known by its path, size and modification time: what was measured of it
-stays valid until one of them changes. Whatever is wrong with a sample becomes a
-reason in its row, here and in `curation.images`; nothing raises.
+A pool is a folder or one file, here or behind a URL: img2dataset tars, with
+parquet beside them; parquet files that hold the pictures; a list of captions;
+or pictures and texts by their names. `curation.sources` reads each. All shards
+are put in one order, by path, so that the order in which pools are named changes
+nothing. A shard is known by a fingerprint of path, size and modification time
+(or what the store says instead): what was measured of it stays valid until one
+of them changes. Whatever is wrong with a sample becomes a reason in its row,
+here and in `curation.images`; nothing raises.
 """
 
+import dataclasses
 import hashlib
 import json
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Any, Literal, Protocol
 
+import pyarrow as pa
+
+from curation import files
 from curation.captions import scored_caption
 from curation.errors import UserError
+from curation.files import File
 from curation.hashing import config_hash
-from curation.tar import IMAGE_EXTENSIONS, Bytes, Member, Sample
+from curation.sources import file_fingerprint
+from curation.sources.folder import folder_shards, is_list
+from curation.sources.parquet import caption_column, image_column, read_schema
+from curation.tar import IMAGE_EXTENSIONS, Member, Sample
 
+Modality = Literal["pairs", "images", "texts"]
+"""What every sample of a pool must have; what a pool of images or texts lacks is no error there."""
 MAX_EXTENSION = 24  # so that "{uid}-{copy}.{extension}" fits a tar header's 100 bytes
+LIST_NAME = re.compile(r"/(metadata|captions)\.(csv|tsv|jsonl)$")
 SAFE_UID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar of a pool; `index` is its place among all shards of the run."""
+    """One tape of a pool; `index` is its place among all shards of the run.
+
+    `path` is the name by which `curation.sources` opens it. `sidecar` is the parquet file beside a tar, `metadata`
+    are parquet files whose rows belong to samples of any tar, by uid. Their fingerprints follow the tape's own in
+    `fingerprint`, after a dot.
+    """
 
     path: str
     fingerprint: str
     size: int
     index: int
+    sidecar: str | None = None
+    metadata: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is scanned and measured in one go: opening it costs what reading it does."""
+        return files.is_remote(self.path) or self.path.endswith(".parquet")
+
+
+class Tape(Protocol):
+    def __getitem__(self, place: slice, /) -> bytes: ...
+
+
+class Beside(Protocol):
+    def row(self, key: str, uid: object) -> Mapping[str, Any]:
+        """What a table beside the shard says of the sample; {} where it says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What the members other than the pixels say; `error` is the first thing wrong, or None."""
+    """What the members other than the pixels say; `record` is the json, `error` the first thing wrong, or None."""
 
     uid: str
     caption: str | None
     url: str | None
     image: Member | None
+    record: Mapping[str, Any]
     error: str | None
 
 
-def list_shards(pools: Sequence[str]) -> list[Shard]:
-    """All tars at the top of these folders, by path.
+def list_shards(pools: Sequence[str], modality: Modality = "pairs") -> list[Shard]:
+    """All shards of these folders, files and URLs, by path.
 
     Raises:
-        UserError: no pool is named, one does not exist, or holds no tar.
+        UserError: no pool is named, one does not exist, or holds nothing that this reads.
     """
     if not pools:
-        raise UserError("--pool: none given; name at least one folder of img2dataset tars")
-    paths: set[Path] = set()
-    for pool in pools:
-        if "://" in pool:
-            raise UserError(f"--pool {pool}: only local folders are read; copy or mount the pool first")
-        folder = Path(pool).resolve()
-        if not folder.is_dir():
-            raise UserError(f"--pool {pool}: no such folder; name a folder of img2dataset tars")
-        found = sorted(folder.glob("*.tar"))
-        if not found:
-            raise UserError(f"--pool {pool}: holds no .tar; name the folder whose top holds the shards")
-        paths.update(found)
+        raise UserError("--pool: none given; name at least one folder, file or URL of samples")
+    found: dict[str, Shard] = {}
+    metadata: dict[str, File] = {}
+    for pool in dict.fromkeys(map(files.full_name, pools)):
+        try:
+            shards, beside = _shards_of(pool, modality)
+        except OSError as reason:
+            raise UserError(f"--pool {pool}: cannot be read ({reason})") from None
+        found.update({shard.path: shard for shard in shards})
+        metadata.update({file.name: file for file in beside})
+    if not found:
+        raise UserError(
+            f"--pool {next(iter(metadata))}: has no column of pictures, so it is metadata; "
+            "name the tars as well, or set modality: texts"
+        )
+    return [_with_tables(found[path], index, metadata) for index, path in enumerate(sorted(found))]
+
+
+def _shards_of(pool: str, modality: Modality) -> tuple[list[Shard], list[File]]:
+    """The shards of one pool, and its tables of metadata."""
+    if pool.endswith((".tar", ".parquet")) or is_list(pool):
+        file = files.look(pool)
+        listing = None if file is None else [file]
+    else:
+        listing = files.listed(pool)
+    if listing is None:
+        raise UserError(f"--pool {pool}: no such folder or file; name one that holds samples")
+    tars = [file for file in listing if file.name.endswith(".tar")]
+    tables = {file.name: file for file in listing if file.name.endswith(".parquet")}
     shards = []
-    for index, path in enumerate(sorted(paths)):
-        size = path.stat().st_size
-        shards.append(Shard(path=str(path), fingerprint=fingerprint(path), size=size, index=index))
-    return shards
+    for tar in tars:
+        name = tar.name.removesuffix(".tar") + ".parquet"
+        beside = tables.pop(name, None) or (files.look(name) if tar.name == pool else None)
+        mark = f".{file_fingerprint(beside)}" if beside else ""
+        shards.append(_shard(tar, mark, beside.name if beside else None))
+    metadata = []
+    judged = files.together(partial(_is_metadata, modality), list(tables))
+    for table, is_metadata in zip(tables.values(), judged, strict=True):
+        if is_metadata:
+            metadata.append(table)
+        else:
+            shards.append(_shard(table))
+    if not tars and not tables:
+        lists = [f.name for f in listing if is_list(f.name)]
+        if not lists:  # Hugging Face's image folders have one in each folder
+            lists = [f.name for f in files.listed(pool, deep=True) or () if LIST_NAME.search(f.name)]
+        for base in lists or [pool]:
+            shards += [Shard(path=p, fingerprint=f, size=size, index=0) for p, f, size in folder_shards(base)]
+    if not shards and not metadata:
+        raise UserError(
+            f"--pool {pool}: holds no .tar, .parquet, list of captions (.csv, .tsv, .jsonl) or picture; "
+            "name the folder whose top holds the shards"
+        )
+    return shards, metadata
 
 
-def fingerprint(path: Path) -> str:
-    """16 hex digits that change when the file at this path does."""
-    stat = path.stat()
-    return config_hash([str(path), stat.st_size, stat.st_mtime_ns])
+def _shard(file: File, mark: str = "", sidecar: str | None = None) -> Shard:
+    fingerprint = file_fingerprint(file) + mark
+    return Shard(path=file.name, fingerprint=fingerprint, size=file.size, index=0, sidecar=sidecar)
 
 
-def read_row(data: Bytes, sample: Sample) -> Row:
+def _is_metadata(modality: Modality, name: str) -> bool:
+    """Whether a parquet file has no samples of its own. One that cannot be read is a shard, which then says so."""
+    try:
+        schema = read_schema(name)
+    except (OSError, pa.ArrowException):
+        return False
+    if image_column(schema) is not None:
+        return False
+    return modality != "texts" or caption_column(schema) is None
+
+
+def _with_tables(shard: Shard, index: int, metadata: Mapping[str, File]) -> Shard:
+    """The shard at its place; a tar with the tables of metadata, all of which may have rows for it."""
+    if not metadata or not shard.path.endswith(".tar"):
+        return dataclasses.replace(shard, index=index)
+    tape, _, mark = shard.fingerprint.partition(".")
+    both = config_hash([mark, sorted(map(file_fingerprint, metadata.values()))])
+    return dataclasses.replace(shard, index=index, fingerprint=f"{tape}.{both}", metadata=tuple(sorted(metadata)))
+
+
+def read_row(data: Tape, sample: Sample, modality: Modality = "pairs", beside: Beside | None = None) -> Row:
     """Read json and text of a sample and find its image.
 
     The caption is the txt member, else the json's `caption`; the uid is the
-    json's where it can be a file name, else md5 of image bytes + caption.
+    json's where it can be a file name, else md5 of image bytes + caption. What
+    a table beside the shard says completes the json, which goes before it.
     """
     members = sample.members
     error = sample.error
     if any(len(e.encode()) > MAX_EXTENSION for e in members):
         error = error or "unsafe_name"
     image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
-    if image is None:
+    if image is None and modality != "texts":
         error = error or "image_missing"
 
-    meta: dict[str, object] = {}
+    meta: dict[str, Any] = {}
     if "json" in members:
         try:
             parsed = json.loads(_bytes(data, members["json"]))
@@ -100,19 +193,23 @@ def read_row(data: Bytes, sample: Sample) -> Row:
             meta = parsed
         except (ValueError, RecursionError):
             error = error or "json_parse"
+    if beside is not None:
+        meta = {**beside.row(sample.key, meta.get("uid")), **meta}
 
     text = _bytes(data, members["txt"]) if "txt" in members else None
     caption: str | None = None
     try:
         caption = scored_caption(meta, text)
     except ValueError as reason:
-        error = error or str(reason)
+        if modality != "images":
+            error = error or str(reason)
 
     said = meta.get("caption")
     raw = said.encode("utf-8", "surrogatepass") if text is None and isinstance(said, str) else text
     uid = meta.get("uid")
     if not (isinstance(uid, str) and SAFE_UID.fullmatch(uid)):
-        digest = hashlib.md5(_bytes(data, image) if image else sample.key.encode("utf-8", "replace"))
+        nothing = b"" if modality == "texts" and raw else sample.key.encode("utf-8", "replace")
+        digest = hashlib.md5(_bytes(data, image) if image else nothing)
         digest.update(raw or b"")
         uid = digest.hexdigest()
     url = meta.get("url")
@@ -121,14 +218,15 @@ def read_row(data: Bytes, sample: Sample) -> Row:
         caption=caption,
         url=url.encode("utf-8", "replace").decode() if isinstance(url, str) else None,
         image=image,
+        record=meta,
         error=error,
     )
 
 
 def damaged_uid(shard: Shard) -> str:
     """The uid of the row that stands for the unreadable rest of a shard."""
-    return hashlib.md5(f"{os.path.basename(shard.path)}: unreadable rest".encode()).hexdigest()
+    return hashlib.md5(f"{shard.path.rpartition('/')[2]}: unreadable rest".encode()).hexdigest()
 
 
-def _bytes(data: Bytes, member: Member) -> bytes:
+def _bytes(data: Tape, member: Member) -> bytes:
     return data[member.offset : member.offset + member.size]

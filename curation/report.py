@@ -23,7 +23,8 @@ from curation.hashing import hash64_many
 from curation.images import decode
 from curation.ledger import read_column
 from curation.selection.engine import Part
-from curation.tar import IMAGE_EXTENSIONS, open_shard
+from curation.sources import open_shard
+from curation.tar import IMAGE_EXTENSIONS
 
 SHOWN_KEPT, SHOWN_DROPPED = 18, 6  # samples of the page, by hash
 THUMBNAIL = 168  # pixels, the longer side
@@ -201,8 +202,8 @@ def _show(path: Path, row: int, scores: Sequence[str]) -> dict[str, Any]:
     image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
     thumbnail = None
     if image is not None and not values["error"]:
-        data = open_shard(values["shard"])
-        thumbnail = _thumbnail(data[image[0] : image[0] + image[1]])
+        with open_shard(values["shard"]) as data:
+            thumbnail = _thumbnail(data[image[0] : image[0] + image[1]])
     return {
         "uid": values["uid"],
         "key": values["key"],

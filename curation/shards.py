@@ -13,7 +13,6 @@ cut: files are not synced one by one.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,35 +24,32 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation.copying import Outputs, lay_out, tar_name
-from curation.errors import UserError
 from curation.manifest import SCHEMA_VERSION
-from curation.plan import Plan, Source
-from curation.pool import fingerprint
+from curation.plan import Input, Plan
 from curation.selection.engine import Part
-from curation.tar import Tape, headers
+from curation.sources import Source, whole_shard
+from curation.tar import headers
 
 
 class Copying:
-    """Copies one input shard. A worker calls it with a `Source`; it leaves a marker when all bytes are written."""
+    """Copies one input shard. A worker calls it with a `Input`; it leaves a marker when all bytes are written."""
 
     def __init__(self, folder: Path, made: Plan) -> None:
         self._folder, self._plan = folder, made
 
-    def __call__(self) -> Callable[[Source], dict[str, Any]]:
+    def __call__(self) -> Callable[[Input], dict[str, Any]]:
         return self.do
 
-    def do(self, item: Source) -> dict[str, Any]:
+    def do(self, item: Input) -> dict[str, Any]:
         """Copy the kept samples of one input shard: {"samples", "bytes"}.
 
         Raises:
             UserError: the shard is not the one that was measured.
         """
-        if not os.path.exists(item.shard) or fingerprint(Path(item.shard)) != item.fingerprint:
-            raise UserError(f"--pool: {item.shard} has changed since it was measured; curate into a new --out")
         outputs = Outputs(self._folder / "shards", self._plan.sizes)
         done = written = 0
         try:
-            with Tape(item.shard) as tape:
+            with whole_shard(item.shard, item.fingerprint) as tape:
                 for part in item.parts:
                     entries = self._plan.entries(part)
                     places = zip(entries["output"].to_pylist(), entries["offset"].to_pylist(), strict=True)
@@ -70,7 +66,7 @@ class Copying:
         return {"samples": done, "bytes": written}
 
 
-def _samples(tape: Tape, part: Part, entries: pa.Table, new: Mapping[str, str]) -> Iterator[memoryview]:
+def _samples(tape: Source, part: Part, entries: pa.Table, new: Mapping[str, str]) -> Iterator[memoryview]:
     """Each copy of a part as it lies in a tar, the members of `new` (extension -> column) at its end; see `lay_out`."""
     columns = ["uid", "extensions", "offsets", "sizes", *new.values()]
     table = pq.ParquetFile(part.path).read(columns, use_threads=False).take(entries["row"]).combine_chunks()
@@ -95,7 +91,7 @@ def _samples(tape: Tape, part: Part, entries: pa.Table, new: Mapping[str, str]) 
     return lay_out(tape, heads, np.concatenate(starts)[order], size, lengths, texts)
 
 
-def marker(folder: Path, item: Source) -> Path:
+def marker(folder: Path, item: Input) -> Path:
     """The file whose presence says that this input shard is copied."""
     return folder / "done" / item.fingerprint
 

@@ -14,7 +14,7 @@ made it, so that another set of the store can take it over without measuring.
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from curation import signals as signal_kinds
 from curation.hashing import config_hash
 from curation.manifest import read_manifest, write_manifest
-from curation.pool import Shard
+from curation.pool import Modality, Shard
 from curation.signals.interface import Signal
 
 BASE_VERSION = 1  # goes up when the columns below, or the errors, would come out otherwise
@@ -69,6 +69,7 @@ class SignalSet:
     folder: Path
     identities: dict[str, str]
     unit_samples: int
+    modality: Modality = "pairs"
 
     def path(self, unit: Unit) -> Path:
         return self.folder / unit.part
@@ -78,7 +79,13 @@ class SignalSet:
         return [unit for unit in units if unit.part not in present]
 
 
-def open_set(root: Path, signals: Mapping[str, Signal], unit_samples: int, units: Sequence[Unit] | None) -> SignalSet:
+def open_set(
+    root: Path,
+    signals: Mapping[str, Signal],
+    unit_samples: int,
+    units: Sequence[Unit] | None,
+    modality: Modality = "pairs",
+) -> SignalSet:
     """The set that a recipe with these signals uses.
 
     It is the set of exactly these signals, unless that one lacks some of
@@ -88,12 +95,18 @@ def open_set(root: Path, signals: Mapping[str, Signal], unit_samples: int, units
         UserError: a file that a signal names cannot be read.
     """
     identities = {name: signal_kinds.identity(name, signal) for name, signal in signals.items()}
-    folder = root / config_hash([BASE_VERSION, unit_samples, sorted(identities.values())])
-    own = SignalSet(root=root, folder=folder, identities=identities, unit_samples=unit_samples)
+    which = [BASE_VERSION, unit_samples, sorted(identities.values()), *([] if modality == "pairs" else [modality])]
+    own = SignalSet(
+        root=root,
+        folder=root / config_hash(which),
+        identities=identities,
+        unit_samples=unit_samples,
+        modality=modality,
+    )
     if units is None or not own.missing(units):
         return own
-    for other, found in _sets(root, unit_samples):
-        candidate = SignalSet(root=root, folder=other, identities=identities, unit_samples=unit_samples)
+    for other, found in _sets(own):
+        candidate = replace(own, folder=other)
         enough = set(identities.values()) <= set(found.values()) and not candidate.missing(units)
         if enough and not any(_failed(candidate.path(unit)) for unit in units):
             return candidate
@@ -109,17 +122,19 @@ def describe_set(signal_set: SignalSet) -> None:
             {
                 "base_version": BASE_VERSION,
                 "unit_samples": signal_set.unit_samples,
+                "modality": signal_set.modality,
                 "identities": signal_set.identities,
             },
         )
 
 
-def _sets(root: Path, unit_samples: int) -> list[tuple[Path, dict[str, str]]]:
-    """The store's sets of this unit size, with their identities."""
+def _sets(like: SignalSet) -> list[tuple[Path, dict[str, str]]]:
+    """The store's sets of this unit size and modality, with their identities."""
     found = []
-    for path in sorted(root.glob("*/set.json")):
+    for path in sorted(like.root.glob("*/set.json")):
         meta = read_manifest(path)
-        if meta and meta["base_version"] == BASE_VERSION and meta["unit_samples"] == unit_samples:
+        same = (BASE_VERSION, like.unit_samples, like.modality)
+        if meta and (meta["base_version"], meta["unit_samples"], meta.get("modality", "pairs")) == same:
             found.append((path.parent, meta["identities"]))
     return found
 
@@ -127,7 +142,7 @@ def _sets(root: Path, unit_samples: int) -> list[tuple[Path, dict[str, str]]]:
 def taken_over(signal_set: SignalSet, unit: Unit) -> dict[str, pa.Table]:
     """By signal name, the columns that other sets of the store already have for this unit, and "error" beside them."""
     found: dict[str, pa.Table] = {}
-    for folder, identities in _sets(signal_set.root, signal_set.unit_samples):
+    for folder, identities in _sets(signal_set):
         path = folder / unit.part
         wanted = {
             name: identity

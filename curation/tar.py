@@ -16,7 +16,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -177,28 +176,6 @@ def open_shard(path: str | Path) -> Bytes:
         if os.fstat(f.fileno()).st_size == 0:
             return b""
         return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-class Tape:
-    """The bytes of a local tar by position, for the build: read into place, without a memory map's page faults."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._descriptor)
-
-    def read_into(self, view: memoryview, start: int) -> None:
-        """Fill `view` with the bytes from `start` on.
-
-        Raises:
-            OSError: the file ends before that.
-        """
-        if os.preadv(self._descriptor, [view], start) != len(view):
-            raise OSError(f"the shard ended before byte {start + len(view)}")
 
 
 def headers(names: Sequence[str], sizes: np.ndarray) -> np.ndarray:

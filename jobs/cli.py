@@ -61,7 +61,13 @@ def synth(arguments: list[str]) -> int:
 def curate(arguments: list[str]) -> int:
     parser = _parser("curate")
     parser.add_argument("--config", type=Path, required=True, help="recipe, e.g. recipes/curate/datacomp_basic.yaml")
-    parser.add_argument("--pool", action="append", required=True, help="folder of img2dataset tars; may be repeated")
+    parser.add_argument(
+        "--pool",
+        action="append",
+        required=True,
+        help="folder, file or URL (s3://, gs://, https://, ...) of tars, parquet with pictures, a list of captions "
+        "(csv, tsv, jsonl), or pictures and texts; may be repeated",
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--phase", choices=["measure", "select", "build", "all"], default="all")
     parser.add_argument("--signals", type=Path, metavar="STORE", help="signal store (default: OUT/signals)")

@@ -38,6 +38,7 @@ class Concepts:
 
     metadata: str
     version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ("caption",)
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
         return {name: pa.list_(pa.int32())}

@@ -16,6 +16,7 @@ class Exposure:
     `entropy` (Shannon's, of the histogram of 256 greys, in bits: 0 for one flat grey, at most 8)."""
 
     version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ("image",)
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
         return {"luminance": pa.float32(), "contrast": pa.float32(), "entropy": pa.float32()}

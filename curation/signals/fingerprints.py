@@ -21,6 +21,7 @@ class Fingerprints:
     """Columns `image_sha256` (32 bytes) and `phash` (uint64, the first bit of imagehash's row order is the highest)."""
 
     version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ("image",)
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
         return {"image_sha256": pa.binary(32), "phash": pa.uint64()}

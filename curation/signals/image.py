@@ -14,6 +14,7 @@ class ImageShape:
     """Columns `width`, `height`, `min_side` (pixels), `aspect` (longer / shorter), `image_bytes`, `image_format`."""
 
     version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ("image",)
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
         return {

@@ -20,6 +20,7 @@ class Language:
     """Columns `language` (ISO code, "" where nothing was found) and `language_probability` (float32)."""
 
     version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ("caption",)
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
         return {"language": pa.string(), "language_probability": pa.float32()}

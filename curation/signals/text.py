@@ -14,6 +14,7 @@ class Text:
     """Columns `caption_chars` and `caption_words` (int32)."""
 
     version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ("caption",)
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
         return {"caption_chars": pa.int32(), "caption_words": pa.int32()}

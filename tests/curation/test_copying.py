@@ -10,7 +10,8 @@ import pytest
 
 from curation import copying
 from curation.copying import Outputs, lay_out
-from curation.tar import BLOCK, Tape, headers, padded
+from curation.sources.tar import TarSource
+from curation.tar import BLOCK, headers, padded
 
 RNG = np.random.default_rng(0)
 
@@ -56,7 +57,7 @@ def test_as_tarfile_writes_them(
     members = [member for sample in samples for member in sample]
     lengths = np.array([len(content) for _, content in members])
     heads = headers([name for name, _ in members], lengths)
-    with Tape(tmp_path / "tape") as opened:
+    with TarSource(str(tmp_path / "tape"), whole=True) as opened:
         found = [
             bytes(sample)
             for sample in lay_out(opened, heads, np.array(starts), lengths, np.array([len(s) for s in samples]), texts)

@@ -62,7 +62,7 @@ def build(folder: Path, pool: Path, order: list[int], members: dict[str, str] | 
         members=members or {},
     )
     for index in order:
-        Copying(hidden, made).do(made.sources[index])
+        Copying(hidden, made).do(made.inputs[index])
     shards.finish(hidden, folder / "shards", made)
     return folder / "shards"
 

@@ -1,0 +1,47 @@
+"""A tar as a tape: the file itself, mapped into memory where it is measured, read in place where it is copied."""
+
+import mmap
+import os
+from functools import cached_property
+from typing import Self
+
+from curation import files, tar
+from curation.tar import Sample
+
+
+class TarSource:
+    """A remote tar that is not read `whole` is read by ranges."""
+
+    def __init__(self, name: str, *, whole: bool) -> None:
+        self._file = files.fetched(name) if whole else files.opened(name)
+        self._here = whole or not files.is_remote(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def samples(self) -> tuple[list[Sample], str | None]:
+        found, damage = tar.samples(self._bytes)
+        return found, None if damage is None else f"truncated_tar: {damage}"
+
+    def __getitem__(self, place: slice, /) -> bytes:
+        if self._here:
+            return self._bytes[place]
+        self._file.seek(place.start)
+        return self._file.read(place.stop - place.start)
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Without the memory map, whose page faults cost more than the copying."""
+        if os.preadv(self._file.fileno(), [view], start) != len(view):
+            raise OSError(f"the shard ended before byte {start + len(view)}")
+
+    @cached_property
+    def _bytes(self) -> tar.Bytes:
+        if os.fstat(self._file.fileno()).st_size == 0:
+            return b""
+        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
