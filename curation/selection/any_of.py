@@ -18,6 +18,8 @@ from curation.errors import UserError
 from curation.hashing import config_hash
 from curation.selection.interface import Pass
 
+KEEPS = ("keeps",)  # no selector's name, since those are strings
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnyOf:
@@ -45,12 +47,16 @@ class AnyOf:
         return tuple(dict.fromkeys(column for s in self.selectors.values() for column in s.needs))
 
     def passes(self) -> Sequence[Pass]:
-        """The passes of one selector after those of another. The decision is {name: its own so far}."""
-        return [
+        """The passes of one selector after those of another, and one that counts what each keeps.
+
+        The decision is {name: its own so far}, and at last {KEEPS: [of each]} beside them.
+        """
+        inner = [
             Pass(partial(self._local, name, one), partial(self._decide, name, one))
             for name, selector in self.selectors.items()
             for one in selector.passes()
         ]
+        return [*inner, Pass(self._count, self._add)]
 
     def _local(self, name: str, one: Pass, table: pa.Table, decisions: dict[str, Any] | None) -> Any:
         return one.local(table, (decisions or {}).get(name))
@@ -59,13 +65,25 @@ class AnyOf:
         so_far = decisions or {}
         return {**so_far, name: one.decide(summaries, so_far.get(name))}
 
-    def apply(self, table: pa.Table, decisions: dict[str, Any] | None) -> np.ndarray:
-        so_far = decisions or {}
-        return np.any([s.apply(table, so_far.get(name)) for name, s in self.selectors.items()], axis=0)
+    def _count(self, table: pa.Table, decisions: dict[str, Any] | None) -> np.ndarray:
+        return self._keeps(table, decisions or {}).sum(axis=1)
 
-    def describe(self, decisions: dict[str, Any] | None) -> dict[str, Any]:
-        """{"any_of": {name: what it says}, "thresholds": those of all}"""
-        said = {name: s.describe((decisions or {}).get(name)) for name, s in self.selectors.items()}
+    def _add(self, summaries: list[np.ndarray], decisions: dict[Any, Any] | None) -> dict[Any, Any]:
+        return {**(decisions or {}), KEEPS: np.sum(summaries, axis=0).tolist()}
+
+    def _keeps(self, table: pa.Table, decisions: dict[str, Any]) -> np.ndarray:
+        """bool [selectors, rows]"""
+        return np.stack([s.apply(table, decisions.get(name)) for name, s in self.selectors.items()])
+
+    def apply(self, table: pa.Table, decisions: dict[str, Any]) -> np.ndarray:
+        return np.any(self._keeps(table, decisions), axis=0)
+
+    def describe(self, decisions: dict[Any, Any]) -> dict[str, Any]:
+        """{"any_of": {name: {"keeps": rows of the pool, what it says}}, "thresholds": those of all}"""
+        said = {
+            name: {"keeps": keeps, **s.describe(decisions.get(name))}
+            for (name, s), keeps in zip(self.selectors.items(), decisions[KEEPS], strict=True)
+        }
         thresholds: dict[str, list[float]] = {}
         for one in said.values():
             for column, bounds in one.get("thresholds", {}).items():

@@ -5,6 +5,7 @@ selector; between the rounds that is all that is held of the pool. All work on
 columns goes through `map_parts`, which may be the builtin `map` or Ray's.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,11 +41,12 @@ class Selection:
 
 
 def run(selectors: Mapping[str, Selector], parts: Sequence[Part], map_parts: MapParts = map) -> Selection:
-    """Apply the selectors in order; `stages` has one entry for each: {name, in, out, dropped, would_drop, ...}."""
+    """Apply the selectors in order; `stages` has {name, in, out, dropped, would_drop, ..., wall_s} for each."""
     valid = list(map_parts(_valid, parts))
     failed = [np.zeros((part.rows, len(selectors)), bool) for part in parts]
     result = Selection(valid=valid, failed=failed)
     for number, (name, selector) in enumerate(selectors.items()):
+        began = time.perf_counter()
         alive = [v & ~f.any(axis=1) for v, f in zip(valid, failed, strict=True)]
         scope = alive if selector.scope == "survivors" else valid
         work = list(zip(parts, scope, strict=True))
@@ -59,7 +61,7 @@ def run(selectors: Mapping[str, Selector], parts: Sequence[Part], map_parts: Map
         before = sum(int(a.sum()) for a in alive)
         dropped = sum(int((a & f[:, number]).sum()) for a, f in zip(alive, failed, strict=True))
         stage = {"name": name, "in": before, "out": before - dropped, "dropped": dropped, "would_drop": would}
-        result.stages.append({**stage, **selector.describe(decision)})
+        result.stages.append({**stage, **selector.describe(decision), "wall_s": round(time.perf_counter() - began, 3)})
     return result
 
 

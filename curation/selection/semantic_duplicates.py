@@ -89,9 +89,9 @@ class SemanticDuplicates:
         return Assigned(cluster, table["row"].to_numpy(), points, table["uid"])
 
     def _compare(self, parts: list[Assigned], centroids: np.ndarray | None) -> dict[str, Any]:
-        """{"dropped": int64 sorted, "sizes": rows of each cluster}"""
+        """{"dropped": int64 sorted, "before": rows of each cluster int64 [K], "after": what stays of them}"""
         if centroids is None:
-            return {"dropped": np.zeros(0, np.int64), "sizes": np.zeros(0, np.int64)}
+            return {name: np.zeros(0, np.int64) for name in ("dropped", "before", "after")}
         cluster = np.concatenate([p.cluster for p in parts])
         rows = np.concatenate([p.row for p in parts])
         uid_rank = pc.rank(pa.chunked_array([c for p in parts for c in p.uid.chunks], pa.string()), tiebreaker="min")
@@ -100,25 +100,31 @@ class SemanticDuplicates:
         place = np.concatenate([np.arange(len(p.row)) for p in parts])
         sizes = np.bincount(cluster, minlength=len(centroids))
         by_cluster = np.argsort(cluster, kind="stable")
-        dropped = []
-        for centroid, members in zip(centroids, np.split(by_cluster, np.cumsum(sizes)[:-1]), strict=True):
+        dropped, after = [], sizes.copy()
+        for k, members in enumerate(np.split(by_cluster, np.cumsum(sizes)[:-1])):
             if len(members) < 2:
                 continue
             likeness = np.empty(len(members))
             points = _gather(parts, part[members], place[members])
             for start in range(0, len(members), BLOCK):
-                _normalize(points[start : start + BLOCK], centroid, likeness[start : start + BLOCK])
+                _normalize(points[start : start + BLOCK], centroids[k], likeness[start : start + BLOCK])
             order = np.lexsort((rows[members], uid_rank[members], likeness))
             points = points[order]
             dropped.append(rows[members[order[~keep_distinct(points, self.eps, self.mode)]]])
-        return {"dropped": np.sort(np.concatenate([np.zeros(0, np.int64), *dropped])), "sizes": sizes}
+            after[k] -= len(dropped[-1])
+        rows_dropped = np.sort(np.concatenate([np.zeros(0, np.int64), *dropped]))
+        return {"dropped": rows_dropped, "before": sizes, "after": after}
 
     def apply(self, table: pa.Table, decision: dict[str, Any]) -> np.ndarray:
         return dropped_rows(table, decision["dropped"])
 
     def describe(self, decision: dict[str, Any]) -> dict[str, Any]:
-        sizes = decision["sizes"]
-        return {"filled_clusters": int((sizes > 0).sum()), "largest_cluster": int(sizes.max(initial=0))}
+        sizes = decision["before"]
+        return {
+            "filled_clusters": int((sizes > 0).sum()),
+            "largest_cluster": int(sizes.max(initial=0)),
+            "clusters": {"before": sizes.tolist(), "after": decision["after"].tolist()},
+        }
 
 
 def keep_distinct(points: np.ndarray, eps: float, mode: Literal["semdedup", "greedy"]) -> np.ndarray:
