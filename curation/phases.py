@@ -8,7 +8,7 @@ they arise: seen = kept + dropped + errors at every stage, or the run fails.
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from curation.report import write_report
 from curation.selection import engine
 from curation.selection.engine import MapParts, Part
 from curation.store import SignalSet, Unit
+from curation.summary import summarise
 from curation.workers import Workers, progress
 
 FREE_ERRORS = 100  # so many broken samples stop no run, however small the pool
@@ -170,9 +171,14 @@ def _map_parts(run: Run, parts: Sequence[Part]) -> MapParts:
     if len(parts) < RAY_PARTS:
         return map
 
-    def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        numbered = run.workers.map(_Numbered(function), list(enumerate(items)))
-        return [result for _, result in sorted(numbered, key=lambda pair: pair[0])]
+    def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        early: dict[int, Any] = {}  # results that came before an earlier item's: about one for each worker
+        following = 0
+        for number, result in run.workers.map(_Numbered(function), list(enumerate(items))):
+            early[number] = result
+            while following in early:
+                yield early.pop(following)
+                following += 1
 
     return spread
 
@@ -205,9 +211,25 @@ def select(run: Run) -> dict[str, Any]:
         "read": run.read,
         **_speed(counts["seen"], wall, run.workers.start_seconds - started),
     }
-    write_report(run.out, manifest, parts, {"measure": measured, "select": manifest})
+    summary_path(run).unlink(missing_ok=True)  # of a selection that was killed here
+    said = summary(run, manifest, parts)
+    write_report(run.out, manifest, parts, {"measure": measured, "select": manifest}, said)
     write_manifest(run.out / "select.manifest.json", manifest)
     return manifest
+
+
+def summary_path(run: Run) -> Path:
+    return run.out / "report" / "summary.json"
+
+
+def summary(run: Run, selected: Mapping[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
+    """What the page shows of this selection: as it was gathered, or gathered now where the file is gone."""
+    path = summary_path(run)
+    if not path.exists():
+        write_manifest(path, summarise(parts, run.out / "ledger", selected, _map_parts(run, parts)))
+    found = read_manifest(path)
+    assert found is not None
+    return found
 
 
 def _decode_stage(counts: dict[str, Any]) -> dict[str, Any]:

@@ -160,6 +160,7 @@ def _finish(run: phases.Run, results: dict[str, Any]) -> dict[str, Any]:
     """The page, and last of all the manifest that says complete."""
     selected = results["select"]
     parts, _ = phases.measured_parts(run)
+    summary = phases.summary(run, selected, parts)
     manifest = {
         **{key: selected[key] for key in ("seen", "kept", "dropped", "errors", "stages")},
         "config": run.config.to_dict(),
@@ -173,7 +174,7 @@ def _finish(run: phases.Run, results: dict[str, Any]) -> dict[str, Any]:
         "shards": results["build"]["shards"],
         "bytes": results["build"]["bytes"],
     }
-    write_report(run.out, manifest, parts, results)
+    write_report(run.out, manifest, parts, results, summary)
     shards.forget(run.build_folder)  # which a build that was killed after its manifest has left
     write_manifest(run.out / "manifest.json", manifest)
     return manifest
