@@ -10,7 +10,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from curation.selection import engine
 from curation.selection.engine import Part, Partition
 from curation.shuffle import MapParts
 from curation.store import SignalSet, Unit
+from curation.summary import summarise
 from curation.workers import Workers, progress
 
 FREE_ERRORS = 100  # so many broken samples stop no run, however small the pool
@@ -189,13 +190,13 @@ def _map_parts(run: Run, pool: Sequence[Partition]) -> MapParts:
         return map
 
     def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-        early: dict[int, Any] = {}
-        turn = 0
+        early: dict[int, Any] = {}  # results that came before an earlier item's: about one for each worker
+        following = 0
         for number, result in run.workers.map(_Numbered(function), list(enumerate(items))):
             early[number] = result
-            while turn in early:
-                yield early.pop(turn)
-                turn += 1
+            while following in early:
+                yield early.pop(following)
+                following += 1
 
     return spread
 
@@ -233,9 +234,25 @@ def select(run: Run) -> dict[str, Any]:
         "read": run.read,
         **_speed(counts["seen"], wall, run.workers.start_seconds - started),
     }
-    write_report(run.out, manifest, parts, {"measure": measured, "select": manifest})
+    summary_path(run).unlink(missing_ok=True)  # of a selection that was killed here
+    said = summary(run, manifest, parts)
+    write_report(run.out, manifest, parts, {"measure": measured, "select": manifest}, said)
     write_manifest(run.out / "select.manifest.json", manifest)
     return manifest
+
+
+def summary_path(run: Run) -> Path:
+    return run.out / "report" / "summary.json"
+
+
+def summary(run: Run, selected: Mapping[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
+    """What the page shows of this selection: as it was gathered, or gathered now where the file is gone."""
+    path = summary_path(run)
+    if not path.exists():
+        write_manifest(path, summarise(parts, run.out / "ledger", selected, _map_parts(run, engine.partitions(parts))))
+    found = read_manifest(path)
+    assert found is not None
+    return found
 
 
 def _decode_stage(counts: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from typing import Any
 
 from curation import phases, shards, store
 from curation import signals as signal_kinds
+from curation.card import write_cards
 from curation.config import CurateConfig
+from curation.croissant import digest
 from curation.errors import UserError
 from curation.hashing import config_hash
 from curation.manifest import claim, read_manifest, write_manifest
@@ -157,9 +159,10 @@ def _check_selection(run: phases.Run) -> None:
 
 
 def _finish(run: phases.Run, results: dict[str, Any]) -> dict[str, Any]:
-    """The page, and last of all the manifest that says complete."""
+    """The page and the cards, and last of all the manifest that says complete."""
     selected = results["select"]
     parts, _ = phases.measured_parts(run)
+    summary = phases.summary(run, selected, parts)
     manifest = {
         **{key: selected[key] for key in ("seen", "kept", "dropped", "errors", "stages")},
         "config": run.config.to_dict(),
@@ -173,7 +176,9 @@ def _finish(run: phases.Run, results: dict[str, Any]) -> dict[str, Any]:
         "shards": results["build"]["shards"],
         "bytes": results["build"]["bytes"],
     }
-    write_report(run.out, manifest, parts, results)
+    write_report(run.out, manifest, parts, results, summary)
+    tars = [run.out / "shards" / shards.tar_name(n) for n in range(manifest["shards"])]
+    write_cards(run.out, manifest, summary, run.workers.map(lambda: digest, tars))
     shards.forget(run.build_folder)  # which a build that was killed after its manifest has left
     write_manifest(run.out / "manifest.json", manifest)
     return manifest

@@ -8,6 +8,7 @@ others are refused.
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow as pa
 
 from curation.errors import UserError
 from curation.hashing import config_hash
-from curation.selection.interface import Program
+from curation.selection.interface import Fold, Program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +45,30 @@ class AnyOf:
         return tuple(dict.fromkeys(column for s in self.selectors.values() for column in s.needs))
 
     def decide(self) -> Program:
-        """{name: what that selector decides}, one after the other"""
+        """{"of": {name: what that selector decides}, "keeps": rows of the pool that each keeps int64 [selectors]}"""
         decisions = {}
         for name, selector in self.selectors.items():
             decision = selector.decide() if hasattr(selector, "decide") else None
             decisions[name] = (yield from decision) if isinstance(decision, Generator) else decision
-        return decisions
+        return {"of": decisions, "keeps": (yield Fold(partial(self._count, decisions), np.add))}
+
+    def _count(self, decisions: dict[str, Any], table: pa.Table) -> np.ndarray:
+        return self._keeps(decisions, table).sum(axis=1)
+
+    def _keeps(self, decisions: dict[str, Any], table: pa.Table) -> np.ndarray:
+        """bool [selectors, rows]"""
+        return np.stack([s.apply(table, decisions[name]) for name, s in self.selectors.items()])
 
     def apply(self, table: pa.Table, decisions: dict[str, Any]) -> np.ndarray:
-        return np.any([s.apply(table, decisions[name]) for name, s in self.selectors.items()], axis=0)
+        return np.any(self._keeps(decisions["of"], table), axis=0)
 
     def describe(self, decisions: dict[str, Any]) -> dict[str, Any]:
-        """{"any_of": {name: what it says}, "thresholds": those of all}"""
-        said = {name: s.describe(decisions[name]) for name, s in self.selectors.items()}
+        """{"any_of": {name: {"keeps": rows of the pool, what it says}}, "thresholds": those of all}"""
+        keeps = np.zeros(len(self.selectors), int) if decisions["keeps"] is None else decisions["keeps"]
+        said = {
+            name: {"keeps": int(n), **s.describe(decisions["of"][name])}
+            for (name, s), n in zip(self.selectors.items(), keeps, strict=True)
+        }
         thresholds: dict[str, list[float]] = {}
         for one in said.values():
             for column, bounds in one.get("thresholds", {}).items():

@@ -12,6 +12,7 @@ driver holds counts and decisions alone.
 import itertools
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,6 +116,8 @@ class _Engine:
         self._result = Selection(folder=folder, selectors=len(selectors))
         self._decided: list[_Verdict] = []  # those that have not acted yet
         self._shuffles: list[Path] = []
+        self._counted: tuple[Selector | None, int] = (None, 0)  # what the last round said of a selector's scope
+        self._began = time.perf_counter()
 
     def run(self) -> Selection:
         for number, selector in enumerate(self._selectors.values()):
@@ -167,11 +170,15 @@ class _Engine:
             changed |= done.changed
             if isinstance(request, Fold):
                 merged = done.summary if n == 0 else request.merge(merged, done.summary)
+        # Selectors that act in one round share its time, and what the deciding one asked before is its own.
+        spent = (time.perf_counter() - self._began) / max(len(self._decided), 1)
         names = list(self._selectors)
         for verdict, (before, dropped, would) in zip(self._decided, counts.tolist(), strict=True):
             stage = {"name": names[verdict.number], "in": before, "out": before - dropped, "dropped": dropped}
             said = verdict.selector.describe(verdict.decision)
-            self._result.stages.append({**stage, "would_drop": would, **said})
+            self._result.stages.append({**stage, "would_drop": would, **said, "wall_s": round(spent, 3)})
+        if self._decided:
+            self._began = time.perf_counter()
         self._decided = []
         if changed:
             for old in self._folder.glob(f"state-{self._result.version}-*"):
@@ -179,8 +186,6 @@ class _Engine:
             self._result.version += 1
         self._counted = (asking, rows)
         return rows, merged
-
-    _counted: tuple[Selector | None, int] = (None, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

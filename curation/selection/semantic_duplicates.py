@@ -61,18 +61,21 @@ class SemanticDuplicates:
         return (self.column, "uid")
 
     def decide(self) -> Program:
-        """{"dropped", "sizes": rows of each cluster}"""
+        """{"dropped", "before": rows of each cluster int64 [K], "after": what stays of them}"""
         centroids = yield from clustering.trained(
             self.column, clusters=self.clusters, size=self.sample, seed=self.seed, iterations=self.iterations
         )
         if centroids is None:
-            return {"dropped": [], "sizes": np.zeros(0, np.int64)}
+            return {"dropped": [], "before": np.zeros(0, np.int64), "after": np.zeros(0, np.int64)}
         sizes = yield Fold(partial(self._assign, centroids), np.add, columns=(self.column,))
         before = np.concatenate([[0], np.cumsum(sizes)])  # rows of earlier clusters: buckets hold about equally many
         gone = yield Shuffle(
             partial(self._rows, before), partial(self._compare, centroids), row_bytes=2 * centroids.shape[1] + 64
         )
-        return {"dropped": [gone], "sizes": sizes}
+        after = sizes.copy()
+        for clusters, counts in gone.summaries:
+            after[clusters] -= counts
+        return {"dropped": [gone], "before": sizes, "after": after}
 
     def _assign(self, centroids: np.ndarray, table: pa.Table) -> Leaving:
         cluster = clustering.nearest(clustering.embeddings(table, self.column), centroids)
@@ -83,13 +86,14 @@ class SemanticDuplicates:
         bucket = before[cluster] * buckets // max(before[-1], 1)
         return table.select(["cluster", "row", "uid", self.column]).append_column("bucket", pa.array(bucket))
 
-    def _compare(self, centroids: np.ndarray, pieces: Iterator[pa.Table]) -> tuple[pa.Table, None]:
+    def _compare(self, centroids: np.ndarray, pieces: Iterator[pa.Table]) -> tuple[pa.Table, Any]:
+        """(the rows that go; the clusters that lose some, and how many each)"""
         table = pa.concat_tables(pieces).combine_chunks()
         cluster, rows = table["cluster"].to_numpy(), table["row"].to_numpy()
         embedded = clustering.embeddings(table, self.column)
         uid_rank = pc.rank(table["uid"], tiebreaker="min").to_numpy()
         by_cluster = np.argsort(cluster, kind="stable")
-        dropped = [np.zeros(0, np.int64)]
+        dropped = [np.zeros(0, np.int64)]  # places in the table
         for members in np.split(by_cluster, np.flatnonzero(np.diff(cluster[by_cluster])) + 1):
             if len(members) < 2:
                 continue
@@ -101,12 +105,17 @@ class SemanticDuplicates:
                 )
             order = np.lexsort((rows[members], uid_rank[members], likeness))
             points = points[order]
-            dropped.append(rows[members[order[~keep_distinct(points, self.eps, self.mode)]]])
-        return row_table(np.concatenate(dropped)), None
+            dropped.append(members[order[~keep_distinct(points, self.eps, self.mode)]])
+        gone = np.concatenate(dropped)
+        return row_table(rows[gone]), np.unique(cluster[gone], return_counts=True)
 
     def describe(self, decision: dict[str, Any]) -> dict[str, Any]:
-        sizes = decision["sizes"]
-        return {"filled_clusters": int((sizes > 0).sum()), "largest_cluster": int(sizes.max(initial=0))}
+        sizes = decision["before"]
+        return {
+            "filled_clusters": int((sizes > 0).sum()),
+            "largest_cluster": int(sizes.max(initial=0)),
+            "clusters": {"before": sizes.tolist(), "after": decision["after"].tolist()},
+        }
 
 
 def keep_distinct(points: np.ndarray, eps: float, mode: Literal["semdedup", "greedy"]) -> np.ndarray:

@@ -61,7 +61,7 @@ def write_half(descriptor: int, content: memoryview, offset: int, write: Callabl
     write(descriptor, content[: len(content) // 2], offset)
 
 
-def write_half_text(path: Path, text: str) -> None:
+def write_half_text(path: Path, text: str, **options: object) -> None:
     path.write_bytes(text[: len(text) // 2].encode())
 
 
