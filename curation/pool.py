@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from curation.captions import scored_caption
 from curation.errors import UserError
@@ -36,12 +37,13 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What the members other than the pixels say; `error` is the first thing wrong, or None."""
+    """What the members other than the pixels say; `record` is the json, `error` the first thing wrong, or None."""
 
     uid: str
     caption: str | None
     url: str | None
     image: Member | None
+    record: Mapping[str, Any]
     error: str | None
 
 
@@ -91,7 +93,7 @@ def read_row(data: Bytes, sample: Sample) -> Row:
     if image is None:
         error = error or "image_missing"
 
-    meta: dict[str, object] = {}
+    meta: dict[str, Any] = {}
     if "json" in members:
         try:
             parsed = json.loads(_bytes(data, members["json"]))
@@ -121,6 +123,7 @@ def read_row(data: Bytes, sample: Sample) -> Row:
         caption=caption,
         url=url.encode("utf-8", "replace").decode() if isinstance(url, str) else None,
         image=image,
+        record=meta,
         error=error,
     )
 

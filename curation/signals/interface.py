@@ -8,7 +8,7 @@ it, and a model still works in batches. The batches are fixed by the sample's
 place in its shard: values do not depend on workers or their number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -18,12 +18,14 @@ from PIL import Image
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoded:
-    """A sample without error: its caption, its bytes as they lie in the shard, and its pixels in their own mode."""
+    """A sample without error: its caption, its bytes as they lie in the shard, its pixels in their own mode, and what
+    its json says ({} where it has none)."""
 
     caption: str
     image: Image.Image
     image_format: str
     raw: bytes
+    record: Mapping[str, Any]
 
 
 class Meter(Protocol):
