@@ -21,12 +21,13 @@ from typing import Any, get_args
 import jsonargparse
 import pyarrow as pa
 import yaml
-from pyarrow.types import is_floating, is_integer
+from pyarrow.types import is_floating, is_integer, is_list
 
 from curation import store
 from curation.errors import UserError
 from curation.selection import SELECTORS
 from curation.selection.any_of import AnyOf
+from curation.selection.concept_balance import ConceptBalance
 from curation.selection.fraction import Fraction
 from curation.selection.fusion import ScoreFusion
 from curation.selection.interface import Selector
@@ -170,6 +171,13 @@ def _check_columns(config: CurateConfig) -> None:
         for setting, column in compared.items():
             if not (is_integer(kinds[column]) or is_floating(kinds[column])):
                 raise UserError(f"selectors.{name}.{setting}: {column} holds no numbers; name a column that does")
+        if isinstance(selector, ConceptBalance):
+            kind = kinds[selector.column]
+            if not (is_list(kind) and is_integer(kind.value_type)):
+                raise UserError(
+                    f"selectors.{name}.column: {selector.column} holds no lists of concepts; "
+                    "name a signal of kind concepts"
+                )
 
 
 def _each(selectors: Mapping[str, Selector]) -> Iterator[tuple[str, Selector]]:
