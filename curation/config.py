@@ -33,6 +33,7 @@ from curation.selection.fusion import ScoreFusion
 from curation.selection.interface import Selector
 from curation.selection.reference_quantile import ReferenceQuantile
 from curation.selection.threshold import Threshold
+from curation.selection.values import Values
 from curation.signals import SIGNALS
 from curation.signals.interface import Signal
 
@@ -171,6 +172,11 @@ def _check_columns(config: CurateConfig) -> None:
         for setting, column in compared.items():
             if not (is_integer(kinds[column]) or is_floating(kinds[column])):
                 raise UserError(f"selectors.{name}.{setting}: {column} holds no numbers; name a column that does")
+        if isinstance(selector, Values):
+            try:
+                selector.check(kinds[selector.column])
+            except UserError as reason:
+                raise UserError(f"selectors.{name}: {reason}") from None
         if isinstance(selector, ConceptBalance):
             kind = kinds[selector.column]
             if not (is_list(kind) and is_integer(kind.value_type)):

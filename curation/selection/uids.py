@@ -17,10 +17,9 @@ from curation.selection.interface import Pass
 
 @dataclass(frozen=True, kw_only=True)
 class Uids:
-    """Keep what `file` names; with `invert`, what it does not name. Parquet needs a column `uid`."""
+    """Keep what `file` names; `block_list` on uid drops it. Parquet needs a column `uid`."""
 
     file: str
-    invert: bool = False
     scope: ClassVar[Literal["pool"]] = "pool"
 
     def __post_init__(self) -> None:
@@ -41,7 +40,7 @@ class Uids:
         return read_uids(Path(self.file))
 
     def apply(self, table: pa.Table, decision: pa.Array) -> np.ndarray:
-        return pc.is_in(table["uid"], value_set=decision).to_numpy() != self.invert
+        return pc.is_in(table["uid"], value_set=decision).to_numpy()
 
     def describe(self, decision: pa.Array) -> dict[str, Any]:
         return {"listed": len(decision)}

@@ -4,6 +4,7 @@ from curation.hashing import config_hash
 from curation.signals.clip import Clip
 from curation.signals.concepts import Concepts
 from curation.signals.exposure import Exposure
+from curation.signals.fields import Fields
 from curation.signals.fingerprints import Fingerprints
 from curation.signals.image import ImageShape
 from curation.signals.interface import Signal
@@ -18,6 +19,7 @@ SIGNALS: dict[str, type] = {
     "fingerprints": Fingerprints,
     "clip": Clip,
     "concepts": Concepts,
+    "fields": Fields,
 }
 
 

@@ -12,6 +12,7 @@ from curation.config import load_config, parse_config
 from curation.errors import UserError
 from curation.manifest import write_manifest
 from curation.selection import engine
+from curation.selection.block_list import BlockList
 from curation.selection.caption_rules import CaptionRules
 from curation.selection.cluster_balance import ClusterBalance
 from curation.selection.engine import Part
@@ -224,8 +225,8 @@ def test_uids_in_three_forms(table: pa.Table, parts: list[Part], tmp_path: Path)
     for name in ("list.npy", "list.txt", "list.parquet"):
         kept = keeps(Uids(file=str(tmp_path / name)), parts)
         np.testing.assert_array_equal(kept[valid], expected[valid])
-        inverted = keeps(Uids(file=str(tmp_path / name), invert=True), parts)
-        np.testing.assert_array_equal(inverted[valid], ~expected[valid])
+        blocked = keeps(BlockList(column="uid", file=str(tmp_path / name)), parts)
+        np.testing.assert_array_equal(blocked[valid], ~expected[valid])
 
 
 BOILERPLATE = [
