@@ -9,6 +9,7 @@ from curation.signals.fingerprints import Fingerprints
 from curation.signals.image import ImageShape
 from curation.signals.interface import Signal
 from curation.signals.language import Language
+from curation.signals.synsets import Synsets
 from curation.signals.text import Text
 
 SIGNALS: dict[str, type] = {
@@ -20,6 +21,7 @@ SIGNALS: dict[str, type] = {
     "clip": Clip,
     "concepts": Concepts,
     "fields": Fields,
+    "synsets": Synsets,
 }
 
 
