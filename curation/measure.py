@@ -86,7 +86,14 @@ class _Measurer:
             image, image_format, errors[i] = decode(raw)
             if image is None:
                 continue
-            decoded = Decoded(caption=row.caption, image=image, image_format=image_format, raw=raw, record=row.record)
+            decoded = Decoded(
+                uid=row.uid,
+                caption=row.caption,
+                image=image,
+                image_format=image_format,
+                raw=raw,
+                record=row.record,
+            )
             try:
                 looked = [meter.see(decoded) for meter in meters.values()]
             except (UserError, MemoryError):  # not the sample's fault

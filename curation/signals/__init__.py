@@ -9,6 +9,7 @@ from curation.signals.fingerprints import Fingerprints
 from curation.signals.image import ImageShape
 from curation.signals.interface import Signal
 from curation.signals.language import Language
+from curation.signals.service import Service
 from curation.signals.synsets import Synsets
 from curation.signals.text import Text
 
@@ -22,6 +23,7 @@ SIGNALS: dict[str, type] = {
     "concepts": Concepts,
     "fields": Fields,
     "synsets": Synsets,
+    "service": Service,
 }
 
 

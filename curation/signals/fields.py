@@ -49,14 +49,15 @@ class Fields:
         return self
 
     def see(self, sample: Decoded) -> list[Any]:
-        return [_typed(sample.record.get(field), kind) for field, kind in self.fields.items()]
+        return [typed(sample.record.get(field), kind) for field, kind in self.fields.items()]
 
     def columns(self, seen: Sequence[list[Any]]) -> dict[str, pa.Array]:
         by_field = zip(self.fields.items(), zip(*seen, strict=True), strict=True)
         return {field: pa.array(values, TYPES[kind][0]) for (field, kind), values in by_field}
 
 
-def _typed(value: Any, kind: Type) -> Any:
+def typed(value: Any, kind: Type) -> Any:
+    """The value, where JSON has one of this type; else None."""
     if not isinstance(value, TYPES[kind][1]) or isinstance(value, bool) != (kind == "bool"):
         return None
     if kind == "string":
