@@ -24,18 +24,20 @@ from typing import Any, get_args
 import jsonargparse
 import pyarrow as pa
 import yaml
-from pyarrow.types import is_floating, is_integer, is_string
+from pyarrow.types import is_floating, is_integer, is_list, is_string
 
 from curation import store
 from curation.errors import UserError
 from curation.pool import MAX_EXTENSION, Modality
 from curation.selection import SELECTORS
 from curation.selection.any_of import AnyOf
+from curation.selection.concept_balance import ConceptBalance
 from curation.selection.fraction import Fraction
 from curation.selection.fusion import ScoreFusion
 from curation.selection.interface import Selector
 from curation.selection.reference_quantile import ReferenceQuantile
 from curation.selection.threshold import Threshold
+from curation.selection.values import Values
 from curation.signals import SIGNALS
 from curation.signals.interface import Signal
 from curation.tar import IMAGE_EXTENSIONS
@@ -182,6 +184,18 @@ def _check_columns(config: CurateConfig) -> None:
         for setting, column in compared.items():
             if not (is_integer(kinds[column]) or is_floating(kinds[column])):
                 raise UserError(f"selectors.{name}.{setting}: {column} holds no numbers; name a column that does")
+        if isinstance(selector, Values):
+            try:
+                selector.check(kinds[selector.column])
+            except UserError as reason:
+                raise UserError(f"selectors.{name}: {reason}") from None
+        if isinstance(selector, ConceptBalance):
+            kind = kinds[selector.column]
+            if not (is_list(kind) and is_integer(kind.value_type)):
+                raise UserError(
+                    f"selectors.{name}.column: {selector.column} holds no lists of concepts; "
+                    "name a signal of kind concepts"
+                )
     _check_members(config.members, kinds)
 
 

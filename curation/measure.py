@@ -141,6 +141,7 @@ class _Measurer:
                 if image is None:
                     continue
             decoded = Decoded(
+                uid=row.uid,
                 caption=row.caption or "",
                 image=cast(Image.Image, image),
                 image_format=image_format,

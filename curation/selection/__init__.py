@@ -16,6 +16,7 @@ from curation.selection.reference_quantile import ReferenceQuantile
 from curation.selection.semantic_duplicates import SemanticDuplicates
 from curation.selection.threshold import Threshold
 from curation.selection.uids import Uids
+from curation.selection.values import Values
 
 SELECTORS: dict[str, type] = {
     "threshold": Threshold,
@@ -32,6 +33,7 @@ SELECTORS: dict[str, type] = {
     "image_based": ImageBased,
     "uids": Uids,
     "block_list": BlockList,
+    "values": Values,
     "decontamination": Decontamination,
     "any_of": AnyOf,
 }

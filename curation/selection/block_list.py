@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.selection.interface import Fold, Program
+from curation.selection.uids import read_uids
 
 # What urllib calls the hostname: after the last @ of what stands before the path, and before the port.
 HOST = r"^[\x00-\x20]*(?:[A-Za-z][A-Za-z0-9+.\-]*:)?//(?:[^/?#]*@)?(?P<host>\[[^\]/?#]*|[^/?#:]*)"
@@ -28,6 +29,7 @@ class BlockList:
     """Drop rows whose `column` is named in `file`; a missing value is named by nothing.
 
     `file`: text in UTF-8, one entry a line; a "#" at the start of a line or after white space begins a comment.
+    For `uid` also a DataComp subset (.npy) or a parquet with a column `uid`.
     `match`: "exact" compares whole values, text with its case, and binary columns (image_sha256) with entries in hex.
     "domain" drops a URL whose host is an entry or lies below one, whatever the case, user, port or dot at the end;
     international names must be spelled as the URLs spell them.
@@ -52,7 +54,9 @@ class BlockList:
     def decide(self) -> Program:
         """The entries, distinct, as the column has its values; of domains, lower case without dots at the ends."""
         kind = (yield Fold(self._kind, _either)) or pa.string()  # a pool without samples has no parts
-        entries = read_entries(Path(self.file))
+        file = Path(self.file)
+        columnar = self.column == "uid" and file.suffix in (".npy", ".parquet")
+        entries = read_uids(file).to_pylist() if columnar else read_entries(file)
         text = pa.types.is_string(kind)
         if self.match == "domain" and text:
             entries = [e.strip(".").lower() for e in entries]

@@ -4,10 +4,13 @@ from curation.hashing import config_hash
 from curation.signals.clip import Clip
 from curation.signals.concepts import Concepts
 from curation.signals.exposure import Exposure
+from curation.signals.fields import Fields
 from curation.signals.fingerprints import Fingerprints
 from curation.signals.image import ImageShape
 from curation.signals.interface import Signal
 from curation.signals.language import Language
+from curation.signals.service import Service
+from curation.signals.synsets import Synsets
 from curation.signals.text import Text
 
 SIGNALS: dict[str, type] = {
@@ -18,6 +21,9 @@ SIGNALS: dict[str, type] = {
     "fingerprints": Fingerprints,
     "clip": Clip,
     "concepts": Concepts,
+    "fields": Fields,
+    "synsets": Synsets,
+    "service": Service,
 }
 
 

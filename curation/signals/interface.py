@@ -21,6 +21,7 @@ class Decoded:
     """A sample without error: its caption, its bytes as they lie in the shard, its pixels in their own mode, and what
     its json says ({} where it has none)."""
 
+    uid: str
     caption: str
     image: Image.Image
     image_format: str

@@ -1,6 +1,7 @@
 """Concept matching against naive substring search, and balancing against the formula, entry by entry."""
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from curation.measure import Measuring
 from curation.pool import list_shards
 from curation.selection.concept_balance import TOP, ConceptBalance, share_to_t, t_to_share
 from curation.selection.engine import Part
-from curation.signals.concepts import Concepts, ConceptsMeter
+from curation.signals.concepts import MARKS, Concepts, ConceptsMeter
 from curation.store import Unit
 from tests.curation.conftest import sample, write_tar
 from tests.curation.selecting import select
@@ -28,13 +29,18 @@ from tests.curation.test_selection import write_parts
 ROWS, ENTRIES = 4_000, 300
 
 
-def naive(caption: str, entries: Sequence[str]) -> list[int]:
-    """As MetaCLIP's paper has it: replace by replace, entry by entry."""
+def naive_form(caption: str) -> str:
     text = f" {caption} "
     for mark in [",", ".", ";", ":", "?", "!", "`"]:
         text = text.replace(mark, f" {mark} ")
     for white in ["\t", "\n", "\r"]:
         text = text.replace(white, " ")
+    return text
+
+
+def naive(caption: str, entries: Sequence[str]) -> list[int]:
+    """As MetaCLIP's paper has it: replace by replace, entry by entry."""
+    text = naive_form(caption)
     return [i for i, entry in enumerate(entries) if f" {entry} " in text]
 
 
@@ -66,6 +72,71 @@ def test_every_match_of_a_naive_search_and_no_other() -> None:
 def test_small_alphabets_match_as_naively(entries: list[str], captions: list[str]) -> None:
     meter = ConceptsMeter(entries, "concepts")
     assert [meter.match(caption) for caption in captions] == [naive(caption, entries) for caption in captions]
+
+
+def test_half_a_million_entries_match_as_naively() -> None:
+    rng = np.random.default_rng(3)
+    letters = np.array(list("abcdefghij"))
+    words = np.unique(["".join(row[:n]) for row, n in zip(rng.choice(letters, (9_000, 5)), rng.integers(1, 6, 9_000))])
+    lengths = rng.integers(1, 5, 500_000)
+    drawn = rng.choice(words, (500_000, 4))
+    entries = [" ".join(row[:n]) for row, n in zip(drawn.tolist(), lengths.tolist())]
+    # Captions are made of entries, so that long ones match, with the shorter ones that overlap them or lie inside.
+    glue = [" ", " ", " ", ", ", ".", "\n", "  ", ""]
+    picks = rng.integers(0, 500_000, (10, 5))
+    captions = ["".join(entries[i] + glue[i % len(glue)] for i in row) for row in picks.tolist()]
+    meter = ConceptsMeter(entries, "concepts")
+    found = [meter.match(caption) for caption in captions]
+    assert found == [naive(caption, entries) for caption in captions]
+    assert len(set(entries)) < 450_000, "there are duplicates"
+    assert sum(len(entries[i].split()) > 1 for match in found for i in match) > 20
+    assert max(map(len, found)) > 100
+
+
+NO_SPACES = ("CJK ", "THAI ", "LAO ", "TIBETAN ", "MYANMAR ", "KHMER ", "IDEOGRAPHIC DESCRIPTION", "KANGXI")
+
+
+def naive2(caption: str, entries: Sequence[str]) -> list[int]:
+    """MetaCLIP 2, by what Unicode calls the characters."""
+
+    def open_end(character: str) -> bool:
+        is_mark = unicodedata.category(character)[0] in "PS" and (character.isascii() or character in MARKS)
+        return is_mark or unicodedata.name(character).startswith(NO_SPACES)
+
+    ends = [("" if e and open_end(e[0]) else " ", "" if e and open_end(e[-1]) else " ") for e in entries]
+    text = naive_form(caption)
+    return [i for i, (entry, (left, right)) in enumerate(zip(entries, ends)) if f"{left}{entry}{right}" in text]
+
+
+def test_scripts_without_spaces_match_as_metaclip_2_has_it() -> None:
+    alphabet = "aé猫犬ねコ한ไລໝའမខ⼀⿰豈𠀀,.-'、。$ "
+    rng = np.random.default_rng(4)
+
+    def text(most: int) -> str:
+        return "".join(rng.choice(list(alphabet), rng.integers(0, most)))
+
+    entries = ["", "犬", "猫が", "dog", "-", "a犬", "犬a", *(text(4) for _ in range(800))]
+    captions = ["白い犬と猫が寝る", "a dog", "hotdog", "a犬a", *(text(20) for _ in range(400))]
+    meter = ConceptsMeter(entries, "concepts", "metaclip2")
+    assert [meter.match(caption) for caption in captions] == [naive2(caption, entries) for caption in captions]
+    assert meter.match("白い犬と猫が寝る")[:1] == [1]
+    assert ConceptsMeter(entries, "concepts").match("白い犬と猫が寝る") == []
+    assert 3 in meter.match("a dog") and 3 not in meter.match("hotdog")
+
+
+def test_the_rule_changes_what_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "metadata.json").write_text('["犬"]')
+    one, two = (Concepts(metadata=str(tmp_path / "metadata.json"), rule=r) for r in ("metaclip", "metaclip2"))
+    assert one.content() != two.content()
+    assert [signal.load("c").match("白い犬") for signal in (one, two)] == [[], [0]]
+
+
+def test_balancing_needs_concepts() -> None:
+    for column in ("caption", "extensions"):
+        with pytest.raises(
+            UserError, match=rf"selectors\.b\.column: {column} holds no lists of concepts; name a signal"
+        ):
+            parse_config({"selectors": {"b": {"kind": "concept_balance", "column": column, "t": 1}}})
 
 
 def test_measured_into_the_store(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from curation.config import load_config, parse_config
 from curation.errors import UserError
 from curation.manifest import write_manifest
+from curation.selection.block_list import BlockList
 from curation.selection.caption_rules import CaptionRules
 from curation.selection.cluster_balance import ClusterBalance
 from curation.selection.engine import Part
@@ -224,8 +225,24 @@ def test_uids_in_three_forms(table: pa.Table, parts: list[Part], tmp_path: Path)
     for name in ("list.npy", "list.txt", "list.parquet"):
         kept = keeps(Uids(file=str(tmp_path / name)), parts)
         np.testing.assert_array_equal(kept[valid], expected[valid])
-        inverted = keeps(Uids(file=str(tmp_path / name), invert=True), parts)
-        np.testing.assert_array_equal(inverted[valid], ~expected[valid])
+        blocked = keeps(BlockList(column="uid", file=str(tmp_path / name)), parts)
+        np.testing.assert_array_equal(blocked[valid], ~expected[valid])
+
+
+def test_a_uid_is_kept_as_often_as_the_list_has_it(table: pa.Table, parts: list[Part], tmp_path: Path) -> None:
+    uids, valid = table["uid"].to_pylist(), valid_of(table)
+    listed = [*uids[:900:3], *uids[:300], *uids[100:200]]
+    (tmp_path / "list.txt").write_text("\n".join(listed))
+    selectors = {"uids": Uids(file=str(tmp_path / "list.txt")), "half": Fraction(column="score", fraction=0.5)}
+    found = select(selectors, parts)
+    often = np.array([listed.count(uid) if i < 900 else 0 for i, uid in enumerate(uids)])
+    assert set(often) == {0, 1, 2, 3}
+    np.testing.assert_array_equal(found.failed[valid, 0], often[valid] == 0)
+    np.testing.assert_array_equal(found.copies[valid], np.maximum(often, 1)[valid])
+    assert found.stages[0]["copies"] == len(listed)
+    once = select({"uids": Uids(file=str(tmp_path / "list.txt"), repeats="once")}, parts)
+    np.testing.assert_array_equal(once.failed[:, 0], found.failed[:, 0])
+    assert set(once.copies) == {1}
 
 
 BOILERPLATE = [
