@@ -242,7 +242,7 @@ def test_a_list_that_breaks_off_or_cannot_be_opened(tmp_path: Path) -> None:
     found = Counter((Path(r["shard"]).parent.name, r["reason"]) for r in rows(tmp_path / "out"))
     assert found == {("a", None): 1, ("a", "list_unreadable"): 1, ("b", "list_unreadable"): 1, ("c", None): 1}
     (tmp_path / "pool" / "c" / "metadata.csv").write_text("some,columns\n1,2\n")
-    with pytest.raises(UserError, match=r"metadata\.csv: has neither a column of files .* but some, columns"):
+    with pytest.raises(UserError, match=r"metadata\.csv: has neither a column of files .* but 'some, columns'"):
         run(tmp_path / "pool", tmp_path / "x")
 
 

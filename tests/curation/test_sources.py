@@ -240,7 +240,7 @@ def test_every_layout_gives_the_same(
     assert [name for _, name, _ in shipped(out) if name.rpartition(".")[2] in order[:3]] == [
         name for _, name, _ in members if name.rpartition(".")[2] in order[:3]
     ]
-    if (where, layout) == ("http", "tars") or where == "memory" and layout in ("tars", "parquet", "parquet_struct"):
+    if (where, layout) == ("http", "tars") or (where == "memory" and layout in ("tars", "parquet", "parquet_struct")):
         assert len(fetches) == 4 and len(set(fetches)) == 2, "each shard once in measure and once in build"
 
     shown = inspect(uid(12), out)[0]
