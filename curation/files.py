@@ -25,6 +25,7 @@ from typing import IO, Any, TypeVar
 
 from curation.errors import UserError
 
+NOWHERE = 0  # the stamp of a link that leads nowhere
 ATTEMPTS = 5
 PAUSE = 0.5  # seconds before the second attempt, doubled for each after it
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -73,7 +74,7 @@ def look(name: str) -> File | None:
     if not is_remote(name):
         try:
             stat = os.stat(name)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             return None
         return File(name, stat.st_size, stat.st_mtime_ns) if os.path.isfile(name) else None
     fs, path, url = _address(name)
@@ -88,7 +89,7 @@ def look(name: str) -> File | None:
 def listed(folder: str, *, deep: bool = False) -> list[File] | None:
     """The files of a folder by name, those of its folders too if `deep`; None where there is no such folder.
 
-    Hidden files (a dot before the name) are left out.
+    Hidden files (a dot before the name) are left out; a link to nowhere is a file that cannot be read.
     """
     found = _listed_there(folder, deep) if is_remote(folder) else _listed_here(folder, deep)
     return None if found is None else sorted(found, key=lambda file: file.name)
@@ -103,8 +104,12 @@ def _listed_here(folder: str, deep: bool) -> list[File] | None:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_file():
-                    stat = entry.stat()
+                try:
+                    is_file, stat = entry.is_file(), entry.stat()
+                except OSError:
+                    found.append(File(entry.path, 0, NOWHERE))
+                    continue
+                if is_file:
                     found.append(File(entry.path, stat.st_size, stat.st_mtime_ns))
                 elif deep and entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)

@@ -19,7 +19,7 @@ from PIL import Image
 from curation import store
 from curation.errors import UserError
 from curation.images import decode
-from curation.pool import Row, Shard, damaged_uid, read_row
+from curation.pool import UNREADABLE, Row, Shard, damaged_uid, read_row, unreadable_row
 from curation.sidecar import Sidecar
 from curation.signals.interface import Decoded, Meter, Signal
 from curation.sources import Source, whole_shard
@@ -129,15 +129,21 @@ class _Measurer:
 
         waiting = 0
         for sample in chosen:
-            row = read_row(data, sample, modality, opened.sidecar)
+            try:
+                row = read_row(data, sample, modality, opened.sidecar)
+            except OSError:  # a file of the folder that cannot be read any more
+                row = unreadable_row(sample)
             rows.append(row)
             errors.append(row.error)
             if row.error is not None or (known and not meters):
                 continue
             raw, image, image_format = b"", None, ""
             if row.image is not None and modality != "texts":
-                raw = data[row.image.offset : row.image.offset + row.image.size]
-                image, image_format, errors[-1] = decode(raw)
+                try:
+                    raw = data[row.image.offset : row.image.offset + row.image.size]
+                    image, image_format, errors[-1] = decode(raw)
+                except OSError:
+                    errors[-1] = UNREADABLE
                 if image is None:
                     continue
             decoded = Decoded(

@@ -33,6 +33,7 @@ from curation.tar import IMAGE_EXTENSIONS, Member, Sample
 
 Modality = Literal["pairs", "images", "texts"]
 """What every sample of a pool must have; what a pool of images or texts lacks is no error there."""
+UNREADABLE = "unreadable"
 MAX_EXTENSION = 24  # so that "{uid}-{copy}.{extension}" fits a tar header's 100 bytes
 LIST_NAME = re.compile(r"/(metadata|captions)\.(csv|tsv|jsonl)$")
 SAFE_UID = re.compile(r"[0-9A-Za-z_-]{1,64}")
@@ -221,6 +222,12 @@ def read_row(data: Tape, sample: Sample, modality: Modality = "pairs", beside: B
         record=meta,
         error=error,
     )
+
+
+def unreadable_row(sample: Sample) -> Row:
+    """The row of a sample whose bytes cannot be had."""
+    uid = hashlib.md5(sample.key.encode("utf-8", "replace")).hexdigest()
+    return Row(uid=uid, caption=None, url=None, image=None, record={}, error=sample.error or UNREADABLE)
 
 
 def damaged_uid(shard: Shard) -> str:

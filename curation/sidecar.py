@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation import files
+from curation.errors import UserError
 from curation.hashing import config_hash, hash64, hash64_many
 from curation.pool import Shard
 from curation.sources.parquet import plain_rows
@@ -64,6 +65,7 @@ class Metadata:
     """Rows by uid over several parquet files."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self._content = folder.name
         self._hashes = np.load(folder / "hashes.npy", mmap_mode="r")
         self._places = np.load(folder / "places.npy", mmap_mode="r")
         self._names = names
@@ -73,7 +75,7 @@ class Metadata:
         at = int(np.searchsorted(self._hashes, wanted))
         while at < len(self._hashes) and self._hashes[at] == wanted:
             file, row = self._places[at].tolist()
-            found = next(plain_rows(_kept_table(self._names[file]).slice(row, 1)))
+            found = next(plain_rows(_kept_table(self._names[file], self._content).slice(row, 1)))
             if found.get("uid") == uid:
                 return found
             at += 1
@@ -85,6 +87,9 @@ def open_metadata(root: Path, names: Sequence[str], content: str) -> Metadata:
 
     Args:
         content: what changes when the files do.
+
+    Raises:
+        UserError: one of them cannot be read: to go on without its scores would drop samples for no reason of theirs.
     """
     folder = root / "metadata" / config_hash([list(names), content])
     if not folder.is_dir():
@@ -101,14 +106,12 @@ def open_metadata(root: Path, names: Sequence[str], content: str) -> Metadata:
 def _write_index(folder: Path, names: Sequence[str]) -> None:
     hashes, places = [], []
     for file, name in enumerate(names):
-        with files.fetched(name) as f:
-            parquet = pq.ParquetFile(f)
-            column = next((c for c in UIDS if c in parquet.schema_arrow.names), None)
-            if column is None:
-                continue
-            uids = parquet.read(columns=[column])[column].cast(pa.string())
-        rows = np.flatnonzero(uids.is_valid().to_numpy())
-        hashes.append(hash64_many("uid", uids.drop_null().to_pylist()))
+        uids = _checked(name, UIDS)
+        if not uids.num_columns:
+            continue
+        column = uids.column(0).cast(pa.string())
+        rows = np.flatnonzero(column.is_valid().to_numpy())
+        hashes.append(hash64_many("uid", column.drop_null().to_pylist()))
         places.append(np.stack([np.full(len(rows), file), rows], axis=1).astype(np.int32))
     found = np.concatenate([*hashes, np.zeros(0, np.uint64)])
     order = np.argsort(found, kind="stable")  # of equal uids, the first
@@ -117,10 +120,22 @@ def _write_index(folder: Path, names: Sequence[str]) -> None:
 
 
 @lru_cache(maxsize=2)
-def _kept_table(name: str) -> pa.Table:
-    return _table(name)
+def _kept_table(name: str, content: str) -> pa.Table:
+    """`content` changes with the file."""
+    return _checked(name)
 
 
-def _table(name: str) -> pa.Table:
+def _checked(name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    try:
+        return _table(name, columns)
+    except (OSError, pa.ArrowException) as reason:
+        line = " ".join(str(reason).split())[:200]
+        raise UserError(f"--pool {name}: metadata that cannot be read ({line}); mend it or leave it out") from None
+
+
+def _table(name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table, or those of the columns that it has."""
     with files.fetched(name) as f:
-        return pq.read_table(f)
+        parquet = pq.ParquetFile(f)
+        there = parquet.schema_arrow.names
+        return parquet.read(columns=None if columns is None else [c for c in columns if c in there])

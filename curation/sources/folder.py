@@ -121,12 +121,13 @@ def _entries(base: str) -> tuple[Iterator[Entry], list[str]]:
 
 def _by_stem(folder: str) -> Iterator[Entry]:
     """Pictures, texts and jsons of a folder and the folders in it, by their stems."""
-    groups: dict[str, dict[str, File | bytes]] = {}
+    groups: dict[str, dict[str, File]] = {}
     for file in files.listed(folder, deep=True) or ():
         key, extension = _split(file.name[len(folder) + 1 :])
         if extension in (*IMAGE_EXTENSIONS, "txt", "json"):
             groups.setdefault(key, {})[extension] = file
-    return (Entry(key=key, parts=groups[key]) for key in sorted(groups))
+    lost = {key for key, parts in groups.items() if any(f.stamp == files.NOWHERE for f in parts.values())}
+    return (Entry(key=key, parts=groups[key], error="unreadable" if key in lost else None) for key in sorted(groups))
 
 
 def _by_row(

@@ -1,0 +1,338 @@
+"""Pools with something wrong in them or on the way: counted and named; and pools of pictures or texts alone."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from curation import files, phases, pipeline
+from curation.config import parse_config
+from curation.errors import UserError
+from curation.pipeline import curate
+from curation.pool import list_shards
+from curation.workers import Workers
+from tests.curation.conftest import picture, sample, write_tar
+from tests.curation.test_kill import digests, here, nothing, run_until
+
+RECIPE: dict[str, Any] = {
+    "signals": {"text": {"kind": "text"}, "fingerprints": {"kind": "fingerprints"}},
+    "unit_samples": 4,
+    "shard_samples": 5,
+    "max_error_rate": 1,
+}
+
+
+class Unsteady(MemoryFileSystem):
+    """Memory where the first `failures` calls for a file's bytes fail, or give half of them."""
+
+    protocol = "unsteady"
+    store: dict[str, Any] = {}  # noqa: RUF012
+    failures = 0
+    halves = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("unsteady://", "memory://"))
+
+    def get_file(self, path: str, local: str, **options: Any) -> None:
+        cls = type(self)
+        if cls.failures:
+            cls.failures -= 1
+            raise ConnectionResetError("reset by peer")
+        super().get_file(path, local, **options)
+        if cls.halves:
+            cls.halves -= 1
+            os.truncate(local, os.path.getsize(local) // 2)
+
+
+fsspec.register_implementation("unsteady", Unsteady, clobber=True)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workers, "map", here)
+    for module in (phases, pipeline):
+        monkeypatch.setattr(module, "write_report", nothing)
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What would have been waited, in seconds."""
+    waited: list[float] = []
+    monkeypatch.setattr("curation.files.time.sleep", waited.append)
+    return waited
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of temporary files, where nothing may be left."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    yield folder
+    assert not list(folder.iterdir())
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return pa.concat_tables([pq.read_table(p) for p in sorted((out / "ledger").iterdir())]).to_pylist()
+
+
+def run(pool: Path | str, out: Path, **recipe: Any) -> dict[str, Any]:
+    return curate(parse_config({**RECIPE, **recipe}), pools=[str(pool)], out=out)
+
+
+def reasons(out: Path) -> Counter[str | None]:
+    return Counter(row["reason"] for row in rows(out))
+
+
+def put(folder: Path, target: str) -> str:
+    fs = fsspec.filesystem(target.partition(":")[0])
+    fs.put(str(folder), target.partition(":/")[2], recursive=True)
+    return target
+
+
+def pairs(n: int) -> dict[str, dict[str, bytes]]:
+    return {f"{i:09d}": sample(i) for i in range(n)}
+
+
+def test_a_connection_that_fails_twice_and_then_cuts_short(
+    tmp_path: Path, pauses: list[float], temporary: Path
+) -> None:
+    write_tar(tmp_path / "pool" / "0.tar", pairs(9))
+    pool = put(tmp_path / "pool", f"unsteady://{tmp_path.name}")
+    Unsteady.failures, Unsteady.halves = 2, 1
+    assert run(pool, tmp_path / "out")["kept"] == 9
+    assert pauses == [0.5, 1.0, 2.0] and (Unsteady.failures, Unsteady.halves) == (0, 0)
+    run(tmp_path / "pool", tmp_path / "here")
+    shards = [{p.name: p.read_bytes() for p in (tmp_path / o / "shards").iterdir()} for o in ("out", "here")]
+    assert shards[0] == shards[1]
+
+
+def test_a_connection_that_never_comes_back_is_an_error_that_names_the_shard(
+    tmp_path: Path, pauses: list[float], temporary: Path
+) -> None:
+    write_tar(tmp_path / "pool" / "0.tar", pairs(3))
+    pool = put(tmp_path / "pool", f"unsteady://{tmp_path.name}")
+    Unsteady.failures = 100
+    try:
+        with pytest.raises(UserError, match=r"--pool unsteady://.*0\.tar: cannot be read, 5 times .*reset by peer"):
+            run(pool, tmp_path / "out")
+    finally:
+        Unsteady.failures = 0
+    assert len(pauses) == 4
+    assert run(pool, tmp_path / "out")["kept"] == 3  # and the same command goes on
+
+
+@pytest.mark.parametrize("layout", ["tar", "parquet", "csv"])
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("fault", ["changed", "gone"])
+def test_a_shard_that_changes_or_goes_between_phases(
+    tmp_path: Path, layout: str, remote: bool, fault: str, temporary: Path
+) -> None:
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    if layout == "tar":
+        victim = write_tar(folder / "0.tar", pairs(6))
+    elif layout == "parquet":
+        victim = folder / "0.parquet"
+        pq.write_table(pa.table({"image": [picture(n) for n in range(6)], "text": ["words"] * 6}), victim)
+    else:
+        victim = folder / "0.jpg"
+        victim.write_bytes(picture(0))
+        (folder / "metadata.csv").write_text("file_name,text\n0.jpg,words\n")
+    pool = put(folder, f"memory://{tmp_path.name}") if remote else str(folder)
+    config = parse_config(RECIPE)
+    for phase in ("measure", "select"):
+        curate(config, pools=[pool], out=tmp_path / "out", phase=phase)
+    made = list_shards([pool])
+    fs, path = fsspec.core.url_to_fs(f"{pool}/{victim.name}")
+    if fault == "gone":
+        fs.rm(path)
+    else:
+        fs.pipe_file(path, fs.cat_file(path) + b"more")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="has changed since"):
+        patch.setattr(pipeline, "list_shards", lambda *a: made)  # as if it happened after the pool was listed
+        curate(config, pools=[pool], out=tmp_path / "out", phase="build")
+    assert not (tmp_path / "out" / "shards").exists()
+
+
+def test_parquet_that_cannot_be_read_at_all_or_in_one_row_group(tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    table = pa.table({"jpg": [picture(n) for n in range(12)], "caption": [f"number {n}" for n in range(12)]})
+    pq.write_table(table, folder / "a.parquet", row_group_size=4)
+    column = pq.read_metadata(folder / "a.parquet").row_group(1).column(0)
+    with open(folder / "a.parquet", "r+b") as f:
+        f.seek(column.dictionary_page_offset or column.data_page_offset)
+        f.write(b"\xff" * 40)
+    (folder / "b.parquet").write_bytes(b"no parquet")
+    write_tar(folder / "c.tar", pairs(2))
+    manifest = run(folder, tmp_path / "out")
+    assert (manifest["seen"], manifest["kept"], manifest["errors"]) == (15, 10, {"parquet_damaged": 5})
+    found = {(Path(r["shard"]).name, r["key"]) for r in rows(tmp_path / "out") if r["verdict"] == "error"}
+    assert found == {("b.parquet", ""), *(("a.parquet", f"{n:09d}") for n in range(4, 8))}
+
+
+def test_values_that_are_missing_or_no_text(tmp_path: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    raw = pa.array([b"fine", b"bad \xff", None, b"fine"]).view(pa.string())
+    images = pa.array([picture(1), picture(2), picture(3), None])
+    pq.write_table(pa.table({"image": images, "text": raw, "n": [1.5, None, 2, 3]}), tmp_path / "pool" / "0.parquet")
+    run(tmp_path / "pool", tmp_path / "out")
+    reason = [row["reason"] for row in rows(tmp_path / "out")]
+    assert reason == [None, "caption_not_utf8", "caption_missing", "image_missing"]
+
+
+def test_lists_with_rows_that_cannot_be_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    (tmp_path / "outside.jpg").write_bytes(picture(1))
+    (folder / "in.jpg").write_bytes(picture(2))
+    (folder / "notes.txt").write_text("no picture")
+    names = [
+        "in.jpg",
+        "../outside.jpg",
+        f"{tmp_path}/outside.jpg",
+        "absent.jpg",
+        "notes.txt",
+        "https://a/b.jpg",
+        "./in.jpg",
+    ]
+    lines = ["file_name,text", *(f"{name},some words" for name in names), "in.jpg,two,commas", "in.jpg"]
+    (folder / "metadata.csv").write_bytes("\n".join(lines).encode() + b"\nin.jpg,caf\xe9\n")
+    run(folder, tmp_path / "out")
+    expected = [None, "unsafe_name", "unsafe_name", "image_missing", "image_unknown_format", "unsafe_name", None]
+    assert [r["reason"] for r in rows(tmp_path / "out")] == [
+        *expected,
+        "list_row_broken",
+        "list_row_broken",
+        "caption_not_utf8",
+    ]
+    (folder / "metadata.csv").rename(folder / "kept_away")
+    (folder / "captions.jsonl").write_text(
+        '{"file_name": "in.jpg", "text": "words"}\n[1]\nnot json\n{"text": "words"}\n'
+    )
+    run(folder, tmp_path / "lines")
+    assert [r["reason"] for r in rows(tmp_path / "lines")] == [
+        None,
+        "list_row_broken",
+        "list_row_broken",
+        "image_missing",
+    ]
+
+
+def test_a_list_that_breaks_off_or_cannot_be_opened(tmp_path: Path) -> None:
+    for folder in ("a", "b", "c"):
+        (tmp_path / "pool" / folder).mkdir(parents=True)
+        (tmp_path / "pool" / folder / "1.jpg").write_bytes(picture(1))
+    long = "x" * 200_000  # longer than a field may be
+    (tmp_path / "pool" / "a" / "metadata.csv").write_text(f"file_name,text\n1.jpg,words\n1.jpg,{long}\n1.jpg,words\n")
+    (tmp_path / "pool" / "b" / "metadata.csv").symlink_to("metadata.csv")  # a link to itself: cannot be opened
+    (tmp_path / "pool" / "c" / "metadata.csv").write_text("file_name,text\n1.jpg,words\n")
+    run(tmp_path / "pool", tmp_path / "out")
+    found = Counter((Path(r["shard"]).parent.name, r["reason"]) for r in rows(tmp_path / "out"))
+    assert found == {("a", None): 1, ("a", "list_unreadable"): 1, ("b", "list_unreadable"): 1, ("c", None): 1}
+    (tmp_path / "pool" / "c" / "metadata.csv").write_text("some,columns\n1,2\n")
+    with pytest.raises(UserError, match=r"metadata\.csv: has neither a column of files .* but 'some, columns'"):
+        run(tmp_path / "pool", tmp_path / "x")
+
+
+def test_files_that_cannot_be_read_are_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"{n}.jpg").write_bytes(picture(n))
+        (folder / f"{n}.txt").write_text("words")
+    (folder / "1.jpg").unlink()
+    (folder / "1.jpg").symlink_to("nowhere.jpg")
+    (folder / "2.txt").unlink()
+    (folder / "2.txt").symlink_to("2.txt")
+    run(folder, tmp_path / "out")
+    assert [row["reason"] for row in rows(tmp_path / "out")] == [None, "unreadable", "unreadable"]
+
+
+def test_pools_of_pictures_and_of_texts(tmp_path: Path) -> None:
+    pictures, texts, tables = (tmp_path / name for name in ("pictures", "texts", "tables"))
+    for folder in (pictures, texts, tables):
+        folder.mkdir()
+    for n in range(3):
+        (pictures / f"{n}.jpg").write_bytes(picture(n))
+        (texts / f"{n}.txt").write_text(f"text {n}")
+    (pictures / "3.jpg").write_bytes(b"no picture")
+    pq.write_table(pa.table({"text": ["one", "two", None]}), tables / "0.parquet")
+    images = {"signals": {"f": {"kind": "fingerprints"}, "i": {"kind": "image"}}, "modality": "images"}
+    words = {"signals": {"text": {"kind": "text"}}, "modality": "texts"}
+    assert run(pictures, tmp_path / "a", **images)["errors"] == {"image_decode": 1}
+    assert run(texts, tmp_path / "b", **words)["kept"] == 3
+    assert run(tables, tmp_path / "c", **words)["errors"] == {"caption_missing": 1}
+    assert run(pictures, tmp_path / "d")["errors"] == {"caption_missing": 4}
+    assert run(texts, tmp_path / "e")["errors"] == {"image_missing": 3}
+    with pytest.raises(UserError, match=r"0\.parquet: has no column of pictures.*modality: texts"):
+        run(tables, tmp_path / "f")
+    with pytest.raises(UserError, match=r"signals\.text: reads the caption, which modality images is without"):
+        parse_config({**images, "signals": words["signals"]})
+    with pytest.raises(UserError, match=r"signals\.f: reads the image, which modality texts is without"):
+        parse_config({**words, "signals": images["signals"]})
+    with pytest.raises(UserError, match=r"selectors\.rules: column caption is not measured"):
+        parse_config({**images, "selectors": {"rules": {"kind": "caption_rules"}}})
+    with pytest.raises(UserError, match=r"recipe.*modality"):
+        parse_config({"modality": "sounds"})
+
+
+def test_killed_at_many_steps_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    for shard in range(2):
+        texts = [f"picture number {n % 9}" for n in range(9 * shard, 9 * shard + 9)]
+        images = [picture(n % 9) for n in range(9 * shard, 9 * shard + 9)]
+        pq.write_table(pa.table({"image": images, "text": texts}), tmp_path / "pool" / f"{shard}.parquet")
+    pool: Any = put(tmp_path / "pool", f"memory://{tmp_path.name}")
+    config = parse_config({**RECIPE, "selectors": {"copies": {"kind": "exact_duplicates"}}})
+    assert curate(config, pools=[pool], out=tmp_path / "whole")["kept"] == 9
+    expected = digests(tmp_path / "whole")
+    number, killed = 1, True
+    while killed:
+        out = tmp_path / str(number)
+        killed = run_until(number, monkeypatch, config, pool, out)
+        there = {p: p.stat().st_mtime_ns for p in out.glob("signals/*/*.parquet")}
+        curate(config, pools=[pool], out=out)
+        assert {p: p.stat().st_mtime_ns for p in there} == there, "finished parts were measured again"
+        assert digests(out) == expected, f"killed at step {number}"
+        shutil.rmtree(out)
+        number += 3
+    assert number > 20
+
+
+def test_credentials_and_backends_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--pool nosuch://bucket/pool: .*install"):
+        list_shards(["nosuch://bucket/pool"])
+    with pytest.raises(UserError, match=r"--pool memory://.*nowhere.*no such folder"):
+        list_shards(["memory://nowhere/at/all"])
+    with pytest.raises(UserError, match=r"--pool .*one\.tar: no such"):
+        list_shards([str(tmp_path / "one.tar")])
+    path = write_tar(tmp_path / "some" / "one.tar", pairs(1))
+    write_tar(tmp_path / "some" / "two.tar", pairs(1))
+    assert [shard.path for shard in list_shards([str(path)])] == [str(path)]
+    assert files.look(str(tmp_path)) is None
+
+
+def test_the_json_holds_the_other_columns(tmp_path: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    columns = {"URL": "u", "uid": "ab", "width": 7, "score": 0.5, "tags": ["a", "b"], "mask": b"bytes", "none": None}
+    table = pa.table({"image": [picture(1)], "TEXT": ["words"], **{k: [v] for k, v in columns.items()}})
+    pq.write_table(table, tmp_path / "pool" / "0.parquet")
+    run(tmp_path / "pool", tmp_path / "out")
+    import tarfile
+
+    with tarfile.open(next((tmp_path / "out" / "shards").glob("*.tar"))) as tar:
+        said = json.loads(tar.extractfile("ab-0.json").read())  # type: ignore[union-attr]
+    expected = {"caption": "words", "url": "u", "uid": "ab", "width": 7, "score": 0.5, "tags": ["a", "b"]}
+    assert said == expected

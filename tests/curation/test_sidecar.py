@@ -1,0 +1,163 @@
+"""Tables beside the tars: their columns are in what signals see, whichever way a row is found."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curation import phases, pipeline
+from curation.config import parse_config
+from curation.errors import UserError
+from curation.pipeline import curate
+from curation.pool import list_shards
+from curation.signals import SIGNALS
+from curation.signals.interface import Decoded
+from curation.workers import Workers
+from tests.curation.conftest import sample, write_tar
+from tests.curation.test_kill import here, nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """Column `said`: what the record says, as JSON."""
+
+    version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    def schema(self, name: str) -> dict[str, pa.DataType]:
+        return {"said": pa.string()}
+
+    def content(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, name: str) -> "Said":
+        return self
+
+    def see(self, sample: Decoded) -> str:
+        return json.dumps(dict(sample.record))
+
+    def columns(self, seen: Sequence[str]) -> dict[str, pa.Array]:
+        return {"said": pa.array(seen, pa.string())}
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIGNALS, "said", Said)
+    monkeypatch.setattr(Workers, "map", here)
+    for module in (phases, pipeline):
+        monkeypatch.setattr(module, "write_report", nothing)
+
+
+def measured(pools: list[Path], out: Path) -> list[dict[str, Any]]:
+    """The rows of the signals, in the pool's order, with the record read."""
+    config = parse_config({"signals": {"said": {"kind": "said"}}, "unit_samples": 3})
+    curate(config, pools=[str(pool) for pool in pools], out=out)
+    manifest = json.loads((out / "measure.manifest.json").read_text())
+    parts = [pq.read_table(out / manifest["signal_set"] / part) for part in manifest["parts"]]
+    rows = pa.concat_tables(parts).to_pylist()
+    return [{**row, "said": row["said"] and json.loads(row["said"])} for row in rows]
+
+
+def uid(n: int) -> str:
+    return f"{n:032x}"
+
+
+def test_img2datasets_table_beside_its_tar_by_key_and_by_uid(tmp_path: Path) -> None:
+    bare = {f"{n:09d}": {"jpg": sample(n)["jpg"]} for n in range(4)}  # all that is known stands in the table
+    bare["000000003"]["json"] = json.dumps({"uid": uid(3), "status": "of the json"}).encode()
+    write_tar(tmp_path / "pool" / "00000.tar", bare)
+    write_tar(tmp_path / "pool" / "00001.tar", {"x": sample(7), "y": sample(8)})
+    table = pa.table(
+        {
+            "key": [f"{n:09d}" for n in range(4)],
+            "uid": [uid(n) for n in range(4)],
+            "caption": [f"caption {n}" for n in range(4)],
+            "url": ["https://example.org"] * 4,
+            "status": ["success"] * 4,
+            "original_width": [100, 200, None, 400],
+        }
+    )
+    pq.write_table(table.take([3, 1, 0, 2]), tmp_path / "pool" / "00000.parquet")
+    pq.write_table(pa.table({"uid": [uid(8)], "license": ["CC0"]}), tmp_path / "pool" / "00001.parquet")
+    rows = measured([tmp_path / "pool"], tmp_path / "out")
+    assert [row["uid"] for row in rows] == [uid(n) for n in (0, 1, 2, 3, 7, 8)]
+    assert [row["caption"] for row in rows[:4]] == [f"caption {n}" for n in range(4)]
+    assert [row["url"] for row in rows[:4]] == ["https://example.org"] * 4
+    assert [row["said"].get("original_width") for row in rows] == [100, 200, None, 400, None, None]
+    assert [row["said"].get("status") for row in rows[:4]] == ["success"] * 3 + ["of the json"]
+    assert [row["said"].get("license") for row in rows] == [None] * 5 + ["CC0"]
+
+
+def metadata(path: Path, numbers: Sequence[int], add: float = 0) -> None:
+    """DataComp's columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {
+        "uid": [uid(n) for n in numbers],
+        "url": [f"https://example.org/{n}" for n in numbers],
+        "text": [f"text {n}" for n in numbers],
+        "original_width": [1000 + n for n in numbers],
+        "clip_l14_similarity_score": pa.array([n / 128 + add for n in numbers], pa.float32()),
+        "face_bboxes": [[[0.25, 0.5, 0.75, 1.0]] * (n % 2) for n in numbers],
+        "sha256": ["ab"] * len(numbers),
+    }
+    pq.write_table(pa.table(columns), path, row_group_size=5)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_datacomps_metadata_by_uid_whatever_file_it_is_in(tmp_path: Path, beside: bool) -> None:
+    pool = tmp_path / "pool"
+    for shard in range(3):
+        write_tar(pool / f"{shard:08d}.tar", {str(n): sample(n) for n in range(shard * 6, shard * 6 + 6)})
+    folder = pool if beside else tmp_path / "metadata"
+    metadata(folder / "aaaa.parquet", [n for n in range(17, -1, -1) if n % 3])
+    metadata(folder / "bbbb.parquet", [n for n in range(40) if n % 3 == 0 and n != 9])
+    rows = measured([pool] if beside else [folder, pool], tmp_path / "out")
+    assert len(rows) == 18 and not any(row["error"] for row in rows)
+    for n, row in enumerate(rows):
+        assert row["caption"] == sample(n)["txt"].decode()  # the tar's own, and not the metadata's
+        if n == 9:
+            assert "original_width" not in row["said"]
+        else:
+            assert row["said"]["original_width"] == 1000 + n
+            assert row["said"]["clip_l14_similarity_score"] == n / 128
+            assert row["said"]["face_bboxes"] == [[0.25, 0.5, 0.75, 1.0]] * (n % 2)
+
+
+def test_changed_tables_are_measured_again_and_the_build_copies_still(tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    write_tar(pool / "0.tar", {str(n): sample(n) for n in range(5)})
+    alone = list_shards([str(pool)])[0].fingerprint
+    metadata(tmp_path / "one.parquet", range(5))
+    pools = [pool, tmp_path / "one.parquet"]
+    assert measured(pools, tmp_path / "a")[2]["said"]["clip_l14_similarity_score"] == 2 / 128
+    metadata(tmp_path / "one.parquet", range(5), add=1)
+    assert measured(pools, tmp_path / "b")[2]["said"]["clip_l14_similarity_score"] == 1 + 2 / 128
+    with_table = list_shards([str(p) for p in pools])[0].fingerprint
+    assert with_table.partition(".")[0] == alone != with_table
+    assert json.loads((tmp_path / "b" / "manifest.json").read_text())["kept"] == 5
+
+
+def test_a_table_that_cannot_be_read_is_one_row_of_its_tar(tmp_path: Path) -> None:
+    write_tar(tmp_path / "pool" / "0.tar", {str(n): sample(n) for n in range(4)})
+    (tmp_path / "pool" / "0.parquet").write_bytes(b"PAR1 and then nothing")
+    rows = measured([tmp_path / "pool"], tmp_path / "out")
+    assert [(row["key"], row["error"]) for row in rows] == [
+        *((str(n), None) for n in range(4)),
+        ("", "sidecar_damaged"),
+    ]
+
+
+def test_metadata_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    write_tar(tmp_path / "pool" / "0.tar", {"1": sample(1)})
+    metadata(tmp_path / "meta" / "one.parquet", range(3))
+    start = pq.read_metadata(tmp_path / "meta" / "one.parquet").row_group(0).column(0).data_page_offset
+    with open(tmp_path / "meta" / "one.parquet", "r+b") as f:
+        f.seek(start)
+        f.write(b"\xff" * 30)
+    with pytest.raises(UserError, match=r"one\.parquet: metadata that cannot be read .*mend it or leave it out"):
+        measured([tmp_path / "pool", tmp_path / "meta"], tmp_path / "out")
