@@ -116,7 +116,8 @@ class LoaderConfig:
 
     batch: samples of a global batch · chunk: samples that a rank runs at a time · retain: samples whose activations
     a rank keeps instead of computing them again; as many as memory has room for, since the step costs less ·
-    captions: the caption that curation scored, or at each visit one of the json's `captions` ·
+    captions: the caption that curation scored, or at each visit one of the json's `captions`, or one of several text
+    members by weight, `{txt: 0.5, recaption.txt: 0.5}` (txt is the scored caption; what a sample lacks is not drawn) ·
     resize_mode: "squash" keeps the whole picture, "shortest" its centre square ·
     decode_size: side that decoded pictures are cached at (crops are cut from it; null = the model's) ·
     crop_scale: area of the random crop · cache_decoded: keep decoded pictures in RUN/decoded.u8.
@@ -125,7 +126,7 @@ class LoaderConfig:
     batch: int = 256
     chunk: int = 64
     retain: int = 0
-    captions: Literal["caption", "random"] = "caption"
+    captions: Literal["caption", "random"] | dict[str, float] = "caption"
     max_tokens: int = 48
     resize_mode: Literal["squash", "shortest"] = "squash"
     decode_size: int | None = None
@@ -171,6 +172,8 @@ class TrainConfig:
         for name, value in positive.items():
             if value <= 0:
                 raise UserError(f"{name}: {value} is not above 0; give a positive value")
+        if isinstance(self.loader.captions, dict) and not all(w > 0 for w in self.loader.captions.values() or [0]):
+            raise UserError(f"loader.captions: {self.loader.captions} needs members with weights above 0")
         known = {"generate"} if self.mmgem is not None else set()
         if unknown := sorted(set(self.objective.weights) - known):
             raise UserError(

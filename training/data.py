@@ -19,7 +19,7 @@ import itertools
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,12 +89,28 @@ class Shards:
         record = json.loads(self.member(shard, index, "json") or b"{}")
         return read_captions(record, self.member(shard, index, "txt"))
 
-    def every_caption(self) -> Iterator[str]:
-        """Every readable caption, shard by shard."""
+    def mixed(self, shard: int, index: int, members: Mapping[str, float]) -> dict[str, float]:
+        """The texts of these members that the sample has, with the weight of each; "txt" is the scored caption.
+
+        Raises:
+            ValueError: what is wrong with a text or the json, or "caption_missing" where all of them are.
+        """
+        texts: dict[str, float] = {}
+        for member, weight in members.items():
+            found = self.member(shard, index, member)
+            text = self.captions(shard, index)[0] if member == "txt" else (found or b"").decode()
+            if text:
+                texts[text] = texts.get(text, 0.0) + weight
+        if not texts:
+            raise ValueError("caption_missing")
+        return texts
+
+    def every_caption(self, members: Mapping[str, float] | None = None) -> Iterator[str]:
+        """Every readable caption, shard by shard; where `members` are named, the texts of those."""
         for shard, samples in enumerate(self.samples):
             for index in range(len(samples)):
                 try:
-                    yield from self.captions(shard, index)[1]
+                    yield from self.mixed(shard, index, members) if members else self.captions(shard, index)[1]
                 except (ValueError, RecursionError):  # counted when the sample is drawn
                     continue
 
@@ -201,9 +217,14 @@ class Loader:
         epoch, shard, index = place
         size = self.image.size
         try:
-            scored, captions = self.shards.captions(shard, index)
             rng = np.random.default_rng(hash64(self.seed, epoch, self.shards.samples[shard][index].key))
-            caption = captions[int(rng.integers(len(captions)))] if self.config.captions == "random" else scored
+            if isinstance(self.config.captions, dict):
+                texts = self.shards.mixed(shard, index, self.config.captions)
+                weights = np.array(list(texts.values()))
+                caption = list(texts)[int(rng.choice(len(texts), p=weights / weights.sum()))]
+            else:
+                scored, captions = self.shards.captions(shard, index)
+                caption = captions[int(rng.integers(len(captions)))] if self.config.captions == "random" else scored
             pixels = self._decoded(shard, index)
         except Exception:  # Pillow's decoders raise almost anything; `max_error_rate` bounds what is forgiven
             self.errors += 1

@@ -104,11 +104,12 @@ def make_trainer(config: TrainConfig, shards: Shards, run: Path) -> Trainer:
 
     world = World.current()
     tokenizer = run / "tokenizer"
+    members = config.loader.captions if isinstance(config.loader.captions, dict) else None
     if world.rank == 0:
-        family = build(config, tokenizer, shards.every_caption)
+        family = build(config, tokenizer, lambda: shards.every_caption(members))
     world.barrier()
     if world.rank > 0:
-        family = build(config, tokenizer, shards.every_caption)
+        family = build(config, tokenizer, lambda: shards.every_caption(members))
     groups = parameter_groups(family.model.named_parameters(), config.optim)
     # ZeRO-3 gathers a transformer block at a time: its hooks on every small module of a block cost more than they save.
     deepspeed.utils.set_z3_leaf_modules(family.model, sorted(family.model.blocks), raise_if_not_found=False)

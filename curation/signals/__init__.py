@@ -1,6 +1,7 @@
 """The signals by kind. A new one is a file beside these and a line here."""
 
 from curation.hashing import config_hash
+from curation.signals.captions import Captions
 from curation.signals.clip import Clip
 from curation.signals.concepts import Concepts
 from curation.signals.exposure import Exposure
@@ -9,9 +10,12 @@ from curation.signals.fingerprints import Fingerprints
 from curation.signals.image import ImageShape
 from curation.signals.interface import Signal
 from curation.signals.language import Language
+from curation.signals.recaption import Recaption
 from curation.signals.service import Service
+from curation.signals.sieve import Sieve
 from curation.signals.synsets import Synsets
 from curation.signals.text import Text
+from curation.signals.text_regions import TextRegions
 
 SIGNALS: dict[str, type] = {
     "text": Text,
@@ -24,6 +28,10 @@ SIGNALS: dict[str, type] = {
     "fields": Fields,
     "synsets": Synsets,
     "service": Service,
+    "text_regions": TextRegions,
+    "captions": Captions,
+    "recaption": Recaption,
+    "sieve": Sieve,
 }
 
 

@@ -9,7 +9,9 @@ transform, scoring is fp32 on one thread, so the score is what open_clip called
 by hand gives, on any number of workers.
 
 Heads on the image embedding (LAION's aesthetic predictors, any linear probe)
-are judged in the same breath, since the embedding is there.
+are judged in the same breath, since the embedding is there. So is T-MARS's
+score of the picture without the text on it: the caption is encoded already, and
+a picture without text has its own score once more.
 """
 
 import json
@@ -24,6 +26,7 @@ import pyarrow as pa
 from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.signals.interface import Decoded
+from curation.signals.text_regions import detector_content, masked, text_finder
 
 HUB = "hf-hub:"
 
@@ -31,27 +34,35 @@ HUB = "hf-hub:"
 @dataclass(frozen=True, kw_only=True)
 class Clip:
     """Columns NAME (float32, in [-1, 1]), NAME without "_score" + "_image_embedding" (float16 [D], unit norm), and
-    for each head NAME without "_score" + "_" + the head's name (float32).
+    for each head NAME without "_score" + "_" + the head's name (float32); with `mask_text`, NAME without "_score" +
+    "_masked_score" (float32), T-MARS's.
 
     `model`: a name of `open_clip.list_models()` or the path of a model config (.json); or hf-hub:... or a folder
     with open_clip_config.json and its weights, which need no `pretrained`.
     `pretrained`: a tag of `open_clip.list_pretrained()`, or the path of a checkpoint.
     `heads`: name -> checkpoint of linear layers D -> ... -> 1 on the unit embedding, applied one after the other in
     the file's order, as in LAION's sa_0_4_vit_l_14_linear and sac+logos+ava1-l14-linearMSE (no activations there).
+    `mask_text`: a text detector as the signal `text_regions` has it ("builtin", or package.module:function).
     """
 
     model: str
     pretrained: str | None = None
     heads: dict[str, str] = field(default_factory=dict)
+    mask_text: str | None = None
     version: ClassVar[int] = 1
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
         heads = {head_column(name, head): pa.float32() for head in self.heads}
-        return {name: pa.float32(), embedding_column(name): pa.list_(pa.float16(), self._width()), **heads}
+        without_text = {masked_column(name): pa.float32()} if self.mask_text else {}
+        embedding = {embedding_column(name): pa.list_(pa.float16(), self._width())}
+        return {name: pa.float32(), **embedding, **heads, **without_text}
 
     def content(self) -> dict[str, Any]:
         heads = {head: _file_or_name(file) for head, file in self.heads.items()}
-        return {**self._model_content(), **({"heads": heads} if heads else {})}
+        more: dict[str, Any] = {"heads": heads} if heads else {}
+        if self.mask_text:
+            more["mask_text"] = detector_content(self.mask_text)
+        return {**self._model_content(), **more}
 
     def _model_content(self) -> dict[str, Any]:
         if Path(self.model).is_dir():
@@ -107,6 +118,11 @@ class Clip:
 def embedding_column(name: str) -> str:
     """The column of the image embedding that belongs to the score column `name`."""
     return name.removesuffix("_score") + "_image_embedding"
+
+
+def masked_column(name: str) -> str:
+    """The column of the score without text that belongs to the score column `name`."""
+    return name.removesuffix("_score") + "_masked_score"
 
 
 def head_column(name: str, head: str) -> str:
@@ -178,24 +194,42 @@ class ClipMeter:
         self._model = model.eval()
         width = settings._width()
         self._heads = {head_column(name, head): _affine(head, file, width) for head, file in settings.heads.items()}
+        self._finder = text_finder(settings.mask_text) if settings.mask_text else None
         self._name = name
         self._torch = torch
 
-    def see(self, sample: Decoded) -> tuple[Any, str]:
-        return self._transform(sample.image), sample.caption
+    def see(self, sample: Decoded) -> tuple[Any, str, Any]:
+        """Pixels, caption, and the pixels without text where there is some to be masked."""
+        without_text = None
+        if self._finder is not None and len(boxes := self._finder(sample)):
+            without_text = self._transform(masked(sample.image, boxes))
+        return self._transform(sample.image), sample.caption, without_text
 
-    def columns(self, seen: Sequence[tuple[Any, str]]) -> dict[str, pa.Array]:
-        torch = self._torch
-        with torch.inference_mode():
-            pixels_b3ss = torch.stack([pixels for pixels, _ in seen])
-            image_bd = self._model.encode_image(pixels_b3ss, normalize=True)
-            text_bd = self._model.encode_text(self._tokenizer([caption for _, caption in seen]), normalize=True)
-            scores_b = (image_bd * text_bd).sum(dim=1)
-            judged = {column: image_bd @ weight_d + bias for column, (weight_d, bias) in self._heads.items()}
+    def images(self, pixels: Sequence[Any]) -> Any:
+        """Unit embeddings of pictures as the transform leaves them: [B, D]."""
+        with self._torch.inference_mode():
+            return self._model.encode_image(self._torch.stack(list(pixels)), normalize=True)
+
+    def texts(self, captions: Sequence[str]) -> Any:
+        """Unit embeddings of captions: [B, D]."""
+        with self._torch.inference_mode():
+            return self._model.encode_text(self._tokenizer(list(captions)), normalize=True)
+
+    def columns(self, seen: Sequence[tuple[Any, str, Any]]) -> dict[str, pa.Array]:
+        pixels, captions, without_text = zip(*seen, strict=True)
+        image_bd, text_bd = self.images(pixels), self.texts(captions)
+        judged_b = {column: image_bd @ weight_d + bias for column, (weight_d, bias) in self._heads.items()}
+        judged_b[self._name] = (image_bd * text_bd).sum(dim=1)
+        if self._finder is not None:
+            scores_b = judged_b[self._name].clone()
+            rows = [row for row, pixels in enumerate(without_text) if pixels is not None]
+            if rows:
+                masked_rd = self.images([without_text[row] for row in rows])
+                scores_b[rows] = (masked_rd * text_bd[rows]).sum(dim=1)
+            judged_b[masked_column(self._name)] = scores_b
         image = image_bd.numpy().astype(np.float16)
         return {
-            **{column: pa.array(values_b.numpy(), pa.float32()) for column, values_b in judged.items()},
-            self._name: pa.array(scores_b.numpy(), pa.float32()),
+            **{column: pa.array(values.numpy(), pa.float32()) for column, values in judged_b.items()},
             embedding_column(self._name): pa.FixedSizeListArray.from_arrays(
                 pa.array(image.reshape(-1), pa.float16()), image.shape[1]
             ),

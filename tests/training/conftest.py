@@ -22,8 +22,8 @@ def tiny_config(*overrides: str) -> TrainConfig:
     return parse([*arguments, *TINY, *overrides])[0]
 
 
-def write_shards(folder: Path, sizes: list[int], captions: Any = None) -> Path:
-    """Shards of flat-coloured pictures whose captions name their number."""
+def write_shards(folder: Path, sizes: list[int], captions: Any = None, members: Any = None) -> Path:
+    """Shards of flat-coloured pictures whose captions name their number; `captions` and `members` of a number: more."""
     import io
 
     from PIL import Image
@@ -39,12 +39,13 @@ def write_shards(folder: Path, sizes: list[int], captions: Any = None) -> Path:
             record: dict[str, Any] = {"uid": f"{number:032x}", "caption": f"thing {number} of colour {colour[0]}"}
             if captions is not None:
                 record["captions"] = captions(number)
-            members = (
-                ("jpg", buffer.getvalue()),
-                ("txt", record["caption"].encode()),
-                ("json", json.dumps(record).encode()),
-            )
-            for extension, payload in members:
+            files = {
+                "jpg": buffer.getvalue(),
+                "txt": record["caption"].encode(),
+                "json": json.dumps(record).encode(),
+                **({name: text.encode() for name, text in members(number).items()} if members else {}),
+            }
+            for extension, payload in files.items():
                 parts += [tar.header(f"{number:06d}.{extension}", len(payload)), payload]
                 parts += [bytes(tar.padded(len(payload)) - len(payload))]
             number += 1

@@ -86,6 +86,26 @@ def test_one_of_the_captions_is_drawn_by_seed_epoch_and_sample(tmp_path):
     assert [numbers(b) for b in loader(folder, batch=30, captions="random", threads=4).batches(0, 4)] == epochs
 
 
+def test_members_are_mixed_by_weight_seed_epoch_and_sample(tmp_path):
+    second = {n: f"thing {n + 1000} anew" for n in range(40) if n % 4}
+    folder = write_shards(tmp_path / "two", [40], members=lambda n: {"recaption.txt": second[n]} if n in second else {})
+    mix = {"txt": 1.0, "recaption.txt": 3.0}
+    epochs = [numbers(b) for b in loader(folder, batch=40, captions=mix).batches(0, 60)]
+    for n in range(40):
+        drawn = [d for e in epochs for d in e if d % 1000 == n]
+        share = sum(d >= 1000 for d in drawn) / len(drawn)
+        assert share == 0 if n not in second else 0.5 < share < 0.95  # 60 draws of p = 0.75: 4 sigma
+    share = np.mean([d >= 1000 for e in epochs for d in e if d % 4])
+    assert abs(share - 0.75) < 4 * np.sqrt(0.75 * 0.25 / 1800)
+    assert [numbers(b) for b in loader(folder, batch=40, captions=mix, threads=4).batches(30, 60)] == epochs[30:]
+    halves = [[numbers(b) for b in loader(folder, r, 2, batch=40, captions=mix).batches(0, 3)] for r in (0, 1)]
+    assert [a + b for a, b in zip(*halves)] == epochs[:3]
+    only = loader(folder, batch=40, captions={"recaption.txt": 1.0})
+    (chunks,) = only.batches(0, 1)
+    assert sum(int((~c["valid"]).sum()) for c in chunks) == only.errors == 10, "no text, no weight"
+    assert sorted(Shards(folder).every_caption(mix)) == sorted([*second.values(), *Shards(folder).every_caption()])
+
+
 def test_a_broken_sample_leaves_a_hole_and_later_ids_do_not_shift(shards, tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()

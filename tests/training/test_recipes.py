@@ -26,6 +26,9 @@ def test_recipes_parse_and_fit_every_deepspeed_file(recipe, stage):
         (["--precision", "fp8"], "precision"),
         (["--config", "recipes/train/none.yaml"], "none.yaml"),
         (["--samples", "10"], "samples"),
+        (["--loader.captions", "{txt: 0.5, recaption.txt: 0}"], "loader.captions"),
+        (["--loader.captions", "{}"], "loader.captions"),
+        (["--loader.captions", "first"], "captions"),
     ],
 )
 def test_bad_recipes_name_what_is_wrong(arguments, named):
