@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from curation.errors import UserError
 from curation.hashing import file_hash
@@ -183,6 +184,20 @@ class ClipMeter:
 
     def see(self, sample: Decoded) -> tuple[Any, str]:
         return self._transform(sample.image), sample.caption
+
+    def pixels(self, image: Image.Image) -> Any:
+        """The picture as the model's evaluation transform has it: fp32 [3, S, S]."""
+        return self._transform(image)
+
+    def embed_images(self, pixels: Sequence[Any]) -> np.ndarray:
+        """Unit embeddings of what `pixels` gave: float32 [B, D]."""
+        with self._torch.inference_mode():
+            return self._model.encode_image(self._torch.stack(list(pixels)), normalize=True).numpy()
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit embeddings of texts, each cut at the model's context: float32 [B, D]."""
+        with self._torch.inference_mode():
+            return self._model.encode_text(self._tokenizer(list(texts)), normalize=True).numpy()
 
     def columns(self, seen: Sequence[tuple[Any, str]]) -> dict[str, pa.Array]:
         torch = self._torch

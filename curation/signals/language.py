@@ -38,7 +38,11 @@ class LanguageMeter:
         self._detector = LangDetector(LangDetectConfig(model="lite", normalize_input=False, max_input_length=None))
 
     def see(self, sample: Decoded) -> tuple[str, float]:
-        found = self._detector.detect(sample.caption.replace("\n", " "), k=1)
+        return self.detect(sample.caption)
+
+    def detect(self, text: str) -> tuple[str, float]:
+        """(ISO code, probability) of a text's language; ("", 0) where nothing was found."""
+        found = self._detector.detect(text.replace("\n", " "), k=1)
         return (found[0]["lang"], found[0]["score"]) if found else ("", 0.0)
 
     def columns(self, seen: Sequence[tuple[str, float]]) -> dict[str, pa.Array]:
