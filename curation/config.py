@@ -75,6 +75,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> CurateConfig:
         UserError: no such file, not YAML, an unknown key, kind or column, or a
             value of the wrong type.
     """
+    return parse_config(read_recipe(path, overrides))
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings in a file of YAML, with overrides at their paths; nothing of them is checked.
+
+    Raises:
+        UserError: no such file, or not a mapping in YAML.
+    """
     try:
         raw = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError):
@@ -87,7 +96,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> CurateConfig:
         raise UserError(f"--config {path}: not a mapping of settings")
     for dotted, value in _pairs(overrides):
         _set(raw, dotted, value)
-    return parse_config(raw)
+    return raw
 
 
 def parse_config(raw: Mapping[str, Any]) -> CurateConfig:

@@ -95,6 +95,30 @@ def curate(arguments: list[str]) -> int:
     return 0
 
 
+@command("documents", "interleaved documents: pages and sentence lists with their pictures become shards")
+def documents(arguments: list[str]) -> int:
+    parser = _parser("documents")
+    parser.add_argument("--config", type=Path, required=True, help="recipe, e.g. recipes/documents/obelics.yaml")
+    parser.add_argument("--pool", action="append", required=True, help="folder of pages, tars or jsonl; repeatable")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, help="Ray actors (default: one a CPU)")
+    parser.add_argument("--ray.address", dest="ray_address", help="a running cluster (default: start Ray here)")
+    parser.add_argument("--overwrite", action="store_true", help="discard what OUT holds")
+    a, overrides = parser.parse_known_args(arguments)
+    from curation.documents.config import load_config
+    from curation.documents.pipeline import documents as run
+
+    run(
+        load_config(a.config, overrides),
+        pools=a.pool,
+        out=a.out,
+        workers=a.workers,
+        overwrite=a.overwrite,
+        ray_address=a.ray_address,
+    )
+    return 0
+
+
 @command("inspect", "one sample of a curated output: picture, signals, every selector's verdict, where it went")
 def inspect(arguments: list[str]) -> int:
     parser = _parser("inspect")

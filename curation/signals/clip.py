@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from curation.errors import UserError
 from curation.hashing import file_hash
@@ -205,13 +206,17 @@ class ClipMeter:
             without_text = self._transform(masked(sample.image, boxes))
         return self._transform(sample.image), sample.caption, without_text
 
+    def pixels(self, image: Image.Image) -> Any:
+        """The picture as the model's evaluation transform has it: fp32 [3, S, S]."""
+        return self._transform(image)
+
     def images(self, pixels: Sequence[Any]) -> Any:
-        """Unit embeddings of pictures as the transform leaves them: [B, D]."""
+        """Unit embeddings of what `pixels` gave: [B, D]."""
         with self._torch.inference_mode():
             return self._model.encode_image(self._torch.stack(list(pixels)), normalize=True)
 
     def texts(self, captions: Sequence[str]) -> Any:
-        """Unit embeddings of captions: [B, D]."""
+        """Unit embeddings of texts, each cut at the model's context: [B, D]."""
         with self._torch.inference_mode():
             return self._model.encode_text(self._tokenizer(list(captions)), normalize=True)
 

@@ -91,7 +91,11 @@ class LanguageMeter:
         self._detect = detect
 
     def see(self, sample: Decoded) -> tuple[str, float]:
-        return self._detect(sample.caption.replace("\n", " "))
+        return self.detect(sample.caption)
+
+    def detect(self, text: str) -> tuple[str, float]:
+        """(ISO code, probability) of a text's language; ("", 0) where nothing was found."""
+        return self._detect(text.replace("\n", " "))
 
     def columns(self, seen: Sequence[tuple[str, float]]) -> dict[str, pa.Array]:
         languages, probabilities = zip(*seen, strict=True)

@@ -15,6 +15,7 @@ from tests.conftest import ROOT, gemsmith
 FLAGS = {
     "synth": "--clean --help --layout --out --overwrite --pairs --seed --workers",
     "curate": "--config --dry-run --help --out --overwrite --part --phase --pool --ray.address --signals --workers",
+    "documents": "--config --help --out --overwrite --pool --ray.address --workers",
     "inspect": "--help --out",
     "evaluate": "--cache --checkpoint --data --help --out --tasks --threads",
     "watch": "--cache --data --help --idle-seconds --out --run --tasks --threads",

@@ -1,0 +1,202 @@
+"""Measuring documents: each is read once, each of its pictures decoded once, and all that rules ask for is kept.
+
+One unit of the pool becomes two parquet files in the store, which lies in
+OUT/signals and is named by the settings that decide the values: `.documents` with a
+row for each document, `.items` with a row for each text and picture in their order.
+Rules then read columns, so that another threshold opens no picture again. The file
+of documents is written last; its presence says that the unit is done.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curation.documents.assign import SentenceMeter
+from curation.documents.config import DocumentsConfig
+from curation.documents.pictures import Item, Limits
+from curation.documents.source import Document, DocumentShard, read_documents
+from curation.errors import UserError
+from curation.hashing import config_hash
+from curation.images import decode
+from curation.signals.fingerprints import FingerprintsMeter
+from curation.signals.interface import Decoded
+from curation.store import write_part
+
+VERSION = 1  # goes up when the same pool and settings would give other rows
+MAX_SIMILARITIES = 4_000_000  # cosines of one document
+DOCUMENTS = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("key", pa.string()),
+        ("shard", pa.string()),
+        ("url", pa.string()),
+        ("domain", pa.string()),
+        ("error", pa.string()),
+        ("items", pa.int32()),  # how many rows of `.items` are its own
+    ]
+)
+ITEMS = pa.schema(
+    [
+        ("text", pa.string()),  # null for a picture
+        ("src", pa.string()),
+        ("alt", pa.string()),
+        ("rendered_width", pa.string()),
+        ("rendered_height", pa.string()),
+        ("path", pa.string()),
+        ("fingerprint", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("inline", pa.binary()),  # the bytes, where the page itself holds them
+        ("error", pa.string()),
+        ("format", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.binary(32)),
+        ("phash", pa.uint64()),
+        ("similarity", pa.list_(pa.float32())),  # with each text of its document, where the recipe assigns
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """Sets a worker up; called with a unit it writes the unit's files and counts {"documents", "errors"}."""
+
+    config: DocumentsConfig
+    store: Path
+
+    def __call__(self) -> Callable[[DocumentShard], dict[str, Any]]:
+        return _Measure(self.config, self.store)
+
+
+def store_folder(config: DocumentsConfig, root: Path) -> Path:
+    return root / f"documents-{config_hash([VERSION, config.measured()])}"
+
+
+def documents_file(store: Path, shard: DocumentShard) -> Path:
+    return store / f"{shard.fingerprint}.documents.parquet"
+
+
+def items_file(documents: Path) -> Path:
+    """The file of items that belongs to a file of documents."""
+    return documents.with_name(documents.name.replace(".documents.", ".items."))
+
+
+def known(store: Path, shard: DocumentShard) -> dict[str, Any] | None:
+    """What measuring the unit once gave, or None where it was not measured."""
+    path = documents_file(store, shard)
+    return _counts(pq.read_table(path, columns=["error"])) if path.exists() else None
+
+
+def _counts(documents: pa.Table) -> dict[str, Any]:
+    return {"documents": documents.num_rows, "errors": Counter(documents["error"].drop_null().to_pylist())}
+
+
+class _Measure:
+    def __init__(self, config: DocumentsConfig, store: Path) -> None:
+        self._store = store
+        self._sentences = SentenceMeter(config.assign.clip) if config.assign else None
+        self._fingerprints = FingerprintsMeter()
+        self._limits = Limits(
+            html_bytes=config.max_html_bytes,
+            image_bytes=config.max_image_bytes,
+            items=config.max_items,
+            sentences=config.assign is not None,
+        )
+
+    def __call__(self, shard: DocumentShard) -> dict[str, Any]:
+        documents: list[dict[str, Any]] = []
+        items: list[dict[str, Any]] = []
+        for document in read_documents(shard, self._limits):
+            rows, error = self._rows(document)
+            items += rows
+            documents.append(
+                {
+                    "uid": document.uid,
+                    "key": document.key.encode("utf-8", "replace").decode(),
+                    "shard": shard.path,
+                    "url": document.url,
+                    "domain": document.domain.encode("utf-8", "replace").decode(),
+                    "error": error,
+                    "items": len(rows),
+                }
+            )
+        path = documents_file(self._store, shard)
+        write_part(items_file(path), pa.Table.from_pylist(items, schema=ITEMS))
+        table = pa.Table.from_pylist(documents, schema=DOCUMENTS)
+        write_part(path, table)
+        return _counts(table)
+
+    def _rows(self, document: Document) -> tuple[list[dict[str, Any]], str | None]:
+        """The rows of a document's items, and its error."""
+        if document.error is not None:
+            return [], document.error
+        texts = [item.text for item in document.items if item.text is not None]
+        if self._sentences and len(texts) * (len(document.items) - len(texts)) > MAX_SIMILARITIES:
+            return [], "too_many_items"
+        rows = [self._row(item) for item in document.items]
+        if self._sentences:
+            decoded = [row for row in rows if row["text"] is None and row["error"] is None]
+            for row, values_s in zip(decoded, self._sentences.similarities(texts), strict=True):
+                row["similarity"] = values_s
+        return rows, None
+
+    def _row(self, item: Item) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "text": item.text,
+            "src": item.src,
+            "alt": item.alt,
+            "rendered_width": item.width,
+            "rendered_height": item.height,
+            "inline": item.inline,
+            "error": item.error,
+        }
+        if item.place is not None:
+            row |= vars(item.place)
+        if item.text is None and item.error is None:
+            row |= self._look(item)
+        return row
+
+    def _look(self, item: Item) -> dict[str, Any]:
+        """Decode a picture: {"error"} where it cannot be, else format, size and hashes."""
+        raw = read_image(item)
+        image, image_format, error = decode(raw)
+        if image is None:
+            return {"error": error}
+        try:
+            seen = Decoded(uid="", caption="", record={}, image=image, image_format=image_format, raw=raw)
+            _, phash = self._fingerprints.see(seen)
+            if self._sentences:
+                self._sentences.see(image)
+        except (UserError, MemoryError):
+            raise
+        except Exception:  # of a transform, on a mode that it does not know
+            return {"error": "image_decode"}
+        width, height = image.size
+        sha256 = hashlib.sha256(raw).digest()
+        return {"format": image_format, "width": width, "height": height, "sha256": sha256, "phash": phash}
+
+
+def read_image(item: Item) -> bytes:
+    """The bytes of a picture that is at hand."""
+    if item.inline is not None:
+        return item.inline
+    assert item.place is not None
+    descriptor = os.open(item.place.path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, item.place.size, item.place.offset)
+    finally:
+        os.close(descriptor)
+
+
+def picture_key(sha256: bytes) -> np.uint64:
+    """The first 64 bits of a picture's hash, which stand for it where a pool's pictures are counted."""
+    return np.uint64(int.from_bytes(sha256[:8], "big"))

@@ -1,0 +1,158 @@
+"""The pictures of a document: where the bytes of each lie, or why they are not at hand.
+
+Addresses in pages are hostile: one that leads out of the pool, by `..`, an absolute
+path or a link, is `unsafe_path`, and one that two different pictures of a tar's page
+share by its last part is `image_ambiguous` unless the page's json says which is which.
+"""
+
+import base64
+import binascii
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+from curation.sources import fingerprint
+from curation.tar import Sample
+
+
+def mark_of(path: Path) -> str:
+    """16 hex digits that change when this file of the pool does; "" where it is gone."""
+    return fingerprint(str(path)) or ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a picture's bytes lie."""
+
+    path: str
+    fingerprint: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A text, or a picture (`text` is None) with its place, or its bytes where the page holds them, or its error."""
+
+    text: str | None = None
+    src: str = ""
+    alt: str = ""
+    width: str = ""
+    height: str = ""
+    place: Place | None = None
+    inline: bytes | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What is read of a document; `sentences` says that texts are split into them."""
+
+    html_bytes: int
+    image_bytes: int
+    items: int
+    sentences: bool
+
+
+Locate = Callable[[Sequence[str], dict[str, Any]], list[Place | str]]
+"""For addresses as the document has them, and its meta data, gives places or the reasons why there are none."""
+
+
+def image_item(
+    src: str, place: Place | str, written: str, limits: Limits, *, alt: str = "", width: str = "", height: str = ""
+) -> Item:
+    """A picture by its address: with its place, or with the bytes that the address itself holds (data:)."""
+    error, inline = None, None
+    if written.startswith("data:"):
+        src, _, payload = written.partition(",")
+        inline = _inline(src, payload)
+        error = "image_data" if inline is None else None
+        src = src[:100]
+    elif isinstance(place, str):
+        error = place
+    size = place.size if isinstance(place, Place) else len(inline or b"")
+    if size > limits.image_bytes:
+        error, inline = "image_bytes", None
+    found = place if isinstance(place, Place) and error is None else None
+    return Item(src=src, alt=alt, width=width, height=height, place=found, inline=inline, error=error)
+
+
+def _inline(head: str, payload: str) -> bytes | None:
+    raw = unquote_to_bytes(payload)
+    if not head.lower().endswith(";base64"):
+        return raw
+    try:
+        return base64.b64decode(b"".join(raw.split()), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def files(root: Path, folder: Path) -> Locate:
+    """Pictures that are files: a relative address from `folder` on, one with a leading / from `root` on."""
+
+    def locate_one(written: str, listed: object) -> Place | str:
+        if written.startswith("data:"):
+            return ""
+        if not written:
+            return "image_no_address"
+        mapped = listed.get(written) if isinstance(listed, dict) else None
+        try:
+            parts = urlsplit(written)
+            if not isinstance(mapped, str) and (parts.scheme or parts.netloc):
+                return "image_missing"
+            name = mapped if isinstance(mapped, str) else unquote(parts.path)
+            path = (root / name.lstrip("/") if name.startswith("/") else folder / name).resolve()
+            if not path.is_relative_to(root):
+                return "unsafe_path"
+            if not path.is_file():
+                return "image_missing"
+            return Place(path=str(path), fingerprint=mark_of(path), offset=0, size=path.stat().st_size)
+        except (OSError, ValueError, RuntimeError):  # names that no file can have, links in a circle
+            return "image_missing"
+
+    return lambda addresses, meta: [locate_one(written, meta.get("images")) for written in addresses]
+
+
+def tar_members(path: str, mark: str, sample: Sample) -> Locate:
+    """Pictures that are members of the document's sample."""
+
+    def locate(addresses: Sequence[str], meta: dict[str, Any]) -> list[Place | str]:
+        listed = meta.get("images")
+        mapping = listed if isinstance(listed, dict) else {}
+        users: dict[str, set[str]] = {}
+        for written in addresses:
+            users.setdefault(_last_part(written), set()).add(written.partition("?")[0].partition("#")[0])
+        found: list[Place | str] = []
+        for written in addresses:
+            mapped = mapping.get(written)
+            name = mapped.rpartition("/")[2] if isinstance(mapped, str) else _last_part(written)
+            key = sample.key.rpartition("/")[2]
+            member = sample.members.get(name.lower()) or sample.members.get(name.removeprefix(f"{key}.").lower())
+            if written.startswith("data:"):
+                found.append("")
+            elif not name:
+                found.append("image_no_address")
+            elif member is None or name.lower() in ("html", "htm", "json"):
+                found.append("image_missing")
+            elif not isinstance(mapped, str) and len(users[name]) > 1:
+                found.append("image_ambiguous")
+            else:
+                found.append(Place(path=path, fingerprint=mark, offset=member.offset, size=member.size))
+        return found
+
+    return locate
+
+
+def _last_part(address: str) -> str:
+    """The file name that an address ends with; "" for inline pictures."""
+    try:
+        return "" if address.startswith("data:") else unquote(urlsplit(address).path).rpartition("/")[2]
+    except ValueError:
+        return ""
+
+
+def string(value: object) -> str:
+    """A string that UTF-8 can hold; "" for anything else."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
