@@ -4,15 +4,12 @@ What trains the centroids is chosen by hash(seed, uid), so it depends on neither
 order nor partition. FAISS runs on one thread here, so that sums have one order.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
-
 import numpy as np
 import pyarrow as pa
 
 from curation.errors import UserError
 from curation.hashing import hash64_many
+from curation.selection.nearest import Metric, Nearest, one_thread
 
 ITERATIONS = 20
 
@@ -66,12 +63,12 @@ def train(
         min_points_per_centroid=1,
         max_points_per_centroid=len(chosen),
     )
-    with _one_thread():
+    with one_thread():
         kmeans.train(points)
     return kmeans.centroids
 
 
-def nearest(points: np.ndarray, centroids: np.ndarray, metric: Literal["ip", "l2"] = "ip") -> np.ndarray:
+def nearest(points: np.ndarray, centroids: np.ndarray, metric: Metric = "ip") -> np.ndarray:
     """The centroid (float32 [K, D]) with the largest dot product or the smallest L2 distance to each point.
 
     Args:
@@ -80,22 +77,4 @@ def nearest(points: np.ndarray, centroids: np.ndarray, metric: Literal["ip", "l2
     Returns:
         int32 [n].
     """
-    import faiss
-
-    index = (faiss.IndexFlatIP if metric == "ip" else faiss.IndexFlatL2)(centroids.shape[1])
-    index.add(centroids)
-    with _one_thread():
-        _, found = index.search(points.astype(np.float32), 1)
-    return found[:, 0].astype(np.int32)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    import faiss
-
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(threads)
+    return Nearest(centroids, metric)(points)
