@@ -4,10 +4,8 @@ What trains the centroids is chosen by hash(seed, uid), so it depends on neither
 order nor partition. FAISS runs on one thread here, so that sums have one order.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +13,7 @@ import pyarrow as pa
 from curation.errors import UserError
 from curation.hashing import hash64_many
 from curation.selection.interface import Count, Fold, Program
+from curation.selection.nearest import Metric, Nearest, one_thread
 
 ITERATIONS = 20
 BLOCK = 16_384  # points that are widened to float32 and searched at once
@@ -87,13 +86,13 @@ def train(points: np.ndarray, clusters: int, seed: int, iterations: int, spheric
         min_points_per_centroid=1,
         max_points_per_centroid=len(points),
     )
-    with _one_thread():
+    with one_thread():
         kmeans.train(points)
     centroids: Any = kmeans.centroids
     return centroids
 
 
-def nearest(points: np.ndarray, centroids: np.ndarray, metric: Literal["ip", "l2"] = "ip") -> np.ndarray:
+def nearest(points: np.ndarray, centroids: np.ndarray, metric: Metric = "ip") -> np.ndarray:
     """The centroid (float32 [K, D]) with the largest dot product or the smallest L2 distance to each point.
 
     Args:
@@ -102,25 +101,4 @@ def nearest(points: np.ndarray, centroids: np.ndarray, metric: Literal["ip", "l2
     Returns:
         int32 [n].
     """
-    import faiss
-
-    index = (faiss.IndexFlatIP if metric == "ip" else faiss.IndexFlatL2)(centroids.shape[1])
-    index.add(centroids)
-    found = np.empty(len(points), np.int32)
-    with _one_thread():
-        for start in range(0, len(points), BLOCK):
-            _, block = index.search(points[start : start + BLOCK].astype(np.float32), 1)
-            found[start : start + BLOCK] = block[:, 0]
-    return found
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    import faiss
-
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(threads)
+    return Nearest(centroids, metric)(points)
