@@ -25,7 +25,7 @@ from curation.store import Unit
 from tests.curation.conftest import sample, write_tar
 from tests.curation.test_selection import write_parts
 
-ROWS, ENTRIES = 4_000, 300
+ROWS, ENTRIES = 10_000, 300
 
 
 def naive(caption: str, entries: Sequence[str]) -> list[int]:

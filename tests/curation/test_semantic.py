@@ -19,7 +19,7 @@ from curation.selection.image_based import ImageBased
 from curation.selection.semantic_duplicates import SemanticDuplicates, keep_distinct
 from tests.curation.test_selection import keeps, write_parts
 
-ROWS, WIDTH, EPS = 6_000, 32, 0.05
+ROWS, WIDTH, EPS = 10_000, 32, 0.05
 Mode = Literal["semdedup", "greedy"]
 
 
