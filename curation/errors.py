@@ -4,8 +4,11 @@ Every command prints its message as a single line and exits with 2; any other
 exception is a defect of ours and keeps its traceback.
 """
 
+import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -19,3 +22,18 @@ def exit_code(main: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def full_disk_named(*folders: Path) -> Iterator[None]:
+    """Turn "no space left" into a user's error that names what is written to; any other OSError stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = " or ".join(str(folder) for folder in folders)
+        raise UserError(
+            f"--out {where}: no space left on the disk ({error}); free some and run the same command again, "
+            "which goes on where this one stopped"
+        ) from error

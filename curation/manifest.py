@@ -23,11 +23,15 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON through a unique temporary name and a rename: readers see all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with open(temporary, "w") as f:
-        json.dump(content, f, indent=1, default=str)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as f:
+            json.dump(content, f, indent=1, default=str)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:  # a full disk, which it should not help to fill
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from curation import signals as signal_kinds
 from curation.card import write_cards
 from curation.config import CurateConfig
 from curation.croissant import digest
-from curation.errors import UserError
+from curation.errors import UserError, full_disk_named
 from curation.hashing import config_hash
 from curation.manifest import claim, read_manifest, write_manifest
 from curation.pool import Shard, list_shards
@@ -67,7 +67,7 @@ def curate(
 
     Raises:
         UserError: what the user named does not exist, does not fit together, or
-            more than `max_error_rate` of the samples cannot be used.
+            more than `max_error_rate` of the samples cannot be used; or a disk is full.
     """
     if phase not in (*STEPS, "all"):
         raise UserError(f"--phase {phase}: unknown; one of {', '.join(STEPS)}, all")
@@ -75,7 +75,8 @@ def curate(
     pool = list_shards(pools, config.modality)
     identity = _identity(config, pool)
     root = (signals or out / "signals").resolve()
-    with Workers(workers, ray_address) as ray_workers:
+    written = (out,) if root.is_relative_to(out.resolve()) else (out, root)
+    with full_disk_named(*written), Workers(workers, ray_address) as ray_workers:
         run = phases.Run(
             config=config,
             pool=pool,

@@ -79,7 +79,7 @@ class Workers:
         """`setup()` once in each worker, then its function over the items; results as they come.
 
         Raises:
-            UserError: as raised by `setup` or the function in a worker.
+            UserError, OSError: as raised by `setup` or the function in a worker.
         """
         if not items:
             return
@@ -100,6 +100,8 @@ class Workers:
             except ray.exceptions.RayTaskError as failure:
                 if isinstance(failure.cause, UserError):
                     raise UserError(str(failure.cause)) from None
+                if isinstance(failure.cause, OSError):  # Ray's own shape of it has no errno
+                    raise failure.cause from failure
                 raise
             if waiting:
                 flying[actor.call.remote(self._generation, shared, waiting.popleft())] = actor

@@ -26,7 +26,7 @@ from tests.curation.conftest import sample, write_tar
 from tests.curation.selecting import select
 from tests.curation.test_selection import write_parts
 
-ROWS, ENTRIES = 4_000, 300
+ROWS, ENTRIES = 10_000, 300
 
 
 def naive_form(caption: str) -> str:

@@ -1,17 +1,25 @@
 """`curate` killed at every step that changes what is on disk, and run again: the bytes are those of a run in one go.
 
-The workers run in this process, so that a kill can be put before each rename,
-deletion, write and marker of theirs too, one after another. The kill of whole
-process groups is in `test_pipeline`.
+In the first test the workers run in this process, so that a kill can be put
+before each rename, deletion, write and marker of theirs too, one after another.
+In the second it is real processes and SIGKILL, at random moments.
 """
 
+import contextlib
 import hashlib
+import json
 import os
+import random
 import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from curation import phases, pipeline
@@ -139,3 +147,39 @@ def test_killed_at_every_step_and_run_again_gives_the_same_bytes(
         assert not list(out.glob(".build-*")), f"killed at step {number}: the markers stay"
         shutil.rmtree(out)
     assert number > 30, "few steps: what counts them is out of date"
+
+
+@pytest.mark.long
+def test_killed_at_twenty_random_moments_and_run_again(
+    done: Path, tmp_path: Path, pool: Path, recipe: dict[str, object]
+) -> None:
+    """The whole job, with workers of its own; what was finished before the kill is not done again."""
+    from tests.curation import test_pipeline
+
+    began = time.monotonic()
+    process = test_pipeline.start(recipe, pool, tmp_path / "timed" / "out")
+    assert process.wait(timeout=600) == 0
+    whole = time.monotonic() - began
+    expected, config = test_pipeline.digests(done), parse_config(recipe)
+    moments, caught = random.Random(0), Counter[str]()
+    for number in range(20):
+        out = tmp_path / str(number) / "out"
+        process = test_pipeline.start(recipe, pool, out)
+        moment = moments.uniform(0.2 * whole, whole)  # before that it only imports
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=moment)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        manifests = {p.name: p.stat().st_mtime_ns for p in out.glob("*manifest.json")}
+        parts = {p: p.stat().st_mtime_ns for p in out.glob("signals/*/*.parquet")}
+        rows = sum(pq.read_metadata(p).num_rows for p in parts)
+        caught["complete" if "manifest.json" in manifests else f"{len(manifests)} phases, {bool(parts)}"] += 1
+        manifest = curate(config, pools=[str(pool)], out=out, workers=2)
+        assert test_pipeline.digests(out) == expected, f"killed after {moment:.2f} of {whole:.2f} s"
+        assert manifest["seen"] == 140 and not list(out.glob(".build-*"))
+        assert {p: p.stat().st_mtime_ns for p in parts} == parts, "finished parts were measured again"
+        if "measure.manifest.json" not in manifests:
+            assert json.loads((out / "measure.manifest.json").read_text())["measured"] <= 140 - rows
+        assert {n: (out / n).stat().st_mtime_ns for n in manifests} == manifests, "a finished phase was done again"
+    assert len(caught) > 2, f"all kills fell into one phase: {caught}"

@@ -21,7 +21,7 @@ from curation.selection.semantic_duplicates import SemanticDuplicates, keep_dist
 from tests.curation.selecting import select
 from tests.curation.test_selection import keeps, write_parts
 
-ROWS, WIDTH, EPS = 6_000, 32, 0.05
+ROWS, WIDTH, EPS = 10_000, 32, 0.05
 Mode = Literal["semdedup", "greedy"]
 
 
