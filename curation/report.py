@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation import store
+from curation.errors import UserError
 from curation.hashing import hash64_many
 from curation.images import decode
 from curation.ledger import read_column
@@ -202,8 +203,11 @@ def _show(path: Path, row: int, scores: Sequence[str]) -> dict[str, Any]:
     image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
     thumbnail = None
     if image is not None and not values["error"]:
-        with open_shard(values["shard"]) as data:
-            thumbnail = _thumbnail(data[image[0] : image[0] + image[1]])
+        try:
+            with open_shard(values["shard"]) as data:
+                thumbnail = _thumbnail(data[image[0] : image[0] + image[1]])
+        except (OSError, UserError):
+            pass  # the pool is no longer there, and the page is not what says so
     return {
         "uid": values["uid"],
         "key": values["key"],

@@ -273,6 +273,8 @@ def test_pools_of_pictures_and_of_texts(tmp_path: Path) -> None:
     words = {"signals": {"text": {"kind": "text"}}, "modality": "texts"}
     assert run(pictures, tmp_path / "a", **images)["errors"] == {"image_decode": 1}
     assert run(texts, tmp_path / "b", **words)["kept"] == 3
+    (tmp_path / "lines.jsonl").write_text('{"text": "one"}\n{"text": "one"}\n{"text": "two", "lang": "en"}\n')
+    assert run(tmp_path / "lines.jsonl", tmp_path / "g", **words)["kept"] == 3
     assert run(tables, tmp_path / "c", **words)["errors"] == {"caption_missing": 1}
     assert run(pictures, tmp_path / "d")["errors"] == {"caption_missing": 4}
     assert run(texts, tmp_path / "e")["errors"] == {"image_missing": 3}
@@ -327,6 +329,7 @@ def test_credentials_and_backends_that_are_not_there(tmp_path: Path) -> None:
 def test_the_json_holds_the_other_columns(tmp_path: Path) -> None:
     (tmp_path / "pool").mkdir()
     columns = {"URL": "u", "uid": "ab", "width": 7, "score": 0.5, "tags": ["a", "b"], "mask": b"bytes", "none": None}
+    columns["missing"] = float("nan")
     table = pa.table({"image": [picture(1)], "TEXT": ["words"], **{k: [v] for k, v in columns.items()}})
     pq.write_table(table, tmp_path / "pool" / "0.parquet")
     run(tmp_path / "pool", tmp_path / "out")
