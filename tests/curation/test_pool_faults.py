@@ -1,5 +1,6 @@
 """Pools with something wrong in them or on the way: counted and named; and pools of pictures or texts alone."""
 
+import errno
 import json
 import os
 import shutil
@@ -37,6 +38,7 @@ class Unsteady(MemoryFileSystem):
     protocol = "unsteady"
     store: dict[str, Any] = {}  # noqa: RUF012
     failures = 0
+    failure: OSError = ConnectionResetError("reset by peer")
     halves = 0
 
     @classmethod
@@ -47,7 +49,7 @@ class Unsteady(MemoryFileSystem):
         cls = type(self)
         if cls.failures:
             cls.failures -= 1
-            raise ConnectionResetError("reset by peer")
+            raise cls.failure
         super().get_file(path, local, **options)
         if cls.halves:
             cls.halves -= 1
@@ -130,6 +132,18 @@ def test_a_connection_that_never_comes_back_is_an_error_that_names_the_shard(
         Unsteady.failures = 0
     assert len(pauses) == 4
     assert run(pool, tmp_path / "out")["kept"] == 3  # and the same command goes on
+
+
+def test_a_full_disk_is_not_tried_again(
+    tmp_path: Path, pauses: list[float], temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "pool" / "0.tar", pairs(3))
+    pool = put(tmp_path / "pool", f"unsteady://{tmp_path.name}")
+    monkeypatch.setattr(Unsteady, "failures", 1)
+    monkeypatch.setattr(Unsteady, "failure", OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(UserError, match=r"0\.tar: no space in .*set TMPDIR"):
+        run(pool, tmp_path / "out")
+    assert pauses == []
 
 
 @pytest.mark.parametrize("layout", ["tar", "parquet", "csv"])
