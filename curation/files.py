@@ -12,6 +12,7 @@ whatever becomes of the process, nothing of it stays on the disk. TMPDIR says
 where that is; a worker holds one shard there at a time.
 """
 
+import errno
 import os
 import tempfile
 import time
@@ -30,21 +31,9 @@ ATTEMPTS = 5
 PAUSE = 0.5  # seconds before the second attempt, doubled for each after it
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 TOGETHER = 32  # requests that a worker has under way, where files are small
-STAMPS = tuple(
-    [
-        "ETag",
-        "etag",
-        "generation",
-        "Content-MD5",
-        "checksum",
-        "mtime",
-        "LastModified",
-        "last_modified",
-        "updated",
-        "modified",
-        "Last-Modified",
-        "created",
-    ]
+STAMPS = (
+    *("ETag", "etag", "generation", "blob_id", "Content-MD5", "checksum"),
+    *("mtime", "LastModified", "last_modified", "updated", "modified", "Last-Modified", "created"),
 )
 T = TypeVar("T")
 
@@ -225,7 +214,7 @@ def retrying(name: str, action: Callable[[], T]) -> T:
 
     Raises:
         OSError: there is no such thing, or it is not allowed.
-        UserError: it failed as often as is tried.
+        UserError: it failed as often as is tried, or the disk is full.
     """
     for attempt in range(ATTEMPTS):
         try:
@@ -233,6 +222,9 @@ def retrying(name: str, action: Callable[[], T]) -> T:
         except FINAL:
             raise
         except Exception as failure:  # of any backend, which derive theirs from nothing common
+            if isinstance(failure, OSError) and failure.errno == errno.ENOSPC:
+                full = tempfile.gettempdir()
+                raise UserError(f"--pool {name}: no space in {full} for a copy; set TMPDIR to where there is") from None
             reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
             status = getattr(failure, "status", None)
             refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)

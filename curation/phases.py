@@ -78,17 +78,13 @@ def signal_set_of(run: Run, units: list[Unit] | None) -> SignalSet:
     return store.open_set(run.root, run.config.signals, run.config.unit_samples, units, run.config.modality)
 
 
-def one(_: Any) -> int:
-    return 1
-
-
 def measure(run: Run) -> dict[str, Any]:
     began, started = time.perf_counter(), run.workers.start_seconds
     mine = run.mine(run.pool)
     unscanned = [shard for shard in mine if store.shard_record(run.root, shard) is None]
     setup = Measuring(signals=run.config.signals, signal_set=signal_set_of(run, None))
     here = [shard for shard in unscanned if not shard.whole]
-    for _ in progress(run.workers.map(setup, here), label="scan", total=len(here), unit="shards", amount=one):
+    for _ in progress(run.workers.map(setup, here), label="scan", total=len(here), unit="shards", amount=_one):
         pass
     unseen = {shard.path for shard in unscanned if shard.whole}
     known = known_units(run, [shard for shard in mine if shard.path not in unseen])
@@ -101,7 +97,7 @@ def measure(run: Run) -> dict[str, Any]:
     whole = [Whole(shard=shard) for shard in mine if shard.whole and shard.path in wanted]
     setup = Measuring(signals=run.config.signals, signal_set=signal_set)
     measured = 0
-    results = progress(run.workers.map(setup, whole), label="measure", total=len(whole), unit="shards", amount=one)
+    results = progress(run.workers.map(setup, whole), label="measure", total=len(whole), unit="shards", amount=_one)
     for done, result in enumerate(results, start=1):
         measured += result["rows"]
         errors.update(result["errors"])
@@ -136,6 +132,10 @@ def measure(run: Run) -> dict[str, Any]:
     if run.slice is None:
         write_manifest(run.out / "measure.manifest.json", manifest)
     return manifest
+
+
+def _one(_: Any) -> int:
+    return 1
 
 
 def _from_out(run: Run, folder: Path) -> str:

@@ -16,6 +16,7 @@ import jinja2
 import pyarrow.parquet as pq
 
 from curation import figures
+from curation.errors import UserError
 from curation.images import decode
 from curation.selection.engine import Part
 from curation.sources import open_shard
@@ -158,7 +159,7 @@ def _thumbnail(shard: str, offset: int, size: int) -> str | None:
     try:
         with open_shard(shard) as tape:
             image, _, _ = decode(tape[offset : offset + size])
-    except OSError:
+    except (OSError, UserError):
         return None
     if image is None:
         return None

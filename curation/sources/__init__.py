@@ -7,7 +7,7 @@ signals carry, so that its tape can be opened from the name alone:
 
     /pool/00000.tar   s3://bucket/pool/part-0.parquet   /pool/metadata.csv#0-10000   /photos#20000-30000
 
-A new kind is a file beside these and a line in `_opened`.
+A new kind is a file beside these and a line in `_of_file`.
 """
 
 from typing import Protocol, Self
@@ -15,7 +15,7 @@ from typing import Protocol, Self
 from curation import files
 from curation.errors import UserError
 from curation.hashing import config_hash
-from curation.sources.folder import FolderSource, folder_fingerprint, is_range
+from curation.sources.folder import FolderSource, is_range
 from curation.sources.parquet import VERSION, ParquetSource
 from curation.sources.tar import TarSource
 from curation.tar import Sample
@@ -45,16 +45,8 @@ class Source(Protocol):
     def __exit__(self, *exception: object) -> None: ...
 
 
-def fingerprint(name: str) -> str | None:
-    """16 hex digits that change when the shard of this name does; None where it is gone."""
-    if is_range(name):
-        return folder_fingerprint(name)
-    file = files.look(name)
-    return None if file is None else file_fingerprint(file)
-
-
 def file_fingerprint(file: files.File) -> str:
-    """`fingerprint`, of a tar or parquet file as a listing has it."""
+    """16 hex digits that change when the tar or parquet file does."""
     known = [file.name, file.size, file.stamp]
     return config_hash(known if file.name.endswith(".tar") else [*known, VERSION])
 
@@ -68,9 +60,17 @@ def whole_shard(name: str, expected: str) -> Source:
     Raises:
         UserError: the shard has changed or is gone.
     """
+    wanted = expected.partition(".")[0]
     try:
-        if fingerprint(name) == expected.partition(".")[0]:
-            return _opened(name, whole=True)
+        if is_range(name):
+            folder = FolderSource(name)
+            if folder.fingerprint() == wanted:
+                folder.fetch()
+                return folder
+        else:
+            file = files.look(name)
+            if file is not None and file_fingerprint(file) == wanted:
+                return _of_file(name, whole=True)
     except OSError as reason:
         raise UserError(f"--pool: {name} cannot be read ({reason}); mend it, or curate into a new --out") from None
     raise UserError(f"--pool: {name} has changed since it was measured or listed; curate into a new --out")
@@ -78,12 +78,8 @@ def whole_shard(name: str, expected: str) -> Source:
 
 def open_shard(name: str) -> Source:
     """The tape of a shard of which a few ranges will be read, as the page and `inspect` do."""
-    return _opened(name, whole=False)
+    return FolderSource(name) if is_range(name) else _of_file(name, whole=False)
 
 
-def _opened(name: str, *, whole: bool) -> Source:
-    if is_range(name):
-        return FolderSource(name, whole=whole)
-    if name.endswith(".tar"):
-        return TarSource(name, whole=whole)
-    return ParquetSource(name, whole=whole)
+def _of_file(name: str, *, whole: bool) -> Source:
+    return TarSource(name, whole=whole) if name.endswith(".tar") else ParquetSource(name, whole=whole)

@@ -69,10 +69,6 @@ def folder_shards(base: str) -> list[tuple[str, str, int]]:
     return found
 
 
-def folder_fingerprint(name: str) -> str:
-    return _sum_up(_range_of(name)[0])[0]
-
-
 def _sum_up(entries: Sequence[Entry]) -> tuple[str, int]:
     parts = [(e.key, e.error, [(x, _plain(part)) for x, part in e.parts.items()]) for e in entries]
     size = sum(_size(part) for entry in entries for part in entry.parts.values())
@@ -211,14 +207,12 @@ def _json_rows(raw: IO[bytes]) -> Iterator[dict[str, Any] | str]:
 
 
 class FolderSource:
-    """The files of a remote shard that is read `whole` are fetched into one temporary file, many at a time."""
+    """Reads a file where a range of it is asked for; after `fetch`, all of a remote shard is here."""
 
-    def __init__(self, name: str, *, whole: bool) -> None:
+    def __init__(self, name: str) -> None:
         self._entries, self._damage = _range_of(name)
         self._fetched: IO[bytes] | None = None
         self._places: dict[str, int] = {}
-        if whole:
-            self._fetch()
 
     def __enter__(self) -> Self:
         return self
@@ -265,7 +259,15 @@ class FolderSource:
         self._fetched.seek(self._places[file.name] + at)
         return self._fetched.read(size)
 
-    def _fetch(self) -> None:
+    def fingerprint(self) -> str:
+        return _sum_up(self._entries)[0]
+
+    def fetch(self) -> None:
+        """Remote files into one temporary file, many at a time.
+
+        Raises:
+            UserError: one has another size than the listing had.
+        """
         wanted = {part.name: part for entry in self._entries for part in entry.parts.values() if isinstance(part, File)}
         if not any(files.is_remote(name) for name in wanted):
             return

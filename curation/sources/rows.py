@@ -30,9 +30,11 @@ def first_of(wanted: Iterable[str], present: Iterable[str]) -> str | None:
 
 
 def record_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row under img2dataset's names, without its nulls; a column that has such a name itself comes first."""
-    named = {NAMES.get(column, column): value for column, value in row.items() if value is not None}
-    return named | {column: value for column, value in row.items() if column in named and value is not None}
+    """A row under img2dataset's names; a column that has such a name itself comes first. Nulls, and NaN, which is
+    pandas' null and no JSON, are left out."""
+    there = {column: value for column, value in row.items() if value is not None and value == value}
+    named = {NAMES.get(column, column): value for column, value in there.items()}
+    return named | {column: there[column] for column in named if column in there}
 
 
 def record_text(record: Mapping[str, Any]) -> bytes:

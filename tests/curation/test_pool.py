@@ -96,7 +96,7 @@ def test_shards_are_in_one_order_whatever_the_pools_order(tmp_path: Path) -> Non
 
 def test_refusals_name_the_pool(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for pools in ([], [str(tmp_path / "absent")], [str(tmp_path / "empty")], ["s3://bucket/pool"]):
+    for pools in ([], [str(tmp_path / "absent")], [str(tmp_path / "empty")], ["nosuch://bucket/pool"]):
         with pytest.raises(UserError, match="--pool"):
             list_shards(pools)
 

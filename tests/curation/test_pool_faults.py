@@ -1,5 +1,6 @@
 """Pools with something wrong in them or on the way: counted and named; and pools of pictures or texts alone."""
 
+import errno
 import json
 import os
 import shutil
@@ -37,6 +38,7 @@ class Unsteady(MemoryFileSystem):
     protocol = "unsteady"
     store: dict[str, Any] = {}  # noqa: RUF012
     failures = 0
+    failure: OSError = ConnectionResetError("reset by peer")
     halves = 0
 
     @classmethod
@@ -47,7 +49,7 @@ class Unsteady(MemoryFileSystem):
         cls = type(self)
         if cls.failures:
             cls.failures -= 1
-            raise ConnectionResetError("reset by peer")
+            raise cls.failure
         super().get_file(path, local, **options)
         if cls.halves:
             cls.halves -= 1
@@ -130,6 +132,18 @@ def test_a_connection_that_never_comes_back_is_an_error_that_names_the_shard(
         Unsteady.failures = 0
     assert len(pauses) == 4
     assert run(pool, tmp_path / "out")["kept"] == 3  # and the same command goes on
+
+
+def test_a_full_disk_is_not_tried_again(
+    tmp_path: Path, pauses: list[float], temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "pool" / "0.tar", pairs(3))
+    pool = put(tmp_path / "pool", f"unsteady://{tmp_path.name}")
+    monkeypatch.setattr(Unsteady, "failures", 1)
+    monkeypatch.setattr(Unsteady, "failure", OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(UserError, match=r"0\.tar: no space in .*set TMPDIR"):
+        run(pool, tmp_path / "out")
+    assert pauses == []
 
 
 @pytest.mark.parametrize("layout", ["tar", "parquet", "csv"])
@@ -273,6 +287,8 @@ def test_pools_of_pictures_and_of_texts(tmp_path: Path) -> None:
     words = {"signals": {"text": {"kind": "text"}}, "modality": "texts"}
     assert run(pictures, tmp_path / "a", **images)["errors"] == {"image_decode": 1}
     assert run(texts, tmp_path / "b", **words)["kept"] == 3
+    (tmp_path / "lines.jsonl").write_text('{"text": "one"}\n{"text": "one"}\n{"text": "two", "lang": "en"}\n')
+    assert run(tmp_path / "lines.jsonl", tmp_path / "g", **words)["kept"] == 3
     assert run(tables, tmp_path / "c", **words)["errors"] == {"caption_missing": 1}
     assert run(pictures, tmp_path / "d")["errors"] == {"caption_missing": 4}
     assert run(texts, tmp_path / "e")["errors"] == {"image_missing": 3}
@@ -327,6 +343,7 @@ def test_credentials_and_backends_that_are_not_there(tmp_path: Path) -> None:
 def test_the_json_holds_the_other_columns(tmp_path: Path) -> None:
     (tmp_path / "pool").mkdir()
     columns = {"URL": "u", "uid": "ab", "width": 7, "score": 0.5, "tags": ["a", "b"], "mask": b"bytes", "none": None}
+    columns["missing"] = float("nan")
     table = pa.table({"image": [picture(1)], "TEXT": ["words"], **{k: [v] for k, v in columns.items()}})
     pq.write_table(table, tmp_path / "pool" / "0.parquet")
     run(tmp_path / "pool", tmp_path / "out")
