@@ -1,6 +1,7 @@
 """The signals by kind. A new one is a file beside these and a line here."""
 
 from curation.hashing import config_hash
+from curation.signals.cat import Cat
 from curation.signals.clip import Clip
 from curation.signals.concepts import Concepts
 from curation.signals.exposure import Exposure
@@ -16,6 +17,7 @@ from curation.signals.text import Text
 SIGNALS: dict[str, type] = {
     "text": Text,
     "language": Language,
+    "cat": Cat,
     "image": ImageShape,
     "exposure": Exposure,
     "fingerprints": Fingerprints,
