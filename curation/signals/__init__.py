@@ -2,6 +2,7 @@
 
 from curation.hashing import config_hash
 from curation.signals.captions import Captions
+from curation.signals.cat import Cat
 from curation.signals.clip import Clip
 from curation.signals.concepts import Concepts
 from curation.signals.exposure import Exposure
@@ -20,6 +21,7 @@ from curation.signals.text_regions import TextRegions
 SIGNALS: dict[str, type] = {
     "text": Text,
     "language": Language,
+    "cat": Cat,
     "image": ImageShape,
     "exposure": Exposure,
     "fingerprints": Fingerprints,

@@ -61,13 +61,14 @@ def typed(value: Any, kind: Type) -> Any:
     """The value, where JSON has one of this type; else None."""
     if not isinstance(value, TYPES[kind][1]) or isinstance(value, bool) != (kind == "bool"):
         return None
+    found: Any = value
     if kind == "string":
-        return value.encode("utf-8", "replace").decode()  # json may hold half a surrogate pair, Arrow may not
+        return found.encode("utf-8", "replace").decode()  # json may hold half a surrogate pair, Arrow may not
     if kind == "int64":
-        return value if -(2**63) <= value < 2**63 else None
+        return found if -(2**63) <= found < 2**63 else None
     if kind == "bool":
-        return value
+        return found
     try:
-        return float(value)
+        return float(found)
     except OverflowError:  # a whole number of more than 308 digits
         return None

