@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from curation.sources import fingerprint
+from curation.files import look
+from curation.sources import file_fingerprint
 from curation.tar import Sample
 
 
 def mark_of(path: Path) -> str:
     """16 hex digits that change when this file of the pool does; "" where it is gone."""
-    return fingerprint(str(path)) or ""
+    file = look(str(path))
+    return file_fingerprint(file) if file else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation import shards
 from curation.config import CurateConfig, load_config
 from curation.ledger import write_ledger
+from curation.plan import plan
 from curation.selection import engine
 from curation.signals.clip import Clip, embedding_column
 from tests.conftest import ROOT
@@ -99,6 +99,7 @@ def measured(config: CurateConfig, pool: Pool) -> pa.Table:
         "shard": pa.array(["0.tar"] * ROWS),
         "key": pa.array([str(n) for n in range(ROWS)]),
         "extensions": pa.array([["jpg", "txt"]] * ROWS, pa.list_(pa.string())),
+        "extensions": pa.array([["jpg", "txt"]] * ROWS, pa.list_(pa.string())),
         "sizes": pa.array([[10, 20]] * ROWS, pa.list_(pa.int64())),
     }
     for name, signal in config.signals.items():
@@ -115,10 +116,11 @@ def subset_file(config: CurateConfig, pool: Pool, folder: Path, cuts: list[int])
     """The bytes of shards/sample_ids.npy"""
     folder.mkdir()
     parts = write_parts(folder, measured(config, pool), cuts)
-    write_ledger(folder / "ledger", parts, engine.run(config.selectors, parts))
-    buffer = io.BytesIO()
-    np.save(buffer, shards.plan(parts, folder / "ledger", seed=config.seed, shard_samples=1000).ids)
-    return buffer.getvalue()
+    parted = engine.partitions(parts, rows=2_000)
+    selection = engine.run(config.selectors, parted, folder / "select")
+    write_ledger(folder / "ledger", parted, selection)
+    settings = {"seed": config.seed, "shard_samples": 1000, "members": {}}
+    return plan(parted, folder / "ledger", folder / "plan", **settings).ids.read_bytes()
 
 
 @pytest.fixture(scope="module")
