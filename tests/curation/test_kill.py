@@ -9,13 +9,14 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from curation import phases, pipeline
-from curation.config import CurateConfig, parse_config
+from curation.config import parse_config
 from curation.pipeline import curate
 from curation.workers import Workers
 from tests.curation.conftest import sample, write_tar
@@ -79,8 +80,8 @@ STEPS = (
 )
 
 
-def run_until(number: int, patch: pytest.MonkeyPatch, config: CurateConfig, raw: Path, out: Path, **options) -> bool:
-    """Whether the run came to its `number`-th step, which killed it."""
+def run_until(number: int, patch: pytest.MonkeyPatch, run: Callable[[], Any]) -> bool:
+    """Whether `run` came to its `number`-th step, which killed it."""
     done = 0
 
     def counted(real: Callable[..., Any], half: Callable[..., None]) -> Callable[..., Any]:
@@ -98,7 +99,7 @@ def run_until(number: int, patch: pytest.MonkeyPatch, config: CurateConfig, raw:
         for owner, name, half in STEPS:
             inner.setattr(owner, name, counted(getattr(owner, name), half))
         try:
-            curate(config, pools=[str(raw)], out=out, **options)
+            run()
         except Killed:
             return True
     return False
@@ -131,7 +132,8 @@ def test_killed_at_every_step_and_run_again_gives_the_same_bytes(
         out = tmp_path / str(number)
         if overwritten:
             shutil.copytree(old, out)
-        killed = run_until(number, monkeypatch, config, raw, out, overwrite=overwritten)
+        run = partial(curate, config, pools=[str(raw)], out=out, overwrite=overwritten)
+        killed = run_until(number, monkeypatch, run)
         assert not (killed and (out / "manifest.json").exists() and number > 1), f"killed at {number}, yet complete"
         again = curate(config, pools=[str(raw)], out=out, overwrite=overwritten and killed)
         assert again["kept"] == manifest["kept"]
