@@ -27,7 +27,9 @@ strong sub sup time tt u var wbr"""
 _PARAGRAPHS = "blockquote dl h1 h2 h3 h4 h5 h6 ol p ul"
 _LINES = "address article aside br center dd dt div figcaption hgroup legend main marquee section summary"
 _HOLDERS = "blink body caption figure html picture"
-UNWRAPPED = frozenset(_STYLES.split())
+# Of these libxml2 does not know that they hold nothing: what follows a `source` would go with it.
+_EMPTY = "area base basefont bgsound col command embed hr input keygen link meta param source track wbr"
+UNWRAPPED = frozenset([*_STYLES.split(), *_EMPTY.split()])
 BREAKS = {
     **dict.fromkeys(_PARAGRAPHS.split(), PARAGRAPH),
     **dict.fromkeys(_LINES.split(), LINE),

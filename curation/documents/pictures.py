@@ -58,6 +58,7 @@ class Limits:
     sentences: bool
 
 
+NO_PICTURES = ("html", "htm", "json")
 Locate = Callable[[Sequence[str], dict[str, Any]], list[Place | str]]
 """For addresses as the document has them, and its meta data, gives places or the reasons why there are none."""
 
@@ -130,17 +131,18 @@ def tar_members(path: str, mark: str, sample: Sample) -> Locate:
         for written in addresses:
             mapped = mapping.get(written)
             name = mapped.rpartition("/")[2] if isinstance(mapped, str) else _last_part(written)
-            key = sample.key.rpartition("/")[2]
-            member = sample.members.get(name.lower()) or sample.members.get(name.removeprefix(f"{key}.").lower())
+            extensions = (name.lower(), name.removeprefix(f"{sample.key.rpartition('/')[2]}.").lower())
+            found_as = next((e for e in extensions if e in sample.members and e not in NO_PICTURES), None)
             if written.startswith("data:"):
                 found.append("")
             elif not name:
                 found.append("image_no_address")
-            elif member is None or name.lower() in ("html", "htm", "json"):
+            elif found_as is None:
                 found.append("image_missing")
             elif not isinstance(mapped, str) and len(users[name]) > 1:
                 found.append("image_ambiguous")
             else:
+                member = sample.members[found_as]
                 found.append(Place(path=path, fingerprint=mark, offset=member.offset, size=member.size))
         return found
 

@@ -99,7 +99,6 @@ def measured(config: CurateConfig, pool: Pool) -> pa.Table:
         "shard": pa.array(["0.tar"] * ROWS),
         "key": pa.array([str(n) for n in range(ROWS)]),
         "extensions": pa.array([["jpg", "txt"]] * ROWS, pa.list_(pa.string())),
-        "extensions": pa.array([["jpg", "txt"]] * ROWS, pa.list_(pa.string())),
         "sizes": pa.array([[10, 20]] * ROWS, pa.list_(pa.int64())),
     }
     for name, signal in config.signals.items():

@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation import phases, pipeline
-from curation.config import CurateConfig, parse_config
+from curation.config import parse_config
 from curation.pipeline import curate
 from curation.workers import Workers
 from tests.curation.conftest import sample, write_tar
@@ -87,8 +88,8 @@ STEPS = (
 )
 
 
-def run_until(number: int, patch: pytest.MonkeyPatch, config: CurateConfig, raw: Path, out: Path, **options) -> bool:
-    """Whether the run came to its `number`-th step, which killed it."""
+def run_until(number: int, patch: pytest.MonkeyPatch, run: Callable[[], Any]) -> bool:
+    """Whether `run` came to its `number`-th step, which killed it."""
     done = 0
 
     def counted(real: Callable[..., Any], half: Callable[..., None]) -> Callable[..., Any]:
@@ -106,7 +107,7 @@ def run_until(number: int, patch: pytest.MonkeyPatch, config: CurateConfig, raw:
         for owner, name, half in STEPS:
             inner.setattr(owner, name, counted(getattr(owner, name), half))
         try:
-            curate(config, pools=[str(raw)], out=out, **options)
+            run()
         except Killed:
             return True
     return False
@@ -139,7 +140,8 @@ def test_killed_at_every_step_and_run_again_gives_the_same_bytes(
         out = tmp_path / str(number)
         if overwritten:
             shutil.copytree(old, out)
-        killed = run_until(number, monkeypatch, config, raw, out, overwrite=overwritten)
+        run = partial(curate, config, pools=[str(raw)], out=out, overwrite=overwritten)
+        killed = run_until(number, monkeypatch, run)
         assert not (killed and (out / "manifest.json").exists() and number > 1), f"killed at {number}, yet complete"
         again = curate(config, pools=[str(raw)], out=out, overwrite=overwritten and killed)
         assert again["kept"] == manifest["kept"]

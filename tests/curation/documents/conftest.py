@@ -10,12 +10,12 @@ from tests.curation.conftest import picture, write_tar
 
 PROSE = [
     "The harbour of the old town is at its best in the early morning, when the boats come back and the gulls follow.",
-    "We had walked down from the hotel before breakfast, and the man who sells coffee at the pier was setting up.",
+    "We had walked down from the hotel before breakfast, and the man who sells coffee was still setting up.",
     "It is not a large place, but there is more to see than one would think from the road that leads past it.",
     "On the other side of the bay, a path goes up to the lighthouse, and from there you can see as far as the islands.",
     "If you stay for a second night, ask for the room at the back, which is quieter and has a view of the garden.",
     "Most of the houses were built by sailors who had seen other countries, and no two of them are painted alike.",
-    "In the evening we went to the restaurant near the church, where the owner told us of the storm of last year.",
+    "In the evening we went to the small restaurant near the church, where the owner told us about the storm.",
     "There was only one dish on the menu, and it was as good as anything that we have eaten on this coast.",
 ]
 BOILERPLATE = (
@@ -37,7 +37,8 @@ def blog(n: int) -> str:
 <p>{first}</p><figure><img src="photo{n}.jpg" alt="boats &amp; gulls" width="640" height="480">
 <figcaption>Boats in the harbour.</figcaption></figure>
 <p>{second}<br>{third}</p><img src="/img/site-logo.png"><img src="thumb.jpg"><p>{BOILERPLATE}</p>
-<p>© 2021</p><p>This paragraph is the same on every page, and it is not about the walk.</p></article>"""
+<p>© 2021</p>
+<p>This paragraph is the same on every page that the site has, and it is not about the walk.</p></article>"""
 
 
 @pytest.fixture(scope="session")
