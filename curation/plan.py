@@ -102,6 +102,7 @@ def plan(
     Raises:
         UserError: a sample has a member of such an extension already.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     kept: list[int] = []
     sample = np.zeros(0, UID)
     weights = np.zeros(0, np.uint64)
@@ -127,7 +128,8 @@ def plan(
     places = gather(folder / "places", len(pool), buckets, ROW_BYTES, order, map_parts)
     lengths = np.array([length for length, _ in places.summaries], np.int64)
     tape_starts = np.cumsum(lengths) - lengths
-    shard_starts = np.concatenate([start + at for start, (_, at) in zip(tape_starts, places.summaries, strict=True)])
+    begins = [start + at for start, (_, at) in zip(tape_starts, places.summaries, strict=True)]
+    shard_starts = np.concatenate([np.zeros(0, np.int64), *begins])
     ends = np.append(shard_starts[1:], lengths.sum()) if len(shard_starts) else shard_starts
     total = sum(kept)
     return Plan(

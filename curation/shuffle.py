@@ -69,6 +69,8 @@ def gather(
     folder: Path, partitions: int, buckets: int, row_bytes: int, reduce: Reduce, map_parts: MapParts
 ) -> RowFiles:
     """Reduce each bucket over what `partitions` partitions scattered into `folder`; their files go."""
+    if not partitions:
+        return RowFiles(folder=folder, summaries=[])
     task = partial(_reduce, folder, partitions, max(1, BUCKET_BYTES // row_bytes), reduce)
     summaries = list(map_parts(task, range(buckets)))
     for number in range(partitions):

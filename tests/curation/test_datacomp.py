@@ -16,6 +16,7 @@ import fasttext
 import numpy as np
 import pyarrow as pa
 import pytest
+from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
 from curation.config import CurateConfig, load_config
 from curation.ledger import write_ledger
@@ -76,6 +77,24 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     centroids = rng.normal(size=(CENTROIDS, WIDTH)) * rng.uniform(0.5, 1.0, (CENTROIDS, 1)) / WIDTH**0.5
     np.save(folder / "centroids.npy", centroids.astype(np.float32))
     np.save(folder / "reference.npy", rng.normal(size=(60, WIDTH)).astype(np.float16))
+    # Some of the captions' words, as nouns, verbs and adjectives: which sense is first matters; two are classes.
+    entries = {"noun": ["dog", "field", "run"], "verb": ["run", "house"], "adj": ["red", "old"], "adv": []}
+    ids = []
+    (folder / "wordnet").mkdir()
+    for pos, words in entries.items():
+        data, index = "  1 WordNet 3.0 Copyright\n", "  1 The licence.\n"
+        letter = {"adj": "a", "adv": "r"}.get(pos, pos[0])
+        for word in words:
+            if (pos, word) in {("noun", "field"), ("verb", "house")}:
+                ids.append(f"n{len(data):08d}")
+            index += f"{word} {letter} 1 0 1 0 {len(data):08d}  \n"
+            frames = " 00" if pos == "verb" else ""
+            data += f"{len(data):08d} 03 {letter} 01 {word} 0 000{frames} | what {pos} {word} means\n"
+        for name, text in ((f"index.{pos}", index), (f"data.{pos}", data), (f"{pos}.exc", "")):
+            (folder / "wordnet" / name).write_text(text)
+    (folder / "wordnet" / "lexnames").write_text("".join(f"{n:02d}\tnoun.x\t1\n" for n in range(45)))
+    (folder / "wordnet" / "cntlist.rev").write_text("")
+    (folder / "ids.txt").write_text("\n".join(ids) + "\n")
     return folder
 
 
@@ -164,10 +183,24 @@ def image_based_clip(pool: Pool, english: np.ndarray, files: Path) -> np.ndarray
     return image_based(pool, english, files) & clip_score(pool, english, files)
 
 
+def text_based(pool: Pool, english: np.ndarray, files: Path) -> np.ndarray:
+    """nltk reads the same WordNet, and the ids are a plain list, as in DataComp."""
+    ids = [int(line[1:]) for line in (files / "ids.txt").read_text().split()]
+    with pytest.warns(UserWarning):
+        wordnet = WordNetCorpusReader(str(files / "wordnet"), None)
+
+    def named(caption: str) -> int:
+        synsets = [wordnet.synsets(word)[:1] for word in caption.split()]
+        return any(first[0].offset() in ids for first in synsets if first)
+
+    return english & count(named, pool)
+
+
 FILTERS = {
     "datacomp_basic": basic,
     "datacomp_clip_l14_f30": clip_score,
     "laion2b": laion2b,
+    "datacomp_text_based": text_based,
     "datacomp_image_based": image_based,
     "datacomp_image_based_clip": image_based_clip,
 }
@@ -178,7 +211,11 @@ def test_the_subset_file_is_byte_equal(
     recipe: str, pool: Pool, english: np.ndarray, files: Path, tmp_path: Path
 ) -> None:
     named = [f"--selectors.image_based.{n}={files / n}.npy" for n in ("centroids", "reference")]
-    config = load_config(ROOT / f"recipes/curate/{recipe}.yaml", named if "image_based" in recipe else [])
+    named = named if "image_based" in recipe else []
+    if recipe == "datacomp_text_based":
+        given = {"wordnet": files / "wordnet", "synsets": files / "ids.txt"}
+        named = [f"--signals.imagenet21k_words.{name}={path}" for name, path in given.items()]
+    config = load_config(ROOT / f"recipes/curate/{recipe}.yaml", named)
     keep = FILTERS[recipe](pool, english, files) & pool.valid
     assert 0.01 * ROWS < keep.sum() < 0.6 * ROWS
     pairs = sorted((int(uid[:16], 16), int(uid[16:], 16)) for uid, k in zip(pool.uid, keep, strict=True) if k)
