@@ -13,13 +13,17 @@ for half and within one for seven in eight. The T, text-spotting, drops captions
 that say what is written in the picture and needs a reader of text: not here.
 """
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
 
 from curation.errors import UserError
+from curation.hashing import file_hash
 from curation.signals.grammar import parse
 from curation.signals.interface import Decoded
 
@@ -42,12 +46,19 @@ class Cat:
         return {"caption_complexity": pa.int32(), "caption_actions": pa.int32()}
 
     def content(self) -> dict[str, Any]:
-        """The model, and of spaCy's the versions."""
+        """The model; of one of spaCy's its version, or what its folder holds, and spaCy's version."""
         if self.model == BUILTIN:
             return {"model": BUILTIN}
-        pipeline = _pipeline(self.model)
-        name = f"{pipeline.meta['lang']}_{pipeline.meta['name']}"
-        return {"model": name, "version": pipeline.meta["version"], "spacy": pipeline.meta["spacy_version"]}
+        if importlib.util.find_spec("spacy") is None:
+            raise _not_installed(self.model)
+        if Path(self.model).is_dir():
+            made = file_hash(sorted(file for file in Path(self.model).rglob("*") if file.is_file()))
+        else:
+            try:
+                made = f"{self.model} {version(self.model)}"
+            except PackageNotFoundError:
+                raise _not_loaded(self.model, "no such package or folder") from None
+        return {"model": made, "spacy": version("spacy")}
 
     def load(self, name: str) -> "CatMeter":
         return CatMeter(_builtin if self.model == BUILTIN else _spacy(self.model))
@@ -92,14 +103,21 @@ def _pipeline(model: str) -> Any:
     try:
         import spacy
     except ImportError:
-        raise UserError(
-            f"cat: model {model} needs spaCy, which is not installed; "
-            "run `pip install gemsmith[spacy]`, or use model: builtin"
-        ) from None
+        raise _not_installed(model) from None
     try:
         return spacy.load(model, exclude=["ner", "lemmatizer"])
     except (OSError, ValueError) as reason:
-        raise UserError(
-            f"cat: model {model}: spaCy cannot load it ({' '.join(str(reason).split())[:200]}); "
-            f"run `python -m spacy download {model}`, or name a path"
-        ) from None
+        raise _not_loaded(model, " ".join(str(reason).split())[:200]) from None
+
+
+def _not_installed(model: str) -> UserError:
+    return UserError(
+        f"cat: model {model} needs spaCy, which is not installed; "
+        "run `pip install gemsmith[spacy]`, or use model: builtin"
+    )
+
+
+def _not_loaded(model: str, reason: str) -> UserError:
+    return UserError(
+        f"cat: model {model}: spaCy cannot load it ({reason}); run `python -m spacy download {model}`, or name a path"
+    )

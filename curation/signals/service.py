@@ -55,7 +55,7 @@ class Service:
     `batch`: items of one question, at most 64. `timeout`: seconds until an answer; `retries`: tries after the first;
     `backoff`: seconds before the second try, doubled each time.
     `token_env`: name of an environment variable of the workers, sent as `token_header` ("Bearer ..." in Authorization).
-    `on_failure`: "stop" ends the run when a question stays unanswered, "null" goes on.
+    `on_failure`: "stop" ends the run when a question stays unanswered, "skip" leaves nulls and goes on.
     """
 
     columns: Mapping[str, Type]
@@ -70,7 +70,7 @@ class Service:
     backoff: float = 1.0
     token_env: str | None = None
     token_header: str = "Authorization"
-    on_failure: Literal["stop", "null"] = "stop"
+    on_failure: Literal["stop", "skip"] = "stop"
     revision: str = ""
     version: ClassVar[int] = 1
 
@@ -164,7 +164,7 @@ class ServiceMeter:
         if self._settings.on_failure == "stop":
             raise UserError(
                 f"service {self._name}: {len(items)} samples without an answer ({reason}); "
-                "mend the service and run again, or set on_failure: null"
+                "mend the service and run again, or set on_failure: skip"
             )
         print(f"service {self._name}: {len(items)} samples unanswered: {reason}", file=sys.stderr)
         return [None] * len(items)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.config import load_config, parse_config
+from curation.config import load_config
 from curation.errors import UserError
 from curation.signals.cat import Cat
 from curation.signals.grammar import parse
@@ -114,7 +114,10 @@ def test_spacys_own_trees_are_counted(tmp_path: Path) -> None:
         pairs = [word.head for word in document if word.dep_ == "nsubj" and word.head.pos_ == "VERB"]
         assert row["caption_actions"] == len({head.i for head in pairs})
     assert sum(row["caption_actions"] > 0 for row in rows) > 10
-    assert parse_config({"signals": {"cat": signal}}).signals["cat"].content()["model"] == "en_pipeline"
+    content = Cat(model=str(tmp_path / "pipeline")).content()
+    assert content["spacy"] == spacy.__version__
+    (tmp_path / "pipeline" / "more.bin").write_bytes(b"other weights")
+    assert Cat(model=str(tmp_path / "pipeline")).content() != content
 
 
 def any_tree(document: Any) -> Any:
@@ -143,6 +146,8 @@ def test_without_spacy_or_its_pipeline_one_line_says_so(monkeypatch: pytest.Monk
         UserError, match=r"model no_such: spaCy cannot load it .*; run `python -m spacy download no_such`"
     ):
         Cat(model="no_such").content()
+    with pytest.raises(UserError, match=r"spaCy cannot load it"):
+        Cat(model=str(tmp_path)).load("cat")
 
 
 def test_the_recipe() -> None:

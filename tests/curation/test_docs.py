@@ -54,3 +54,8 @@ def test_the_example_of_a_signal_works(tmp_path: Path, monkeypatch: pytest.Monke
 def test_every_kind_is_on_the_page() -> None:
     for kind in (*SIGNALS, *SELECTORS):
         assert f"| `{kind}` |" in PAGE, kind
+
+
+def test_the_example_of_a_service_is_a_recipe() -> None:
+    config = parse_config(yaml.safe_load(block("yml")))
+    assert list(config.signals["nsfw"].schema("nsfw")) == ["nsfw_probability", "nsfw_label", "nsfw_unanswered"]

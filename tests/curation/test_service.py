@@ -137,7 +137,7 @@ def test_what_passes_by_itself_is_tried_again(server: Server, samples: Any, tmp_
 
 def test_unanswered_is_null_and_counted_or_stops_the_run(server: Server, samples: Any, tmp_path: Path) -> None:
     server.reply = lambda number, items: (200, judge(items)) if items[0]["uid"].endswith("0") else (500, b"")
-    rows = measure(samples[0], tmp_path / "null", server.url, batch=1, retries=1, on_failure="null")
+    rows = measure(samples[0], tmp_path / "null", server.url, batch=1, retries=1, on_failure="skip")
     for row, members in zip(rows, samples[1], strict=True):
         answered = row["uid"].endswith("0")
         assert columns([row]) == [expected(members) if answered else (None, None, True)]
@@ -151,7 +151,7 @@ def test_unanswered_is_null_and_counted_or_stops_the_run(server: Server, samples
 def test_a_refused_sample_is_found_and_the_others_answered(server: Server, samples: Any, tmp_path: Path) -> None:
     bad = {f"{n:032x}" for n in (7, 8, 70)}
     server.reply = lambda _, items: (422, b"") if bad & {item["uid"] for item in items} else (200, judge(items))
-    rows = measure(samples[0], tmp_path, server.url, on_failure="null")
+    rows = measure(samples[0], tmp_path, server.url, on_failure="skip")
     assert {row["uid"] for row in rows if row["nsfw_check_unanswered"]} == bad
     assert [one for one, row in zip(columns(rows), rows) if row["uid"] not in bad] == [
         expected(members) for n, members in enumerate(samples[1]) if n not in (7, 8, 70)
@@ -176,13 +176,13 @@ def test_mistakes_of_the_recipe_stop_at_once(
         server.questions.clear()
         server.reply = lambda *_, status=status: (status, b"", {"Location": server.url})
         with pytest.raises(UserError, match=rf"service nsfw_check: http://.* answers with status {status}; .*{mend}"):
-            measure(samples[0], tmp_path / str(status), server.url, on_failure="null")
+            measure(samples[0], tmp_path / str(status), server.url, on_failure="skip")
         assert len(server.questions) == 1
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(UserError, match=rf"nsfw_check: nothing answers at 127.0.0.1:{port} \(.*refused\); start it"):
-        measure(samples[0], tmp_path / "down", f"http://127.0.0.1:{port}/", on_failure="null")
+        measure(samples[0], tmp_path / "down", f"http://127.0.0.1:{port}/", on_failure="skip")
     for value in ("", "two\nlines"):
         monkeypatch.setenv("NSFW_TOKEN", value)
         with pytest.raises(UserError, match="NSFW_TOKEN") as refused:
