@@ -76,6 +76,8 @@ def documents(
             more than `max_error_rate` of the documents cannot be used.
     """
     pool = list_documents(pools, config.unit_documents)
+    if config.assign is not None:
+        config.assign.clip.schema("clip_score")  # refuses a model that open_clip does not have, before anything is read
     identity = {**config.to_dict(), "measured": config.measured(), "lists": _lists_hash(config)}
     del identity["max_error_rate"]  # raising it must let a run go on
     identity["pool"] = config_hash([shard.fingerprint for shard in pool])
