@@ -141,11 +141,11 @@ def _select(run: Run) -> dict[str, Any]:
     for leftover in run.out.glob(".select-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     paths = [measure.documents_file(run.store, shard) for shard in run.pool]
-    judged = dict(run.workers.map(judge.Judging(config=run.config), list(enumerate(paths))))
+    folder = run.out / f".select-{uuid.uuid4().hex}"
+    judged = dict(run.workers.map(judge.Judging(config=run.config, folder=folder), list(enumerate(paths))))
     parts = [judged[i] for i in range(len(paths))]
     found = repeats.find_repeats(repeats.joined(parts), run.config.pool)
 
-    folder = run.out / f".select-{uuid.uuid4().hex}"
     work, document, item = [], 0, 0
     for shard, path, part in zip(run.pool, paths, parts, strict=True):
         own = found.document[document : (document := document + len(part.uid))]
@@ -158,7 +158,7 @@ def _select(run: Run) -> dict[str, Any]:
     for name in OUTPUTS:
         shutil.rmtree(run.out / name, ignore_errors=True)
         (folder / name).rename(run.out / name)
-    folder.rmdir()
+    shutil.rmtree(folder)
     measured = read_manifest(run.out / "measure.manifest.json")
     assert measured is not None
     return _done(run, "select", began, funnel(counts, measured["seen"], document_stages(run.config)))

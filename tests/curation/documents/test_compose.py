@@ -1,6 +1,7 @@
 """What is made of a document's kept items: the order of its texts, every picture once, lists of one length."""
 
 import json
+from itertools import pairwise
 from typing import Any
 
 from hypothesis import given, settings
@@ -45,7 +46,7 @@ def test_the_order_of_a_page_is_kept(items: list[tuple[bool, bool]]) -> None:
     order, said = read(made(items, {}, None))
     assert order == [f"{i}.jpg" if picture else f"text {i}" for i, (picture, kept) in enumerate(items) if kept]
     texts = [text is not None for text in said["texts"]]
-    assert not any(one and other for one, other in zip(texts, texts[1:], strict=False)), "texts side by side are one"
+    assert not any(one and other for one, other in pairwise(texts)), "texts side by side are one"
 
 
 @settings(deadline=None)
