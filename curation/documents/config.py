@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jsonargparse
 
@@ -119,6 +119,7 @@ def parse_config(raw: Mapping[str, Any]) -> DocumentsConfig:
     Raises:
         UserError: as `load_config`.
     """
+    _check_keys(DocumentsConfig, raw, "recipe")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(DocumentsConfig, as_group=False)
     try:
@@ -136,3 +137,17 @@ def parse_config(raw: Mapping[str, Any]) -> DocumentsConfig:
         if rules.min_common_words > 0 and config.lists.common_words is None:
             raise UserError(f"{where}.min_common_words: no list of common words; name a file as lists.common_words")
     return config
+
+
+def _check_keys(cls: type, settings: Mapping[str, Any], where: str) -> None:
+    """Refuse what jsonargparse lets pass: unknown keys at the top, and null where there is a default."""
+    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    for name, value in settings.items():
+        if name not in fields:
+            raise UserError(f"{where}.{name}: unknown setting; this takes {', '.join(fields)}")
+        kinds = (fields[name], *get_args(fields[name]))
+        if value is None and type(None) not in kinds:
+            raise UserError(f"{where}.{name}: null; give it a value or leave it out")
+        for kind in kinds:
+            if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, Mapping):
+                _check_keys(kind, value, f"{where}.{name}")

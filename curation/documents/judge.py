@@ -69,6 +69,7 @@ ITEM_LEDGER = pa.schema(
     ]
 )
 OF_DROPPED = "document_dropped"
+JUDGED = "judged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,19 +141,23 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True)
 class Judging:
-    """Sets a worker up; called with (place, part) it gives (place, what the pool must know of it)."""
+    """Sets a worker up; called with (place, part) it gives (place, what the pool must know of it), and leaves the
+    verdicts in `folder` for `Finishing`."""
 
     config: DocumentsConfig
+    folder: Path
 
     def __call__(self) -> Callable[[tuple[int, Path]], tuple[int, Judged]]:
         rules = Rules(self.config)
-        return lambda numbered: (numbered[0], judge(rules, numbered[1]))
+        return lambda numbered: (numbered[0], judge(rules, self.folder / JUDGED, numbered[1]))
 
 
-def judge(rules: Rules, part: Path) -> Judged:
+def judge(rules: Rules, folder: Path, part: Path) -> Judged:
     columns = ["text", "src", "rendered_width", "rendered_height", "error", "format", "width", "height", "sha256"]
     documents, items = rules.read(part, columns)
     found = rules.verdicts(documents, items)
+    for path, reasons in ((part, found.document), (items_file(part), found.item)):
+        write_part(folder / path.name, pa.table({"reason": pa.array(reasons, pa.string())}))
     uids = [document["uid"] for document in documents]
     return Judged(
         uid=hash64_many("uid", uids),
@@ -198,17 +203,18 @@ class Finishing:
 
 def finish(rules: Rules, folder: Path, item: Finish) -> dict[str, Counter[tuple[str, str | None]]]:
     documents, items = rules.read(item.part)
-    found = rules.verdicts(documents, items)
+    paths = (folder / JUDGED / path.name for path in (item.part, items_file(item.part)))
+    of_documents, of_items = (pq.read_table(path)["reason"].to_pylist() for path in paths)
     ledger: list[dict[str, Any]] = []
     item_ledger: list[dict[str, Any]] = []
     kept: list[Kept] = []
     at = 0
     for number, document in enumerate(documents):
         own = slice(at, at := at + document["items"])
-        rows, reasons = items[own], list(found.item[own])
+        rows, reasons = items[own], of_items[own]
         for i in np.flatnonzero(item.items[own]):
             reasons[i] = PICTURE_STAGE if rows[i]["text"] is None else PARAGRAPH_STAGE
-        reason = found.document[number]
+        reason = of_documents[number]
         if item.documents[number] >= 0:
             reason = DOCUMENT_STAGES[item.documents[number]]
         made: Kept | None = None

@@ -78,6 +78,8 @@ def documents(
             more than `max_error_rate` of the documents cannot be used.
     """
     pool = list_documents(pools, config.unit_documents)
+    if config.assign is not None:
+        config.assign.clip.schema("clip_score")  # refuses a model that open_clip does not have, before anything is read
     identity = {**config.to_dict(), "measured": config.measured(), "lists": _lists_hash(config)}
     del identity["max_error_rate"]  # raising it must let a run go on
     identity["pool"] = config_hash([shard.fingerprint for shard in pool])
@@ -141,11 +143,11 @@ def _select(run: Run) -> dict[str, Any]:
     for leftover in run.out.glob(".select-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     paths = [measure.documents_file(run.store, shard) for shard in run.pool]
-    judged = dict(run.workers.map(judge.Judging(config=run.config), list(enumerate(paths))))
+    folder = run.out / f".select-{uuid.uuid4().hex}"
+    judged = dict(run.workers.map(judge.Judging(config=run.config, folder=folder), list(enumerate(paths))))
     parts = [judged[i] for i in range(len(paths))]
     found = repeats.find_repeats(repeats.joined(parts), run.config.pool)
 
-    folder = run.out / f".select-{uuid.uuid4().hex}"
     work, document, item = [], 0, 0
     for shard, path, part in zip(run.pool, paths, parts, strict=True):
         own = found.document[document : (document := document + len(part.uid))]
@@ -158,7 +160,7 @@ def _select(run: Run) -> dict[str, Any]:
     for name in OUTPUTS:
         shutil.rmtree(run.out / name, ignore_errors=True)
         (folder / name).rename(run.out / name)
-    folder.rmdir()
+    shutil.rmtree(folder)
     measured = read_manifest(run.out / "measure.manifest.json")
     assert measured is not None
     return _done(run, "select", began, funnel(counts, measured["seen"], document_stages(run.config)))

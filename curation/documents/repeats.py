@@ -7,7 +7,7 @@ with the same set of pictures. Each step sees what the ones before it left. OBEL
 counts pictures by address and keeps the latest crawl of a page; here pictures count
 by their bytes, and the first document by hash(seed, uid) stays.
 
-Everything is arrays of 64-bit hashes, 17 bytes an item and 33 a document in the
+Everything is arrays of 64-bit hashes, 18 bytes an item and 33 a document in the
 driver, with no text and no picture among them; sums of hashes stand for sets.
 """
 

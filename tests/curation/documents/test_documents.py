@@ -1,7 +1,9 @@
 """`documents` end to end: verdicts of real-looking pages, the same bytes on any workers, kills, changed pools."""
 
+import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import zlib
 from collections import Counter
@@ -12,8 +14,17 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+import yaml
 
-from curation.documents.config import DocumentsConfig, load_config, parse_config
+from curation.documents.config import (
+    AssignRules,
+    DocumentRules,
+    DocumentsConfig,
+    PoolRules,
+    load_config,
+    parse_config,
+)
+from curation.documents.filters import ImageRules, ListFiles, TextRules
 from curation.documents.pipeline import documents, funnel
 from curation.errors import UserError
 from curation.workers import Workers
@@ -173,7 +184,9 @@ def test_another_threshold_opens_no_picture(
     assert manifest["items"]["image"]["dropped"]["image_everywhere"] == 13, "the thumbnail is on thirteen pages"
 
 
-def test_sentences_by_mmc4(tiny_clip: tuple[Path, Path], sentence_pool: Path, tmp_path: Path, in_process: None) -> None:
+def test_sentences_by_mmc4(
+    tiny_clip: tuple[Path, Path], sentence_pool: Path, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     manifest = documents(mmc4(tiny_clip), pools=[str(sentence_pool)], out=out)
     check(out, manifest)
@@ -190,6 +203,9 @@ def test_sentences_by_mmc4(tiny_clip: tuple[Path, Path], sentence_pool: Path, tm
         for i, meta in enumerate(said["metadata"]):
             if meta:  # the picture stands before its sentence
                 assert said["texts"][min(j for j in following if j > i)] == sentences[meta["matched_text_index"]]
+    monkeypatch.setattr(Workers, "map", lambda self, setup, items: here(self, setup, list(items)[::-1]))
+    documents(mmc4(tiny_clip), pools=[str(sentence_pool)], out=tmp_path / "backwards")
+    assert digests(tmp_path / "backwards") == digests(out)
     missing = [row for row in rows(out, "items") if row["reason"] == "image_missing"]
     assert [row["src"] for row in missing] == ["none.jpg", "none.jpg"]
 
@@ -324,7 +340,9 @@ def test_a_lost_document_fails_the_run() -> None:
     ("raw", "named"),
     [
         ({"imges": {}}, "imges"),
-        ({"images": {"min_sid": 3}}, "min_sid"),
+        ({"images": {"min_sid": 3}}, "images.min_sid"),
+        ({"images": None}, "images: null"),
+        ({"assign": {"clip": {"model": None}}}, "assign.clip.model: null"),
         ({"images": {"min_side": "many"}}, "min_side"),
         ({"assign": {"clip": {"model": "x"}, "place": "beside"}}, "place"),
         ({"unit_documents": 0}, "unit_documents"),
@@ -342,6 +360,26 @@ def test_a_bad_recipe_is_one_line(raw: dict[str, object], named: str) -> None:
 def test_recipes_are_read(recipe: Path) -> None:
     config = load_config(recipe)
     assert config.images.min_side == 150 and (config.assign is None) == (recipe.stem == "obelics")
+
+
+def test_every_setting_and_reason_is_on_the_page() -> None:
+    said = (ROOT / "docs/documents.md").read_text()
+    for settings in (DocumentsConfig, ImageRules, TextRules, DocumentRules, PoolRules, AssignRules, ListFiles):
+        for field in dataclasses.fields(settings):
+            assert f"`{field.name}`" in said, f"{settings.__name__}.{field.name}"
+    sources = [path.read_text() for path in (ROOT / "curation/documents").glob("*.py")]
+    quoted = set(
+        re.findall(r'"((?:image|page|json|html|unsafe|document|duplicate|no|nothing|too)_[a-z_]+)"', "".join(sources))
+    )
+    reasons = quoted - {"document_url", "image_name", "image_info", "image_format", "document_dropped"}
+    assert len(reasons) > 20
+    assert {reason for reason in reasons if f"`{reason}`" not in said} == set()
+
+
+def test_the_example_of_the_page() -> None:
+    found = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/documents.md").read_text(), re.DOTALL)
+    assert found is not None
+    assert parse_config(yaml.safe_load(found[1])).pool.repeated_paragraphs
 
 
 def test_the_command(tmp_path: Path) -> None:
