@@ -63,16 +63,18 @@ def folder_shards(base: str) -> list[tuple[str, str, int]]:
     entries, damage = _entries(base)
     while chunk := list(islice(entries, SHARD_ENTRIES)):
         first = len(found) * SHARD_ENTRIES
-        found.append((f"{base}#{first}-{first + len(chunk)}", *_sum_up(chunk)))
+        name = f"{base}#{first}-{first + len(chunk)}"
+        found.append((name, *_sum_up(name, chunk)))
     if damage and not found:
-        found.append((f"{base}#0-0", *_sum_up([])))
+        found.append((f"{base}#0-0", *_sum_up(f"{base}#0-0", [])))
     return found
 
 
-def _sum_up(entries: Sequence[Entry]) -> tuple[str, int]:
+def _sum_up(name: str, entries: Sequence[Entry]) -> tuple[str, int]:
+    """A shard's fingerprint and bytes. Its name is in it, since texts in a list need be no different elsewhere."""
     parts = [(e.key, e.error, [(x, _plain(part)) for x, part in e.parts.items()]) for e in entries]
     size = sum(_size(part) for entry in entries for part in entry.parts.values())
-    return config_hash([VERSION, parts]), size
+    return config_hash([VERSION, name, parts]), size
 
 
 def _plain(part: File | bytes) -> list[Any] | str:
@@ -210,6 +212,7 @@ class FolderSource:
     """Reads a file where a range of it is asked for; after `fetch`, all of a remote shard is here."""
 
     def __init__(self, name: str) -> None:
+        self._name = name
         self._entries, self._damage = _range_of(name)
         self._fetched: IO[bytes] | None = None
         self._places: dict[str, int] = {}
@@ -260,7 +263,7 @@ class FolderSource:
         return self._fetched.read(size)
 
     def fingerprint(self) -> str:
-        return _sum_up(self._entries)[0]
+        return _sum_up(self._name, self._entries)[0]
 
     def fetch(self) -> None:
         """Remote files into one temporary file, many at a time.

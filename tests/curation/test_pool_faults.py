@@ -289,6 +289,10 @@ def test_pools_of_pictures_and_of_texts(tmp_path: Path) -> None:
     assert run(texts, tmp_path / "b", **words)["kept"] == 3
     (tmp_path / "lines.jsonl").write_text('{"text": "one"}\n{"text": "one"}\n{"text": "two", "lang": "en"}\n')
     assert run(tmp_path / "lines.jsonl", tmp_path / "g", **words)["kept"] == 3
+    (tmp_path / "twice").mkdir()
+    for name in "ab":
+        shutil.copy(tmp_path / "lines.jsonl", tmp_path / "twice" / f"{name}.jsonl")
+    assert run(tmp_path / "twice", tmp_path / "h", **words)["kept"] == 6
     assert run(tables, tmp_path / "c", **words)["errors"] == {"caption_missing": 1}
     assert run(pictures, tmp_path / "d")["errors"] == {"caption_missing": 4}
     assert run(texts, tmp_path / "e")["errors"] == {"image_missing": 3}

@@ -259,3 +259,14 @@ def test_a_grown_pool_behind_a_url_is_measured_only_where_it_is_new(tmp_path: Pa
     fsspec.filesystem("memory").put(str(tmp_path / "more.tar"), f"{pool.removeprefix('memory:/')}/more.tar")
     curate(config, pools=[pool], out=tmp_path / "c", signals=tmp_path / "signals")
     assert json.loads((tmp_path / "c" / "measure.manifest.json").read_text())["measured"] == 1
+
+
+def test_a_list_that_grew_at_its_end_is_measured_only_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("curation.sources.folder.SHARD_ENTRIES", 12)
+    pool, config = as_jsonl(tmp_path / "pool"), parse_config(RECIPE)
+    curate(config, pools=[str(pool)], out=tmp_path / "a", signals=tmp_path / "signals")
+    with open(pool / "captions.jsonl", "a") as f:
+        f.write('\n{"file_name": "deep/001.png", "caption": "once more"}')
+    curate(config, pools=[str(pool)], out=tmp_path / "b", signals=tmp_path / "signals")
+    manifest = json.loads((tmp_path / "b" / "measure.manifest.json").read_text())
+    assert (manifest["seen"], manifest["measured"]) == (PAIRS + 1, PAIRS + 1 - 24)
