@@ -144,6 +144,7 @@ def huggingface(model: str) -> Captioner:
     import torch
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
+    torch.set_num_threads(1)  # as the signal `clip`: what is written does not depend on the machine's cores
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         network = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval().to(device)

@@ -17,8 +17,11 @@ def mmgem(model: str) -> Captioner:
     Raises:
         UserError: no such folder, none that training wrote, or a model without a language head.
     """
+    import torch
+
     from training.inference import load
 
+    torch.set_num_threads(1)
     loaded = load(Path(model))
     if not loaded.can_caption:
         raise UserError(f"captioner model {model}: writes no captions; name an export of an mmgem run")

@@ -4,13 +4,14 @@ import io
 import sys
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from benchmarks import text_detector as text_benchmark
-from benchmarks.text_detector import FONTS, fit, font, measure, paint
+from benchmarks.text_detector import FONTS, as_code, fit, font, measure, paint
 from curation import tar, text_detector
 from curation.config import load_config, parse_config
 from curation.errors import UserError
@@ -72,27 +73,29 @@ def test_captions_painted_into_the_embedded_pool_are_found(tmp_path: Path, seed:
         assert image is not None
         shares[kind].append(covered(text_detector.detect(image), image.size))
     assert len(shares["painted"]) >= 8
-    assert np.mean(np.array(shares["painted"]) >= 0.01) >= 0.9
-    assert np.mean(np.array(shares["clean"]) >= 0.01) <= 0.1
+    assert np.mean(np.array(shares["painted"]) >= 0.005) >= 0.9
+    assert np.mean(np.array(shares["clean"]) >= 0.005) <= 0.1
 
 
 def test_texts_painted_on_photographs_are_found(photographs: Path) -> None:
     photos = list(text_benchmark.photographs([photographs / "flickr8k/dev/00001.tar"]))[:80]
     figures = measure(photos, seed=2, fonts=FONTS["unseen"])
-    assert figures["any_found"] >= 0.85
-    assert figures["any_false_alarms"] <= 0.2  # of 80; real writing is among them
+    assert figures["found"] >= 0.85
+    assert figures["false_alarms"] <= 0.2  # of 80; real writing is among them
     assert figures["recall"] >= 0.6 and figures["precision"] >= 0.6
 
 
 def test_the_fit_finds_the_rule_that_made_the_labels() -> None:
     rng = np.random.default_rng(0)
-    features = rng.normal(2, 3, (4000, len(text_detector.FEATURES)))
+    features = rng.normal(2, 3, (6000, len(text_detector.FEATURES)))
     labels = features[:, 0] + features[:, 3] ** 2 / 4 > 4
-    table, bias = fit(features, labels)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_detector, "FEATURES", table)
-        patch.setattr(text_detector, "BIAS", bias)
-        assert ((text_detector.log_odds(features) > 0) == labels).mean() > 0.97
+    judge = fit(features[:4000], labels[:4000])
+    assert ((judge.log_odds(features[4000:]) > 0) == labels[4000:]).mean() > 0.95
+    printed: dict[str, Any] = {}
+    exec(as_code(judge), printed)
+    rows = np.array(list(printed["FEATURES"].values()))
+    again = text_detector.Judge(rows, np.array(printed["OFFSET"]), np.array(printed["OUTER"]), printed["BIAS"])
+    np.testing.assert_allclose(again.log_odds(features), judge.log_odds(features), atol=0.05)
 
 
 def test_masking_by_hand() -> None:
