@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import curation_rows, training_rows
+from benchmarks import building_rows, cluster_rows, curation_rows, matching_rows, selection_rows, training_rows
 from benchmarks.case import Bench, Case
 from curation.errors import UserError, exit_code
 from curation.manifest import SCHEMA_VERSION, write_json
@@ -31,7 +31,15 @@ RUNS = 5
 Group = Callable[[Bench], Iterator[Case]]
 GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
     "measure": (curation_rows.measuring, ("measure_tiny_clip", "reselect")),
-    "build": (curation_rows.building, ("build_keep_1.0", "build_keep_0.2", "build_tarwriter")),
+    "clip": (curation_rows.scoring, ("measure_clip_b32",)),
+    "filter": (selection_rows.filtering, ("filters", "exact_dedup")),
+    "match": (matching_rows.matching, ("concepts_naive", "concepts_pyahocorasick", "concepts_2_workers")),
+    "cluster": (
+        cluster_rows.clusters,
+        ("semantic_dedup", "semantic_dedup_memory", "assign_exact", "assign_fast_isotropic", "assign_fast_clustered"),
+    ),
+    "spread": (matching_rows.spreading, ("ray_nothing",)),
+    "build": (building_rows.building, ("build_keep_1.0", "build_keep_0.2", "build_tarwriter")),
     "step": (training_rows.steps, ("step_chunk_8_of_64", "step_chunk_32_of_256", "step_retained_256")),
     "loss": (training_rows.losses, ("loss_8192_time", "loss_8192_products", "loss_8192_memory")),
 }

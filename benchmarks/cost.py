@@ -1,0 +1,91 @@
+"""What a pool costs to curate, by the measured speeds: `python -m benchmarks.cost [--pairs N]`.
+
+Reads benchmarks/results/latest.json, so that no figure is typed by hand. A
+phase's core-hours are pairs / (its speed / cores) / 3600, where its speed is the
+row's on the cores that the row names; storage is pairs x bytes a pair, which are
+assumed here and not measured: put in those of your pool. What the
+bench does not measure (the disk's and the network's own limits, a GPU) is not
+in it: divide by your machines, and take the slower of this and of your storage.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.building_rows import SAMPLES, SHARDS
+from benchmarks.run import LATEST
+from curation.errors import UserError, exit_code
+
+PAIRS = 12_800_000_000
+PAIR_BYTES = 30_000  # assumed: what a picture of the build's rows takes
+EMBEDDING_BYTES = 768 * 2  # ViT-L/14 in float16
+ROW_BYTES = 300  # assumed: a uid, a caption, a url and a dozen numbers in compressed parquet, and the verdict
+BUILD_PAIRS = SHARDS * SAMPLES  # that one run of the build's row moves
+
+
+class Phase(NamedTuple):
+    """`speed`: pairs a second from what the row says, on all cores of the row's device or on one."""
+
+    name: str
+    row: str
+    single: bool = False
+
+
+PHASES = (
+    Phase("CLIPScore and embedding, ViT-B/32, CPU", "measure_clip_b32"),
+    Phase("decode and all small signals", "measure_tiny_clip"),
+    Phase("concepts, 500,000 entries", "concepts_naive", single=True),
+    Phase("select by thresholds and copies", "reselect"),
+    Phase("image-based, 100,000 centroids, exact", "assign_exact", single=True),
+    Phase("image-based, 100,000 centroids, fast", "assign_fast_clustered", single=True),
+    Phase("build, everything kept", "build_keep_1.0"),
+)
+
+
+def core_hours(row: Mapping[str, Any], pairs: int, single: bool) -> float:
+    """Of one phase: cores x seconds a pair x pairs / 3600."""
+    found = re.search(r"(\d+) cores", row["device"])
+    assert found, row["device"]
+    cores = 1 if single else int(found[1])
+    seconds_a_pair = row["ours"] / BUILD_PAIRS if row["unit"] == "s" else 1 / row["ours"]
+    return cores * seconds_a_pair * pairs / 3600
+
+
+def table(rows: Mapping[str, Mapping[str, Any]], pairs: int) -> str:
+    """A table in Markdown.
+
+    Raises:
+        UserError: a row is not measured yet.
+    """
+    if lacking := [phase.row for phase in PHASES if phase.row not in rows]:
+        raise UserError(f"benchmarks/results/latest.json: lacks {', '.join(lacking)}; run make bench first")
+    lines = [f"| {pairs:,} pairs | row | measured | core-hours |", "|---|---|---|---|"]
+    for phase in PHASES:
+        row = rows[phase.row]
+        hours = core_hours(row, pairs, phase.single)
+        lines.append(f"| {phase.name} | `{phase.row}` | {row['ours']:,.4g} {row['unit']} | {hours:,.0f} |")
+    lines += ["", "| storage | bytes a pair, assumed | TB |", "|---|---|---|"]
+    for name, size in (
+        ("pool, and shards at keep = 1.0", PAIR_BYTES),
+        ("signals and ledger", ROW_BYTES),
+        ("one embedding, 768 x float16", EMBEDDING_BYTES),
+    ):
+        lines.append(f"| {name} | {size:,} | {size * pairs / 1e12:,.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", allow_abbrev=False)
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--results", type=Path, default=LATEST, help="what `make bench` wrote")
+    a = parser.parse_args()
+    print(table({row["name"]: row for row in json.loads(a.results.read_text())}, a.pairs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
