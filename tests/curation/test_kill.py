@@ -27,6 +27,7 @@ from curation import phases, pipeline
 from curation.config import parse_config
 from curation.pipeline import curate
 from curation.workers import Workers
+from tests.curation import test_pipeline
 from tests.curation.conftest import sample, write_tar
 
 RECIPE = {
@@ -151,22 +152,34 @@ def test_killed_at_every_step_and_run_again_gives_the_same_bytes(
     assert number > 30, "few steps: what counts them is out of date"
 
 
-@pytest.mark.long
-def test_killed_at_twenty_random_moments_and_run_again(
-    done: Path, tmp_path: Path, pool: Path, recipe: dict[str, object]
-) -> None:
-    """The whole job, with workers of its own; what was finished before the kill is not done again."""
-    from tests.curation import test_pipeline
+LIGHT = {
+    "signals": {name: {"kind": name} for name in ("text", "language", "image", "fingerprints")},
+    "selectors": {
+        "language": {"kind": "language", "languages": ["en"]},
+        "heavy": {"kind": "fraction", "column": "image_bytes", "fraction": 0.8},
+        "copies": {"kind": "exact_duplicates"},
+        "near": {"kind": "near_duplicates"},
+    },
+    "unit_samples": 8,
+    "shard_samples": 25,
+    "max_error_rate": 0.2,
+}
 
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_killed_at_twenty_random_moments_and_run_again(tmp_path: Path, pool: Path, ray_here: None) -> None:
+    """The whole job, with workers of its own; what was finished before the kill is not done again."""
+    config = parse_config(LIGHT)
+    curate(config, pools=[str(pool)], out=tmp_path / "expected" / "out", workers=2)
+    expected = test_pipeline.digests(tmp_path / "expected" / "out")
     began = time.monotonic()
-    process = test_pipeline.start(recipe, pool, tmp_path / "timed" / "out")
-    assert process.wait(timeout=600) == 0
+    assert test_pipeline.start(LIGHT, pool, tmp_path / "timed" / "out").wait(timeout=600) == 0
     whole = time.monotonic() - began
-    expected, config = test_pipeline.digests(done), parse_config(recipe)
     moments, caught = random.Random(0), Counter[str]()
     for number in range(20):
         out = tmp_path / str(number) / "out"
-        process = test_pipeline.start(recipe, pool, out)
+        process = test_pipeline.start(LIGHT, pool, out)
         moment = moments.uniform(0.2 * whole, whole)  # before that it only imports
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=moment)

@@ -1,11 +1,18 @@
-"""How many workers curation takes when it is not told."""
+"""How many workers curation takes when it is not told, and that their number and the shards' order change no byte."""
 
+import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from curation.workers import Workers, _processors
+from tests.conftest import ROOT
+from tests.curation.conftest import picture, sample, write_tar
+from tests.curation.test_pipeline import digests
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to processors")
@@ -38,3 +45,54 @@ def test_on_a_cluster_no_more_than_what_is_free_and_the_same_for_every_map(ray_h
                 assert len(workers._actors) == 1
     finally:
         ray.kill(holding)
+
+
+DRIVER = """
+import json, random, sys
+from pathlib import Path
+from curation.config import parse_config
+from curation.pipeline import curate
+from curation.workers import Workers
+
+workers, recipe, pools, out = int(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4])
+real = Workers.map
+
+def shuffled(self, setup, items):
+    return real(self, setup, random.Random(workers).sample(list(items), len(items)) if workers > 1 else items)
+
+if len(sys.argv) > 5:  # selection hands its parts out by number, so they may go in any order too
+    Workers.map = shuffled
+curate(parse_config(recipe), pools=pools, out=out, workers=workers)
+"""
+RECIPE = {
+    "signals": {name: {"kind": name} for name in ("text", "language", "image", "exposure", "fingerprints")},
+    "selectors": {
+        "language": {"kind": "language", "languages": ["en"], "min_probability": 0.3},
+        "bright": {"kind": "fraction", "column": "luminance", "fraction": 0.9, "mode": "exact"},
+        "copies": {"kind": "exact_duplicates"},
+        "near": {"kind": "near_duplicates", "distance": 2},
+    },
+    "unit_samples": 20,  # more parts than selection does by itself
+    "shard_samples": 700,
+}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_the_same_bytes_for_1_2_and_4_workers_and_any_order_of_shards(tmp_path: Path) -> None:
+    """10,000 pictures in two folders, with copies and ties; every run has a Ray of its own."""
+    pictures = [picture(n, (24, 16)) for n in range(2_000)]
+    for shard in range(8):
+        rows = range(shard * 1250, shard * 1250 + 1250)
+        samples = {str(n): sample(n, jpg=pictures[n * 7919 % 2_000]) for n in rows}
+        write_tar(tmp_path / "ab"[shard % 2] / f"{shard}.tar", samples)
+    pools = [str(tmp_path / "a"), str(tmp_path / "b")]
+    found = []
+    for workers, order, more in ((1, pools, []), (2, pools[::-1], ["shuffled"]), (4, pools, ["shuffled"])):
+        out = tmp_path / str(workers) / "out"
+        words = [str(workers), json.dumps(RECIPE), json.dumps(order), str(out), *more]
+        subprocess.run([sys.executable, "-c", DRIVER, *words], cwd=ROOT, check=True)
+        found.append(digests(out))
+    manifest = json.loads((tmp_path / "1" / "out" / "manifest.json").read_text())
+    assert manifest["seen"] == 10_000 and 1_000 < manifest["kept"] < 2_000
+    assert found[0] == found[1] == found[2]
