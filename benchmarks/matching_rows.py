@@ -19,7 +19,7 @@ from benchmarks.building_rows import noise_pool
 from benchmarks.case import Bench, Case
 from benchmarks.curation_rows import CORES
 from curation.signals.concepts import ConceptsMeter, normal_form, read_entries
-from curation.tar import open_shard, samples
+from curation.tar import samples
 from curation.workers import Workers
 
 Match = Callable[[str], Any]
@@ -134,7 +134,7 @@ def _write_concepts(file: Path, entries: int, captions: int) -> list[str]:
 
 
 def spreading(bench: Bench) -> Iterator[Case]:
-    """The least a pipeline does, listing what lies in shards of 30 MB, spread by Ray and by a pool of processes."""
+    """The least a pipeline does, listing what lies in shards, spread by Ray and by a pool of processes."""
     pool = bench.work / "pool"
     noise_pool(pool, shards=2, samples=50 if bench.quick else 1_000)
     tars = [str(path) for path in sorted(pool.glob("*.tar"))] * (2 if bench.quick else 40)
@@ -163,4 +163,4 @@ def _listing() -> Callable[[str], int]:
 
 
 def _listed(path: str) -> int:
-    return len(samples(open_shard(path))[0])
+    return len(samples(Path(path).read_bytes())[0])

@@ -50,6 +50,11 @@ def lay_out(
     bounds = np.concatenate([[0], last + 1])[members]  # where sample i begins
     follows = (starts[1:] == starts[:-1] + (1 + taken[:-1]) * BLOCK) & (starts[:-1] >= 0)
     apart = np.append(True, ~follows)  # what is not a header behind the member before it
+    # On a tape without headers, samples may lie a header apart by chance: only two members of one sample show them.
+    firsts = members[:-1]
+    shown = ~apart
+    shown[firsts] = False
+    apart[firsts[1:]] |= ~shown[firsts[1:] - 1]
     used = ((sizes - 1) % BLOCK + 1).astype(np.uint16)  # bytes in use of the block where a member ends
     in_use = np.arange(BLOCK, dtype=np.uint16) < used[:, None]
 

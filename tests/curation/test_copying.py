@@ -83,3 +83,20 @@ def test_a_disk_that_is_too_small_is_known_at_the_first_write(tmp_path: Path) ->
     outputs = Outputs(tmp_path, [1 << 50])
     with pytest.raises(OSError, match=r"No space left|File too large"):
         outputs.write(0, 0, memoryview(b"x"))
+
+
+def test_samples_a_header_apart_by_chance_are_read_one_by_one(tmp_path: Path) -> None:
+    """As on the tape of a parquet file, where what lies between two kept rows may be as long as header and padding."""
+    (tmp_path / "tape").write_bytes(bytes(4 * BLOCK))
+    asked: list[tuple[int, int]] = []
+
+    class Asked(Tape):
+        def read_into(self, view: memoryview, start: int) -> None:
+            asked.append((start, len(view)))
+            super().read_into(view, start)
+
+    heads = headers(["a.jpg", "b.jpg"], np.array([100, 100]))
+    starts, sizes, one = np.array([0, 2 * BLOCK]), np.array([100, 100]), np.array([1, 1])
+    with Asked(tmp_path / "tape") as tape:
+        assert len(list(lay_out(tape, heads, starts, sizes, one, ()))) == 2
+    assert asked == [(0, 100), (2 * BLOCK, 100)]
