@@ -94,6 +94,8 @@ class Clip:
                 raise UserError(f"clip model {file}: no such file; name an open_clip model config") from None
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"clip model {file}: not an open_clip model config (JSON with embed_dim)") from None
+        if _looks_like_path(self.model) and not self.model.startswith(HUB):
+            raise UserError(f"clip model {self.model}: no such folder; name one in open_clip's layout, or a model")
         import open_clip
         from open_clip.pretrained import get_pretrained_cfg
 

@@ -8,7 +8,10 @@ import yaml
 from curation.config import load_config
 from tests.conftest import ROOT
 
-MADE_FIRST = {"tiny_demo": ["--signals.clip_score.model", "ViT-B-32-quickgelu"]}  # the demo trains its scorer before
+MADE_FIRST = {  # what these name is trained before
+    "tiny_demo": ["--signals.clip_score.model", "ViT-B-32-quickgelu"],
+    "dfn": ["--signals.dfn_score.model", "ViT-B-32-quickgelu"],
+}
 RECIPES = sorted((ROOT / "recipes" / "curate").glob("*.yaml"))
 
 
@@ -27,3 +30,4 @@ def test_all_are_there() -> None:
     names = {path.stem for path in RECIPES}
     assert {"datacomp_basic", "datacomp_clip_l14_f30", "datacomp_text_based", "datacomp_image_based"} <= names
     assert {"datacomp_image_based_clip", "laion2b", "metaclip_400m", "semdedup", "cat", "licences"} <= names
+    assert {"tmars", "sieve", "dfn", "recaption"} <= names
