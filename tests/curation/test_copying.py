@@ -90,13 +90,13 @@ def test_samples_a_header_apart_by_chance_are_read_one_by_one(tmp_path: Path) ->
     (tmp_path / "tape").write_bytes(bytes(4 * BLOCK))
     asked: list[tuple[int, int]] = []
 
-    class Asked(Tape):
+    class Asked(TarSource):
         def read_into(self, view: memoryview, start: int) -> None:
             asked.append((start, len(view)))
             super().read_into(view, start)
 
     heads = headers(["a.jpg", "b.jpg"], np.array([100, 100]))
     starts, sizes, one = np.array([0, 2 * BLOCK]), np.array([100, 100]), np.array([1, 1])
-    with Asked(tmp_path / "tape") as tape:
+    with Asked(str(tmp_path / "tape"), whole=True) as tape:
         assert len(list(lay_out(tape, heads, starts, sizes, one, ()))) == 2
     assert asked == [(0, 100), (2 * BLOCK, 100)]
