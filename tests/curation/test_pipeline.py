@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,9 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from curation import shuffle
 from curation.config import load_config, parse_config
 from curation.errors import UserError
 from curation.pipeline import curate
+from curation.selection import engine
+from curation.workers import Workers
 from jobs.cli import COMMANDS
 from tests.conftest import ROOT
 from tests.curation.conftest import picture, sample, write_tar
@@ -79,6 +83,26 @@ def test_one_worker_gives_the_same_bytes_as_two(
     done: Path, tmp_path: Path, pool: Path, recipe: dict[str, object]
 ) -> None:
     curate(parse_config(recipe), pools=[str(pool)], out=tmp_path / "out", workers=1)
+    assert digests(tmp_path / "out") == digests(done)
+
+
+def test_partitions_on_ray_and_buckets_change_nothing(
+    done: Path, tmp_path: Path, pool: Path, recipe: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pool of millions does: partitions of a part or two, each round over them on Ray, many small buckets."""
+    cut = engine.partitions
+    monkeypatch.setattr(engine, "partitions", lambda parts: cut(parts, rows=20))
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 1_000)
+    rounds = []
+    spread = Workers.map
+
+    def watched(self: Workers, setup: object, items: Sequence[object]) -> Iterator[object]:
+        rounds.append(type(setup).__name__)
+        return spread(self, setup, items)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Workers, "map", watched)
+    curate(parse_config(recipe), pools=[str(pool)], out=tmp_path / "out", workers=2)
+    assert rounds.count("_Numbered") > 20
     assert digests(tmp_path / "out") == digests(done)
 
 
@@ -304,6 +328,8 @@ import json, sys
 from pathlib import Path
 from curation.config import parse_config
 from curation.pipeline import curate
+from curation.selection import engine
+from curation.workers import Workers
 recipe, pool, out = json.loads(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 curate(parse_config(recipe), pools=[pool], out=out, workers=2)
 """
