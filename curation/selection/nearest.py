@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 BLOCK = 4_096  # points that are searched at once
-LEAST = 8_192  # centroids; with fewer the exact search is as fast
+LEAST = 32_768  # centroids; with fewer the exact search is as fast
 CANDIDATES = 224
 DOUBT = 1.0  # standard deviations of the codes' error between winner and last candidate that leave no doubt
 BATCHES = 0x222  # points that FAISS scans together, in hexadecimal digits: a fifth faster than its own choice
@@ -32,7 +32,8 @@ Precision = Literal["exact", "fast"]
 class Nearest:
     """Called with points, gives the centroid with the largest dot product or the smallest L2 distance to each.
 
-    "fast" agrees with "exact" on at least 99.9 % of the points, and has no effect with fewer than LEAST centroids.
+    "fast" agrees with "exact" on at least 99.9 % of points of some hundred dimensions, as embeddings of pictures have,
+    and has no effect with fewer than LEAST centroids.
 
     Memory: the centroids (float32 [K, D]) twice; for "fast" a quarter of a byte a value more, and a third copy while
     the codes are made, which is at the first call in every process.

@@ -7,6 +7,7 @@ are broken, which DataComp's metadata never shows.
 
 import io
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ PIECES = {
 EDGES = [
     *("", " ", "a dog", "dog", "a b c", "a  b\tc d", "I am", "the cat sat", "one two", "abcde", "abcdef", "ab cd"),
     *("a dog\nruns over\r\nthe field", "a dog\u00a0runs over the field", "the\u3000red house on a hill", "\n\n\n"),
+    *("hello\u3000world", "hello\u00a0world", "hello\x1cworld", "hello\nworld", "\nhello"),
 ]
 
 
@@ -175,7 +177,7 @@ def image_based(pool: Pool, english: np.ndarray, files: Path) -> np.ndarray:
     targets = np.unique((reference.astype(np.float32) @ centroids.T).argmax(axis=1))
     near = np.isin((pool.points.astype(np.float32) @ centroids.T).argmax(axis=1), targets)
     # Separators of fastText's tokens; a line break is a token of its own.
-    tokens = count(lambda c: len(c.replace("\n", " \n ").strip(" \t\v\f\r\0").replace("\n", "N").split()), pool)
+    tokens = count(lambda c: len([t for t in re.split("[ \t\v\f\r\0]+|(\n)", c) if t]), pool)
     return english & (tokens > 1) & (count(len, pool) > 5) & near
 
 

@@ -8,12 +8,12 @@ import pytest
 
 from curation.selection.nearest import LEAST, Nearest
 
-WIDTH = 65  # odd, so that codes of two dimensions need one more
+WIDTH = 257  # odd, so that codes of two dimensions need one more
 Metric = Literal["ip", "l2"]
 
 
 def clusters(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """(centroids float32 [LEAST, 65], points float16 [1500, 65])"""
+    """(centroids float32 [LEAST, WIDTH], points float16 [1500, WIDTH])"""
     rng = np.random.default_rng(0)
 
     def noise(n: int) -> np.ndarray:
@@ -25,8 +25,8 @@ def clusters(kind: str) -> tuple[np.ndarray, np.ndarray]:
         centroids = 2 * noise(100)[rng.integers(0, 100, LEAST)] + noise(LEAST)
         points = centroids[rng.integers(0, LEAST, 1500)] + 0.3 * noise(1500)
     else:  # many centroids so close together that their codes are the same
-        centroids = noise(8)[rng.integers(0, 8, LEAST)] + 0.01 * noise(LEAST)
-        points = centroids[rng.integers(0, LEAST, 1500)] + 0.001 * noise(1500)
+        centroids = noise(8)[rng.integers(0, 8, LEAST)] + 0.03 * noise(LEAST)
+        points = centroids[rng.integers(0, LEAST, 1500)] + 0.003 * noise(1500)
     return centroids.astype(np.float32), points.astype(np.float16)
 
 
