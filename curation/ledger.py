@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         ("copies", pa.int32()),  # how often it is in the shards
     ]
 )
+REPEATED = ["shard", "verdict", "reason", "failed.list.element"]  # the columns of few values
 
 
 def write_ledger(
@@ -91,8 +92,9 @@ def _write_part(folder: Path, names: list[str], part: Part, state: State) -> Cou
         ],
         schema=SCHEMA,
     )
-    pq.write_table(out, folder / part.path.name, compression="zstd")
-    return Counter(zip(verdict.to_pylist(), reason.to_pylist(), strict=True))
+    pq.write_table(out, folder / part.path.name, compression="zstd", use_dictionary=REPEATED)
+    counted = out.group_by(["verdict", "reason"]).aggregate([([], "count_all")])
+    return Counter({(one["verdict"], one["reason"]): one["count_all"] for one in counted.to_pylist()})
 
 
 def read_column(folder: Path, part: Part, column: str) -> np.ndarray:

@@ -54,7 +54,12 @@ class Partition:
         return sum(part.rows for part in self.parts)
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        return pa.concat_tables(pq.ParquetFile(part.path).read(list(columns), use_threads=False) for part in self.parts)
+        return pa.concat_tables(_open(part.path).read(list(columns), use_threads=False) for part in self.parts)
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    """Mapped and read as it is needed: the parts are many and small."""
+    return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
 
 
 def partitions(parts: Sequence[Part], rows: int = PARTITION_ROWS) -> list[Partition]:
@@ -68,15 +73,22 @@ class State:
     """The verdicts on the rows of a partition so far."""
 
     valid: np.ndarray  # bool [rows]: False for rows with an error
-    failed: np.ndarray  # bool [rows, selectors]
+    failed: np.ndarray  # bool [rows, selectors], a column in one piece
     copies: np.ndarray  # int32 [rows]: how often each row would be kept, whatever it failed
     left: dict[str, np.ndarray] = field(default_factory=dict)  # columns that a deciding selector left, [rows]
 
     def rows(self, start: int, end: int) -> "State":
         return State(valid=self.valid[start:end], failed=self.failed[start:end], copies=self.copies[start:end])
 
+    def alive(self) -> np.ndarray:
+        """Which rows nothing has dropped: bool [rows]."""
+        alive = self.valid.copy()
+        for failed in self.failed.T:
+            alive &= ~failed
+        return alive
+
     def scope(self, selector: Selector) -> np.ndarray:
-        return self.valid & ~self.failed.any(axis=1) if selector.scope == "survivors" else self.valid
+        return self.alive() if selector.scope == "survivors" else self.valid
 
 
 @dataclass(kw_only=True)
@@ -89,7 +101,9 @@ class Selection:
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def state(self, partition: Partition) -> State:
-        return _load(self.folder, self.version, self.selectors, partition)
+        if not self.version:
+            return _begun(partition.read(["error"])["error"], self.selectors)
+        return _load(self.folder, self.version, partition)
 
 
 def run(
@@ -210,10 +224,12 @@ class _Round:
     buckets: int
 
     def __call__(self, partition: Partition) -> _Done:
-        state = _load(self.folder, self.version, self.selectors, partition)
+        state = _load(self.folder, self.version, partition) if self.version else None
         acting = [v for v in self.decided if hasattr(v.selector, "apply")]
         asked = self._asked(state)
-        table = partition.read(list(dict.fromkeys([*(c for v in acting for c in v.selector.needs), *asked])))
+        first = () if state else ("error",)
+        table = partition.read(list(dict.fromkeys([*(c for v in acting for c in v.selector.needs), *asked, *first])))
+        state = state or _begun(table["error"], self.selectors)
         counts = [self._act(verdict, table, state, partition) for verdict in self.decided]
         if self.decided:
             state.left = {}
@@ -239,16 +255,17 @@ class _Round:
             counts=np.array(counts, np.int64).reshape(-1, 3), rows=int(scope.sum()), summary=summary, changed=changed
         )
 
-    def _asked(self, state: State) -> list[str]:
+    def _asked(self, state: State | None) -> list[str]:
         if self.request is None or self.asking is None:
             return []
         columns = self.asking.needs if self.request.columns is None else self.request.columns
-        return [column for column in dict.fromkeys(columns) if column not in state.left]
+        left = state.left if state else {}
+        return [column for column in dict.fromkeys(columns) if column not in left]
 
     def _act(self, verdict: _Verdict, table: pa.Table, state: State, partition: Partition) -> tuple[int, int, int]:
         """Mark what the selector drops: (rows before, dropped, would drop)."""
-        selector, scope = verdict.selector, state.scope(verdict.selector)
-        alive = state.valid & ~state.failed.any(axis=1)
+        selector, alive = verdict.selector, state.alive()
+        scope = alive if selector.scope == "survivors" else state.valid
         if hasattr(selector, "apply"):
             needs = list(dict.fromkeys(selector.needs))
             kept = selector.apply(_in_scope(table.select(needs), scope, partition, {}), verdict.decision)
@@ -274,11 +291,13 @@ def _path(folder: Path, version: int, partition: Partition) -> Path:
     return folder / f"state-{version}-{partition.number:06d}.npz"
 
 
-def _load(folder: Path, version: int, selectors: int, partition: Partition) -> State:
-    if version == 0:
-        valid = partition.read(["error"])["error"].is_null().to_numpy()
-        rows = len(valid)
-        return State(valid=valid, failed=np.zeros((rows, selectors), bool), copies=np.ones(rows, np.int32))
+def _begun(errors: pa.ChunkedArray, selectors: int) -> State:
+    rows = len(errors)
+    failed = np.zeros((rows, selectors), bool, order="F")
+    return State(valid=errors.is_null().to_numpy(), failed=failed, copies=np.ones(rows, np.int32))
+
+
+def _load(folder: Path, version: int, partition: Partition) -> State:
     with np.load(_path(folder, version, partition)) as saved:
         fields = {name: saved[name] for name in saved.files}
     base = {name: fields.pop(name) for name in ("valid", "failed", "copies")}
