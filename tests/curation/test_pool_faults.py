@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -321,7 +322,7 @@ def test_killed_at_many_steps_and_run_again(tmp_path: Path, monkeypatch: pytest.
     number, killed = 1, True
     while killed:
         out = tmp_path / str(number)
-        killed = run_until(number, monkeypatch, config, pool, out)
+        killed = run_until(number, monkeypatch, partial(curate, config, pools=[pool], out=out))
         there = {p: p.stat().st_mtime_ns for p in out.glob("signals/*/*.parquet")}
         curate(config, pools=[pool], out=out)
         assert {p: p.stat().st_mtime_ns for p in there} == there, "finished parts were measured again"

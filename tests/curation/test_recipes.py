@@ -1,11 +1,12 @@
 """Every shipped recipe parses, with the signals that its selectors need, and says at its top where it comes from."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from curation.config import load_config
+from curation.config import load_config, parse_config
 from tests.conftest import ROOT
 
 MADE_FIRST = {  # what these name is trained before
@@ -24,6 +25,7 @@ def test_it_parses_and_introduces_itself(path: Path) -> None:
     raw = yaml.safe_load(text)
     assert list(config.signals) == list(raw["signals"]) and list(config.selectors) == list(raw["selectors"])
     assert "seed" in raw
+    assert parse_config(yaml.safe_load(json.dumps(config.to_dict()))) == config
 
 
 def test_all_are_there() -> None:
