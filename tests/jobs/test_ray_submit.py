@@ -94,7 +94,7 @@ def test_a_failed_job_is_one_line_and_its_exit_code(head: Head, tmp_path: Path) 
     )
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"error: --pool {tmp_path}/none: no such folder; name a folder of img2dataset tars"
+        f"error: --pool {tmp_path}/none: no such folder or file; name one that holds samples"
     ]
     assert not (tmp_path / "out").exists()
 
