@@ -34,6 +34,7 @@ from curation.summary import summarise
 from curation.workers import Workers, progress
 
 FREE_ERRORS = 100  # so many broken samples stop no run, however small the pool
+BUNDLE = 64  # items that go to a worker together, where there are many: a call costs a millisecond
 RAY_PARTITIONS = 4  # from so many on, selection is spread over Ray; below, starting it costs more than it gives
 
 
@@ -190,25 +191,27 @@ def _map_parts(run: Run, pool: Sequence[Partition]) -> MapParts:
         return map
 
     def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-        early: dict[int, Any] = {}  # results that came before an earlier item's: about one for each worker
+        size = max(1, min(BUNDLE, len(items) // 256))
+        bundles = [items[start : start + size] for start in range(0, len(items), size)]
+        early: dict[int, list[Any]] = {}  # results that came before an earlier bundle's: about one for each worker
         following = 0
-        for number, result in run.workers.map(_Numbered(function), list(enumerate(items))):
-            early[number] = result
+        for number, results in run.workers.map(_Bundled(function), list(enumerate(bundles))):
+            early[number] = results
             while following in early:
-                yield early.pop(following)
+                yield from early.pop(following)
                 following += 1
 
     return spread
 
 
-class _Numbered:
-    """A function over (number, item) that hands the number back, because results come in any order."""
+class _Bundled:
+    """A function over (number, items) that hands the number back, because results come in any order."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self._function = function
 
-    def __call__(self) -> Callable[[tuple[int, Any]], tuple[int, Any]]:
-        return lambda numbered: (numbered[0], self._function(numbered[1]))
+    def __call__(self) -> Callable[[tuple[int, Sequence[Any]]], tuple[int, list[Any]]]:
+        return lambda numbered: (numbered[0], [self._function(item) for item in numbered[1]])
 
 
 def select(run: Run) -> dict[str, Any]:

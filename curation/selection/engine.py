@@ -29,7 +29,7 @@ from curation.shuffle import MapParts, buckets_for, gather, scatter
 PARTITION_ROWS = 65_536
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """A parquet file of the signal store and the place of its first row in the pool."""
 

@@ -101,7 +101,7 @@ def test_partitions_on_ray_and_buckets_change_nothing(
 
     monkeypatch.setattr(Workers, "map", watched)
     curate(parse_config(recipe), pools=[str(pool)], out=tmp_path / "out", workers=2)
-    assert rounds.count("_Numbered") > 20
+    assert rounds.count("_Bundled") > 20
     assert digests(tmp_path / "out") == digests(done)
 
 
