@@ -1,12 +1,11 @@
 """What a training recipe can say, and nothing else: unknown keys are refused by jsonargparse.
 
 A recipe names one family by filling in its section (`mmgem:` or `clip:`). The
-ZeRO stage lives in a plain DeepSpeed file (`deepspeed: ds_configs/zero3.json`);
-we fill in only what follows from the recipe (batch sizes, precision, clipping).
+ZeRO stage lives in a plain DeepSpeed file (`deepspeed: ds_configs/zero3.json`),
+which training/deepspeed_config.py checks and completes.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,8 +97,9 @@ class GroupConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW. Biases, norms and the temperature are never decayed."""
+    """AdamW, or LAMB (its trust ratio over whole parameters). Biases, norms and the temperature are never decayed."""
 
+    name: Literal["adamw", "lamb"] = "adamw"
     lr: float = 5e-4
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
@@ -115,7 +115,8 @@ class LoaderConfig:
     """What a batch is made of.
 
     batch: samples of a global batch · chunk: samples that a rank runs at a time · retain: samples whose activations
-    a rank keeps instead of computing them again; as many as memory has room for, since the step costs less ·
+    a rank keeps instead of computing them again, or "auto": as many as `retain_gib` of memory has room for (null: what
+    a GPU has free), measured before the first step ·
     captions: the caption that curation scored, or at each visit one of the json's `captions`, or one of several text
     members by weight, `{txt: 0.5, recaption.txt: 0.5}` (txt is the scored caption; what a sample lacks is not drawn) ·
     resize_mode: "squash" keeps the whole picture, "shortest" its centre square ·
@@ -125,7 +126,8 @@ class LoaderConfig:
 
     batch: int = 256
     chunk: int = 64
-    retain: int = 0
+    retain: int | Literal["auto"] = 0
+    retain_gib: float | None = None
     captions: Literal["caption", "random"] | dict[str, float] = "caption"
     max_tokens: int = 48
     resize_mode: Literal["squash", "shortest"] = "squash"
@@ -140,7 +142,11 @@ class LoaderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. `samples` is what the run sees in all, repeats included."""
+    """One run. `samples` is what the run sees in all, repeats included.
+
+    activation_checkpointing: compute the activations of a block again in its backward pass · background_save: copy what
+    a checkpoint holds and write it beside the training.
+    """
 
     samples: int = 1_000_000
     seed: int = 0
@@ -148,6 +154,8 @@ class TrainConfig:
     deepspeed: str = "ds_configs/zero3.json"
     checkpoint_every: int = 500
     keep_last: int = 3
+    background_save: bool = False
+    activation_checkpointing: bool = False
     log_every: int = 10
     mmgem: MMGemRecipe | None = None
     clip: ClipRecipe | None = None
@@ -193,42 +201,6 @@ class TrainConfig:
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
-
-
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The recipe's DeepSpeed file with what follows from the recipe filled in.
-
-    Raises:
-        UserError: no such file, no JSON, or a value that the recipe decides.
-    """
-    path = Path(config.deepspeed)
-    path = path if path.exists() else ROOT / config.deepspeed
-    try:
-        settings = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"deepspeed: {config.deepspeed} does not exist; ds_configs/ has zero1, zero2 and zero3"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"deepspeed: {path} is not JSON ({error}); mend it") from None
-    if config.loader.batch % world_size:
-        raise UserError(f"loader.batch: {config.loader.batch} does not divide over {world_size} ranks; take a multiple")
-    ours = {
-        "train_micro_batch_size_per_gpu": config.loader.batch // world_size,
-        "gradient_accumulation_steps": 1,
-        # backward() only accumulates and step() is the boundary: what a step of several chunks needs at any stage.
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.optim.gradient_clipping,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-    clash = sorted(set(ours) & set(settings))
-    if clash:
-        raise UserError(f"deepspeed: {path} sets {', '.join(clash)}, which the recipe decides; remove them there")
-    automatic = [key for key, value in settings.items() if value == "auto"]
-    if automatic:
-        raise UserError(f'deepspeed: {path} leaves {", ".join(automatic)} at "auto", which is dropped; write the value')
-    return settings | ours
 
 
 def make_parser() -> Any:

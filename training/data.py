@@ -193,6 +193,7 @@ class Loader:
         self._shift = torch.tensor([-m / s for m, s in zip(image.mean, image.std)])[:, None, None]
         self.dtype = dtype
         self.errors = 0
+        self.retain = config.retain if isinstance(config.retain, int) else 0
         self._pixels = self._known = None
         if cache is not None:
             n = len(shards)
@@ -249,7 +250,7 @@ class Loader:
     def batches(self, step: int, steps: int) -> Iterator[list[dict[str, torch.Tensor]]]:
         """The chunks of this rank for the batches `step` .. `steps` - 1."""
         local = self.config.batch // self.world_size
-        kept = min(self.config.retain, local)
+        kept = min(self.retain, local)
         bounds = [*([0] if kept else []), *range(kept, local, self.config.chunk), local]
         ready: queue.Queue = queue.Queue(maxsize=2)
         stop = threading.Event()

@@ -19,15 +19,16 @@ import torch
 from curation.errors import UserError
 from curation.hashing import config_hash, hash64
 from curation.manifest import write_manifest
-from training import checkpoint
-from training.config import TrainConfig, as_dict, deepspeed_config
+from training import checkpoint, retention, zero
+from training.config import TrainConfig, as_dict
 from training.data import Loader, Shards
+from training.deepspeed_config import deepspeed_config
 from training.distributed import World
 from training.families import Family, build
 from training.gradient_cache import Chunk, Outputs, gradient_cached_step
 from training.log import RunLog
 from training.objectives import COUPLED
-from training.optim import adamw, factor, parameter_groups, set_lr
+from training.optim import Sharded, factor, parameter_groups, set_lr
 
 
 def bounded_scale(log_scale: torch.Tensor, floor: float) -> torch.Tensor:
@@ -46,6 +47,8 @@ class Trainer:
     """An engine and what feeds it."""
 
     engine: Any
+    optimizer: Sharded
+    used: zero.Used
     family: Family
     loader: Loader
     config: TrainConfig
@@ -74,17 +77,19 @@ class Trainer:
             weights={name: objective.weights.get(name, 1.0) for name in counts},
             coupled=COUPLED[objective.coupled](reduction=objective.reduction),
             world=self.world,
-            retain=self.config.loader.retain > 0,
+            retain=self.loader.retain > 0,
         )
 
     def step(self, number: int, chunks: Sequence[Chunk]) -> dict[str, float]:
         set_lr(self.engine.optimizer, share := factor(number, self.config.steps, self.config.optim))
         torch.manual_seed(hash64(self.config.seed, "step", number, self.world.rank) >> 1)
+        zero.begin_step(self.engine)
         metrics = self.accumulate([_on(self.engine.device, chunk) for chunk in chunks])
         if not math.isfinite(float(metrics["loss"])):
             raise UserError(
                 f"step {number}: the loss is {float(metrics['loss'])}; lower optim.lr or raise warmup_steps"
             )
+        self.optimizer.used = self.used.agree(self.world)
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return {
@@ -110,15 +115,17 @@ def make_trainer(config: TrainConfig, shards: Shards, run: Path) -> Trainer:
     world.barrier()
     if world.rank > 0:
         family = build(config, tokenizer, lambda: shards.every_caption(members))
+    if config.activation_checkpointing:
+        family.model.checkpoint_activations()
     groups = parameter_groups(family.model.named_parameters(), config.optim)
+    optimizer, used = Sharded(groups, config.optim), zero.Used(family.model.named_parameters())
     # ZeRO-3 gathers a transformer block at a time: its hooks on every small module of a block cost more than they save.
     deepspeed.utils.set_z3_leaf_modules(family.model, sorted(family.model.blocks), raise_if_not_found=False)
     engine, *_ = deepspeed.initialize(
-        model=family.model,
-        optimizer=adamw(groups, config.optim),
-        config=deepspeed_config(config, world.size),
+        model=family.model, optimizer=optimizer, config=deepspeed_config(config, world.size)
     )
     engine.train()
+    optimizer.attach(zero.shards(engine), world)
     loader = Loader(
         shards,
         config.loader,
@@ -130,7 +137,7 @@ def make_trainer(config: TrainConfig, shards: Shards, run: Path) -> Trainer:
         dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
         cache=run / "decoded.u8" if config.loader.cache_decoded else None,
     )
-    return Trainer(engine, family, loader, config, world)
+    return Trainer(engine, optimizer, used, family, loader, config, world)
 
 
 def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
@@ -151,11 +158,14 @@ def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
     world, recipe = trainer.world, as_dict(config)
     step, last = 0, checkpoint.latest(run)
     if last is not None:
-        step = checkpoint.resume(trainer.engine, last)
+        step = checkpoint.resume(trainer.engine, trainer.optimizer, last)
+    settle_retention(trainer, last)
+    saver = checkpoint.Saver(run, config.keep_last, config.background_save)
     facts = {
         "config": recipe,
         "config_hash": config_hash(recipe),
         "zero_stage": trainer.engine.zero_optimization_stage(),
+        "retain": trainer.loader.retain,
     }
     log = RunLog(run, step, config.steps) if world.rank == 0 else None
     resumed = step
@@ -190,16 +200,34 @@ def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
         stopping = world.any(stop)
         if stopping or step % config.checkpoint_every == 0 or step == config.steps:
             samples = {"samples": step * config.loader.batch}
-            checkpoint.save(trainer.engine, run, step, facts | samples, config.keep_last)
+            saver.save(trainer.engine, trainer.optimizer, step, facts | samples)
         if stopping and step < config.steps:
             break
         seen = time.monotonic()
+    saver.wait()
     if log is not None:
         log.close()
     if step == config.steps and world.rank == 0:
         finish(trainer.family, config, run, step)
     world.barrier()
     return step == config.steps
+
+
+def settle_retention(trainer: Trainer, last: Path | None) -> None:
+    """The retained samples: what the recipe says, what a first chunk shows to fit, or, resumed, what was chosen then.
+
+    A resumed run has to sum in the same order as before, unless its ranks hold other parts of the batch.
+    """
+    config, loader, world = trainer.config.loader, trainer.loader, trainer.world
+    if config.retain != "auto":
+        return
+    before = checkpoint.check(last) if last is not None else None
+    if before is not None and before["world_size"] == world.size:
+        loader.retain = before["retain"]
+        return
+    chunk = _on(trainer.engine.device, next(loader.batches(0, 1))[0])
+    parameters = list(trainer.family.model.parameters())
+    loader.retain = retention.choose(config, lambda c: trainer.forward(c, True), chunk, parameters, world)
 
 
 def finish(family: Family, config: TrainConfig, run: Path, step: int) -> None:

@@ -18,8 +18,9 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 from curation.errors import UserError, exit_code
 from curation.manifest import claim, read_manifest
 from training import checkpoint
-from training.config import TrainConfig, as_dict, deepspeed_config, make_parser
+from training.config import TrainConfig, as_dict, make_parser
 from training.data import Shards
+from training.deepspeed_config import deepspeed_config
 
 
 def parse(arguments: list[str]) -> tuple[TrainConfig, Path, Path, bool]:
@@ -51,7 +52,7 @@ def prepare(config: TrainConfig, shards: Path, run: Path, *, world_size: int, ov
         print(f"{run} is already complete: {done['steps']} steps, {done['samples']} samples")
         return False
     if (last := checkpoint.latest(run)) is not None:
-        checkpoint.check_resumable(last, world_size)
+        checkpoint.check_resumable(last)
     return True
 
 

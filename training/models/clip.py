@@ -50,6 +50,10 @@ class Clip(nn.Module):
         weights = open_clip.create_model(recipe.arch, recipe.pretrained).state_dict() if recipe.pretrained else None
         return cls(model_cfg, weights, initial_temperature)
 
+    def checkpoint_activations(self) -> None:
+        """Keep the blocks' inputs alone, and compute the rest again in the backward pass."""
+        self.towers.set_grad_checkpointing()
+
     def forward(self, chunk: Any, separable: bool = False) -> dict[str, Any]:
         """One chunk of pairs: pixel_values [B, 3, S, S] · input_ids [B, T] as open_clip's tokenizer gives them."""
         pixels = chunk["pixel_values"].to(next(self.towers.visual.parameters()).dtype)

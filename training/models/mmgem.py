@@ -108,6 +108,11 @@ class MMGem(PreTrainedModel):
         self.log_scale = nn.Parameter(torch.tensor([-math.log(config.initial_temperature)]))
         self.post_init()
 
+    def checkpoint_activations(self) -> None:
+        """Keep the blocks' inputs alone, and compute the rest again in the backward pass."""
+        self.vision.set_grad_checkpointing()
+        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+
     def _init_weights(self, module: nn.Module) -> None:
         """The towers have initialised themselves as their own libraries do; only h1, h2, h3 are ours."""
         if isinstance(module, nn.Linear) and module in (self.h1, self.h2, self.h3):
