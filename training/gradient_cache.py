@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 import torch
 
 from training.distributed import World
-from training.objectives.infonce import CoupledGradient
+from training.objectives.coupled import Coupled, Rows
 
 Chunk = Mapping[str, torch.Tensor]
 
@@ -47,9 +47,6 @@ class Outputs:
     right: torch.Tensor
     log_scale: torch.Tensor
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-Coupled = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, World], CoupledGradient]
 
 
 class Replay:
@@ -102,7 +99,9 @@ def gradient_cached_step(
     left = torch.cat([e.left.detach() for e in embedded])
     right = torch.cat([e.right.detach() for e in embedded])
     log_scale = embedded[0].log_scale.detach().float()
-    cached = coupled(left, right, log_scale, torch.cat([c["valid"] for c in chunks]), world)
+    valid = torch.cat([c["valid"] for c in chunks])
+    cached = coupled(left, right[:, None], {"log_scale": log_scale}, Rows(valid, valid[:, None]), world)
+    cached_right, d_log_scale = cached.right[:, 0], cached.scalars["log_scale"]
     names = sorted(counts)
     totals = world.sum(torch.tensor([float(counts[n]) for n in names], dtype=torch.float64))
     total = {name: max(float(t), 1.0) for name, t in zip(names, totals)}
@@ -112,9 +111,9 @@ def gradient_cached_step(
     def surrogate(number: int, out: Outputs) -> torch.Tensor:
         """The scalar whose gradient is this chunk's part of the loss's."""
         rows = slice(ends[number] - out.left.shape[0], ends[number])
-        scalar = ((out.left * cached.left[rows]).sum() + (out.right * cached.right[rows]).sum()) * world.size
+        scalar = ((out.left * cached.left[rows]).sum() + (out.right * cached_right[rows]).sum()) * world.size
         # Once per step, and times 0 in other chunks, so that every backward meets the same parameters on every rank.
-        scalar = scalar + (out.log_scale * (cached.log_scale if number == 0 else 0.0)).sum()
+        scalar = scalar + (out.log_scale * (d_log_scale if number == 0 else 0.0)).sum()
         for name, value in out.sums.items():
             scalar = scalar + value * (weights[name] * world.size / total[name])
             sums[name] += value.detach().double().cpu()
@@ -128,7 +127,7 @@ def gradient_cached_step(
         backward(surrogate(number, forward(chunks[number], True)))
     after.restore()
 
-    metrics = {"loss_embed": cached.value, "gradient_log_scale": cached.log_scale, "temperature": (-log_scale).exp()}
+    metrics = {"loss_embed": cached.value, "gradient_log_scale": d_log_scale[0], "temperature": (-log_scale).exp()}
     means = world.sum(torch.stack([sums[n] / total[n] for n in names])) if names else ()
     metrics |= {f"loss_{name}": mean for name, mean in zip(names, means)}
     metrics["loss"] = cached.value + sum(weights[n] * float(metrics[f"loss_{n}"]) for n in names)

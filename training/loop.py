@@ -26,7 +26,7 @@ from training.distributed import World
 from training.families import Family, build
 from training.gradient_cache import Chunk, Outputs, gradient_cached_step
 from training.log import RunLog
-from training.objectives import COUPLED
+from training.objectives import build as build_objective
 from training.optim import adamw, factor, parameter_groups, set_lr
 
 
@@ -72,7 +72,7 @@ class Trainer:
             chunks=chunks,
             counts=counts,
             weights={name: objective.weights.get(name, 1.0) for name in counts},
-            coupled=COUPLED[objective.coupled](reduction=objective.reduction),
+            coupled=build_objective(objective),
             world=self.world,
             retain=self.config.loader.retain > 0,
         )
