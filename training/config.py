@@ -76,13 +76,41 @@ class ClipRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Loss weights (1 where not named) and temperature. `reduction` sums (MM-GEM) or averages (CLIP) directions."""
+    """The coupled loss, the weights of the separable ones (1 where not named) and the temperature.
 
-    coupled: Literal["infonce"] = "infonce"
+    directions, reduction: of InfoNCE; `reduction` sums (MM-GEM) or averages (CLIP) its two directions ·
+    duplicates: pairs of rows that show the same thing are negatives, masked (neither), or positives ·
+    gather: every rank holds all right sides of the batch, or they go round in a ring, where they would not fit ·
+    tile: rows and columns of the logits that exist at once ·
+    temperature_schedule: learned between floor and ceiling, or from `temperature` to `temperature_end` over the run ·
+    logit_bias: where SigLIP's learned bias begins.
+    """
+
+    coupled: Literal["infonce", "siglip"] = "infonce"
+    directions: Literal["both", "left_to_right"] = "both"
     reduction: Literal["sum", "mean"] = "sum"
+    duplicates: Literal["negative", "masked", "positive"] = "negative"
+    gather: Literal["all", "ring"] = "all"
+    tile: int = 1024
     weights: dict[str, float] = field(default_factory=dict)
     temperature: float = 0.07
+    temperature_schedule: Literal["learned", "constant", "linear", "cosine"] = "learned"
+    temperature_end: float = 0.07
     temperature_floor: float = 0.01
+    temperature_ceiling: float = 1.0
+    logit_bias: float = -10.0
+
+    def __post_init__(self) -> None:
+        if self.tile < 1:
+            raise UserError(f"objective.tile: {self.tile} is not above 0; give a positive value")
+        for name in ("temperature", "temperature_end", "temperature_floor", "temperature_ceiling"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"objective.{name}: {getattr(self, name)} is not above 0; give a positive value")
+        if self.temperature_floor > self.temperature_ceiling:
+            raise UserError(
+                f"objective.temperature_floor: {self.temperature_floor} is above "
+                f"temperature_ceiling {self.temperature_ceiling}; lower it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +202,6 @@ class TrainConfig:
             "checkpoint_every": self.checkpoint_every,
             "keep_last": self.keep_last,
             "log_every": self.log_every,
-            "objective.temperature": self.objective.temperature,
-            "objective.temperature_floor": self.objective.temperature_floor,
         }
         for name, value in positive.items():
             if value <= 0:

@@ -44,7 +44,7 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         recipe.language,
         tokenizer,
         embed_dim=recipe.embed_dim,
-        initial_temperature=config.objective.temperature,
+        objective={k: v for k, v in vars(config.objective).items() if k != "weights"},
         resize_mode=config.loader.resize_mode,
     )
     emb, eos, pad = tokenizer.convert_tokens_to_ids(EMB), tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -84,7 +84,7 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
     from training.models.clip import Clip, export, read_export
 
     assert config.clip is not None
-    model = Clip.from_recipe(config.clip, config.objective.temperature)
+    model = Clip.from_recipe(config.clip, config.objective)
     side = model.model_cfg["vision_cfg"]["image_size"]
     spec = ImageSpec(size=side, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
     tokenizer = SimpleTokenizer(context_length=model.model_cfg["text_cfg"].get("context_length", 77))

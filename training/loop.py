@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,9 @@ from training.distributed import World
 from training.families import Family, build
 from training.gradient_cache import Chunk, Outputs, gradient_cached_step
 from training.log import RunLog
-from training.objectives import COUPLED
+from training.objectives import build as build_objective
+from training.objectives.temperature import log_scale_at
 from training.optim import Sharded, factor, parameter_groups, set_lr
-
-
-def bounded_scale(log_scale: torch.Tensor, floor: float) -> torch.Tensor:
-    """log(1/temperature) held at 1/floor; past it only gradients that lead back pass.
-
-    The parameter itself is never clamped in place, since ZeRO-3 holds it in parts.
-    """
-    ceiling = -math.log(floor)
-    if log_scale.requires_grad and float(log_scale.detach()) > ceiling:
-        log_scale.register_hook(lambda g: g.clamp(min=0.0))
-    return log_scale + (log_scale.clamp(max=ceiling) - log_scale).detach()
 
 
 @dataclass(slots=True)
@@ -53,10 +43,18 @@ class Trainer:
     loader: Loader
     config: TrainConfig
     world: World
+    number: int = 0
+    masters: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def forward(self, chunk: Chunk, separable: bool) -> Outputs:
         out = Outputs(**self.engine(chunk, separable=separable))
-        out.log_scale = bounded_scale(out.log_scale, self.config.objective.temperature_floor)
+        for name, value in out.scalars.items():
+            # The master's value with the parameter's gradient: bf16 would round a temperature to 1 %.
+            if name in self.masters:
+                value = value + (self.masters[name].to(value.device) - value).detach()
+            if name == "log_scale":
+                value = log_scale_at(value, self.config.objective, self.number, self.config.steps)
+            out.scalars[name] = value
         return out
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -74,16 +72,24 @@ class Trainer:
             backward=self.backward,
             chunks=chunks,
             counts=counts,
-            weights={name: objective.weights.get(name, 1.0) for name in counts},
-            coupled=COUPLED[objective.coupled](reduction=objective.reduction),
+            weights=objective.weights,
+            coupled=build_objective(objective),
             world=self.world,
             retain=self.loader.retain > 0,
         )
 
+    def begin(self, number: int) -> None:
+        """Make ready for the chunks of a step."""
+        self.number = number
+        zero.begin_step(self.engine)
+        shards = [state.shard for state in self.optimizer.states.values()]
+        learned = [name for name in self.family.model.scalars if name in self.used.names]
+        self.masters = zero.masters(shards, learned, self.world)
+
     def step(self, number: int, chunks: Sequence[Chunk]) -> dict[str, float]:
         set_lr(self.engine.optimizer, share := factor(number, self.config.steps, self.config.optim))
         torch.manual_seed(hash64(self.config.seed, "step", number, self.world.rank) >> 1)
-        zero.begin_step(self.engine)
+        self.begin(number)
         metrics = self.accumulate([_on(self.engine.device, chunk) for chunk in chunks])
         if not math.isfinite(float(metrics["loss"])):
             raise UserError(

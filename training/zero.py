@@ -11,7 +11,7 @@ another stage, can read. All three read the same table, made here for every stag
     stage 3     every parameter cut in equal parts; a rank's parts of a group one after another
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,11 +150,11 @@ class Used:
         return frozenset(self.names[i] for i in everywhere.nonzero().flatten().tolist())
 
 
-def masters(shards_of_rank: Iterable[Shard], names: Mapping[str, int], world: World) -> torch.Tensor:
-    """The fp32 master value of one-element parameters, [len(names)]: what bf16 would round to 1 %."""
+def masters(shards_of_rank: Iterable[Shard], names: Sequence[str], world: World) -> dict[str, torch.Tensor]:
+    """The fp32 master values [1] of one-element parameters, by name."""
     values = torch.zeros(len(names))
     for shard in shards_of_rank:
         for s in shard.stretches:
             if s.name in names and (shard.split or world.rank == 0):
-                values[names[s.name]] = shard.flat.detach().view(-1)[s.start].float().cpu()
-    return world.sum(values)
+                values[names.index(s.name)] = shard.flat.detach().view(-1)[s.start].float().cpu()
+    return dict(zip(names, world.sum(values).split(1)))

@@ -12,7 +12,6 @@ for, so that ZeRO-3 gathers each layer once. Captions are padded on the right:
 under a causal mask no real token sees padding, so no mask is built.
 """
 
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -22,7 +21,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from training.config import LanguageConfig, VisionConfig
+from training.config import LanguageConfig, ObjectiveConfig, VisionConfig
+from training.models.scalars import add_scalars, read_scalars
 from training.tokenizer import CAP, EMB
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -30,7 +30,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class MMGemConfig(PretrainedConfig):
-    """vision_config: open_clip's vision_cfg · text_config: the LLM's own config, as a dict."""
+    """vision_config: open_clip's vision_cfg · text_config: the LLM's own config, as a dict ·
+    objective: the coupled loss's section of the recipe (which scalars there are, and where they begin)."""
 
     model_type = "mmgem"
 
@@ -43,7 +44,7 @@ class MMGemConfig(PretrainedConfig):
         cap_token_id: int = 0,
         eos_token_id: int = 0,
         pad_token_id: int = 0,
-        initial_temperature: float = 0.07,
+        objective: dict[str, Any] | None = None,
         image_mean: tuple[float, ...] = MEAN,
         image_std: tuple[float, ...] = STD,
         resize_mode: str = "squash",
@@ -53,7 +54,7 @@ class MMGemConfig(PretrainedConfig):
         self.text_config = text_config or {}
         self.embed_dim = embed_dim
         self.emb_token_id, self.cap_token_id = emb_token_id, cap_token_id
-        self.initial_temperature = initial_temperature
+        self.objective = objective or {}
         self.image_mean, self.image_std, self.resize_mode = list(image_mean), list(image_std), resize_mode
         super().__init__(**{"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, **kwargs})
 
@@ -104,8 +105,7 @@ class MMGem(PreTrainedModel):
         self.h1 = nn.Linear(width, config.embed_dim)
         self.h2 = nn.Linear(hidden, config.embed_dim)
         self.h3 = nn.Linear(config.embed_dim, hidden)
-        # Shape [1]: ZeRO-3 cannot partition a parameter without dimensions.
-        self.log_scale = nn.Parameter(torch.tensor([-math.log(config.initial_temperature)]))
+        self.scalars = add_scalars(self, ObjectiveConfig(**config.objective))
         self.post_init()
 
     def checkpoint_activations(self) -> None:
@@ -174,7 +174,7 @@ class MMGem(PreTrainedModel):
         if not separable:
             hidden = self.llm.base_model(inputs_embeds=tokens, use_cache=False).last_hidden_state
             text = self._at_emb(hidden, chunk["length"])
-            return {"left": image, "right": text, "log_scale": 1.0 * self.log_scale.float()}
+            return {"left": image, "right": text, "scalars": read_scalars(self)}
 
         b = len(tokens)
         visual = self.h3(pooled)[:, None]  # [B, 1, H]
@@ -187,7 +187,7 @@ class MMGem(PreTrainedModel):
         logits = self.llm.lm_head(hidden[b:, 1:][counted])  # [tokens, vocabulary]
         total = F.cross_entropy(logits.float(), labels[counted], reduction="sum")
         text = self._at_emb(hidden[:b], chunk["length"])
-        return {"left": image, "right": text, "log_scale": 1.0 * self.log_scale.float(), "sums": {"generate": total}}
+        return {"left": image, "right": text, "scalars": read_scalars(self), "sums": {"generate": total}}
 
     @staticmethod
     def counts(chunk: Any) -> dict[str, float]:
