@@ -95,7 +95,7 @@ class ObjectiveConfig:
     weights: dict[str, float] = field(default_factory=dict)
     temperature: float = 0.07
     temperature_schedule: Literal["learned", "constant", "linear", "cosine"] = "learned"
-    temperature_end: float = 0.07
+    temperature_end: float | None = None
     temperature_floor: float = 0.01
     temperature_ceiling: float = 1.0
     logit_bias: float = -10.0
@@ -104,8 +104,18 @@ class ObjectiveConfig:
         if self.tile < 1:
             raise UserError(f"objective.tile: {self.tile} is not above 0; give a positive value")
         for name in ("temperature", "temperature_end", "temperature_floor", "temperature_ceiling"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"objective.{name}: {getattr(self, name)} is not above 0; give a positive value")
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"objective.{name}: {value} is not above 0; give a positive value")
+        moves = self.temperature_schedule in ("linear", "cosine")
+        if moves and self.temperature_end is None:
+            raise UserError(f"objective.temperature_end: {self.temperature_schedule} needs it; give the last one")
+        if not moves and self.temperature_end is not None:
+            raise UserError(
+                f"objective.temperature_end: temperature_schedule {self.temperature_schedule} has none; "
+                "take linear or cosine, or remove it"
+            )
+        if self.coupled == "siglip" and self.directions != "both":
+            raise UserError("objective.directions: siglip has pairs and no directions; remove it")
         if self.temperature_floor > self.temperature_ceiling:
             raise UserError(
                 f"objective.temperature_floor: {self.temperature_floor} is above "

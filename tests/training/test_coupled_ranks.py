@@ -43,14 +43,14 @@ def whole(name, dtype):
 def rank_main(rank, size, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     world, out = World.current(), {}
-    for name, dtype, gather, tile in product(SETTINGS, DTYPES, ("all", "ring"), (3, 1024)):
+    for name, dtype, gather in product(SETTINGS, DTYPES, ("all", "ring")):
         kind, said, _ = SETTINGS[name]
         left, right, scalars, rows = whole(name, DTYPES[dtype])
         own = slice(rank * 12 // size, (rank + 1) * 12 // size)
         groups = None if rows.groups is None else rows.groups[own]
         mine = (left[own], right[own], scalars, Rows(rows.valid[own], rows.right_valid[own], groups))
-        found = COUPLED[kind](gather=gather, tile=tile, keep=20 if tile == 3 else 0, **said)(*mine, world)
-        out[name, dtype, gather, tile] = as_dict(found)
+        found = COUPLED[kind](gather=gather, tile=3, keep=20, **said)(*mine, world)
+        out[name, dtype, gather] = as_dict(found)
     torch.save(out, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -68,8 +68,8 @@ def test_any_number_of_ranks_and_either_way_give_the_brute_force_numbers(ranks, 
     kind, said, _ = SETTINGS[name]
     expected = gradients(ORACLES[kind], *whole(name, DTYPES[dtype]), **said)
     sinks = 20.0 if name == "one_rank_sinks" else 1.0  # the products' own rounding, at scale 100
-    for gather, tile in product(("all", "ring"), (3, 1024)):
-        parts = [rank[name, dtype, gather, tile] for rank in ranks]
+    for gather in ("all", "ring"):
+        parts = [rank[name, dtype, gather] for rank in ranks]
         for scalar in set(expected) - {"left", "right"}:
             assert all(torch.equal(part[scalar], parts[0][scalar]) for part in parts)
         found = parts[0] | {side: torch.cat([part[side] for part in parts]) for side in ("left", "right")}

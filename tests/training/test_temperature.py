@@ -31,13 +31,14 @@ def test_bounds_hold_without_a_graph():
 
 
 def test_schedules_begin_and_end_where_they_should():
-    at = lambda kind, step: scheduled(  # noqa: E731
-        ObjectiveConfig(temperature=0.1, temperature_end=0.02, temperature_schedule=kind), step, 101
-    )
-    assert [at("constant", step) for step in (0, 100)] == [0.1, 0.1]
-    for kind in ("linear", "cosine"):
-        assert [round(at(kind, step), 9) for step in (0, 50, 100)] == [0.1, 0.06, 0.02]
-    assert at("cosine", 10) > at("linear", 10)
+    assert scheduled(ObjectiveConfig(temperature=0.1, temperature_schedule="constant"), 70, 101) == 0.1
+    moving = {
+        kind: ObjectiveConfig(temperature=0.1, temperature_end=0.02, temperature_schedule=kind)
+        for kind in ("linear", "cosine")
+    }
+    for config in moving.values():
+        assert [round(scheduled(config, step, 101), 9) for step in (0, 50, 100)] == [0.1, 0.06, 0.02]
+    assert scheduled(moving["cosine"], 10, 101) > scheduled(moving["linear"], 10, 101)
 
 
 def test_a_scheduled_temperature_leaves_its_parameter_alone():
@@ -49,11 +50,23 @@ def test_a_scheduled_temperature_leaves_its_parameter_alone():
     assert parameter.grad.tolist() == [0.0]
 
 
-def test_settings_reach_the_loss_and_bad_ones_are_named():
+def test_settings_reach_the_loss():
     loss = build(ObjectiveConfig(coupled="infonce", directions="left_to_right", duplicates="masked", gather="ring"))
     assert (loss.directions, loss.duplicates, loss.gather) == ("left_to_right", "masked", "ring")
     assert isinstance(build(ObjectiveConfig(coupled="siglip", tile=64)), COUPLED["siglip"])
-    with pytest.raises(UserError, match="temperature_floor: 2"):
-        ObjectiveConfig(temperature_floor=2.0)
-    with pytest.raises(UserError, match="temperature_end: 0"):
-        ObjectiveConfig(temperature_end=0.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ({"temperature_floor": 2.0}, "temperature_floor: 2.0 is above temperature_ceiling 1.0"),
+        ({"temperature_ceiling": 0.0}, "temperature_ceiling: 0.0 is not above 0"),
+        ({"temperature_schedule": "cosine"}, "temperature_end: cosine needs it"),
+        ({"temperature_end": 0.02}, "temperature_end: temperature_schedule learned has none"),
+        ({"coupled": "siglip", "directions": "left_to_right"}, "directions: siglip has pairs"),
+        ({"tile": 0}, "tile: 0 is not above 0"),
+    ],
+)
+def test_bad_settings_are_named(said, line):
+    with pytest.raises(UserError, match=line):
+        ObjectiveConfig(**said)

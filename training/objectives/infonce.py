@@ -70,7 +70,7 @@ class InfoNCE(Tiling):
         if both:
             log_sums += torch.where(valid, sweep.column_sum.log() + sweep.shift, 0.0)
         value = log_sums.sum() * weight - target.sum() * each
-        value, d_log_scale = world.sum(torch.stack([value.to(d_left.dtype), (pairs.left * d_left).sum()]))
+        value, d_log_scale = world.sum(torch.stack([value.to(d_left.dtype), pairs.with_left(d_left)]))
         return CoupledGradient(value, d_left, d_right, {"log_scale": d_log_scale.reshape(1)})
 
 

@@ -56,7 +56,7 @@ class SigLIP(Tiling):
             sums[tile.side][tile.columns].addmm_(g.T, tile.left, alpha=scale * weight)
 
         d_right = pairs.joined(pairs.sweep(add, pairs.zeros(), {}))
-        d_log_scale = (pairs.left * d_left).sum()
-        value, d_log_scale, d_bias = world.sum(torch.stack([loss * weight, d_log_scale, d_bias * weight]))
+        parts = torch.stack([loss * weight, pairs.with_left(d_left), d_bias * weight])
+        value, d_log_scale, d_bias = world.sum(parts)
         gradients = {"log_scale": d_log_scale.reshape(1), "logit_bias": d_bias.reshape(1)}
         return CoupledGradient(value, d_left, d_right, gradients)

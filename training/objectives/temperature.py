@@ -29,7 +29,7 @@ def bounded(log_scale: torch.Tensor, floor: float, ceiling: float) -> torch.Tens
 def scheduled(config: ObjectiveConfig, step: int, steps: int) -> float:
     """The temperature at a step: from `temperature` at the first of `steps` to `temperature_end` at the last."""
     begin, end = config.temperature, config.temperature_end
-    if config.temperature_schedule == "constant":
+    if end is None:  # constant
         return begin
     share = step / max(steps - 1, 1)
     if config.temperature_schedule == "cosine":

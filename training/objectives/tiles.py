@@ -40,7 +40,7 @@ class Tiling:
     duplicates: Duplicates = "negative"
     gather: Literal["all", "ring"] = "all"
     tile: int = 1024
-    keep: int = 2**23
+    keep: int = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,11 @@ class Pairs:
         b, m, d = self.shape
         out = {"positive": self.left.new_zeros(b, d)}
         return out | ({"negative": self.left.new_zeros(b * (m - 1), d)} if m > 1 else {})
+
+    def with_left(self, d_left: torch.Tensor) -> torch.Tensor:
+        """<L, dL> []: the gradient of log(scale), as S is linear in either. A tile at a time, for its memory."""
+        parts = [(self.left[rows] * d_left[rows]).sum() for rows in spans(len(d_left), self.tiling.tile)]
+        return torch.stack(parts).sum()
 
     def joined(self, sums: Tensors) -> torch.Tensor:
         """The right sides [b, m, D] of what `zeros` began."""
