@@ -9,7 +9,7 @@ save together, which a signal handler could not.
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from curation.hashing import config_hash, hash64
 from curation.manifest import write_manifest
 from training import checkpoint
 from training.config import TrainConfig, as_dict, deepspeed_config
-from training.data import Loader, Shards
+from training.data import REASONS, Budget, Loader, Shards, Source, every_caption, open_sources
 from training.distributed import World
 from training.families import Family, build
 from training.gradient_cache import Chunk, Outputs, gradient_cached_step
@@ -98,18 +98,19 @@ def _on(device: torch.device, chunk: Chunk) -> Chunk:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in chunk.items()}
 
 
-def make_trainer(config: TrainConfig, shards: Shards, run: Path) -> Trainer:
+def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path) -> Trainer:
     """Build the model, its engine and its loader; the process group is up already."""
     import deepspeed
 
     world = World.current()
     tokenizer = run / "tokenizer"
     members = config.loader.captions if isinstance(config.loader.captions, dict) else None
+    sources = [Source(name="data", samples=data)] if isinstance(data, Shards) else data
     if world.rank == 0:
-        family = build(config, tokenizer, lambda: shards.every_caption(members))
+        family = build(config, tokenizer, lambda: every_caption(sources, members))
     world.barrier()
     if world.rank > 0:
-        family = build(config, tokenizer, lambda: shards.every_caption(members))
+        family = build(config, tokenizer, lambda: every_caption(sources, members))
     groups = parameter_groups(family.model.named_parameters(), config.optim)
     # ZeRO-3 gathers a transformer block at a time: its hooks on every small module of a block cost more than they save.
     deepspeed.utils.set_z3_leaf_modules(family.model, sorted(family.model.blocks), raise_if_not_found=False)
@@ -120,7 +121,7 @@ def make_trainer(config: TrainConfig, shards: Shards, run: Path) -> Trainer:
     )
     engine.train()
     loader = Loader(
-        shards,
+        sources,
         config.loader,
         family.image,
         family.encode_text,
@@ -128,12 +129,13 @@ def make_trainer(config: TrainConfig, shards: Shards, run: Path) -> Trainer:
         rank=world.rank,
         world_size=world.size,
         dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-        cache=run / "decoded.u8" if config.loader.cache_decoded else None,
+        cache=run / "decoded" if config.loader.cache_decoded else None,
+        extra=family.extra,
     )
     return Trainer(engine, family, loader, config, world)
 
 
-def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
+def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
     """Train to the end, or to a SIGTERM; whether the end was reached.
 
     Raises:
@@ -146,8 +148,8 @@ def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
         stop = True
 
     signal.signal(signal.SIGTERM, ask_to_stop)
-    shards = Shards(shards_folder)
-    trainer = make_trainer(config, shards, run)
+    trainer = make_trainer(config, open_sources(config.loader, data), run)
+    budget = Budget(config.loader.max_error_rate, config.loader.error_window)
     world, recipe = trainer.world, as_dict(config)
     step, last = 0, checkpoint.latest(run)
     if last is not None:
@@ -167,13 +169,9 @@ def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
         metrics = trainer.step(step, chunks)
         step += 1
         if step % config.log_every == 0 or step == config.steps:
-            errors = int(world.sum(torch.tensor([trainer.loader.errors])))
-            drawn = (step - resumed) * config.loader.batch
-            if errors > config.loader.max_error_rate * drawn:
-                raise UserError(
-                    f"loader.max_error_rate: {errors} of {drawn} samples could not be read; "
-                    "look at the shards or raise it"
-                )
+            counts = world.sum(trainer.loader.hole_counts()).tolist()
+            holes = {reason: n for reason, n in zip(REASONS, counts) if n}
+            budget.check((step - resumed) * config.loader.batch, holes)
             spent = time.monotonic() - begun
             if log is not None:
                 log(
@@ -183,7 +181,8 @@ def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
                         **metrics,
                         "samples_per_second": (step - since) * config.loader.batch / spent,
                         "data_share": waited / spent,
-                        "errors": errors,
+                        "errors": sum(holes.values()),
+                        **{f"errors_{reason}": n for reason, n in holes.items()},
                     },
                 )
             waited, since, begun = 0.0, step, time.monotonic()

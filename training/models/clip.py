@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from curation.errors import UserError
 from training.config import ClipRecipe
+from training.models.patches import only, take_over
 
 
 class Clip(nn.Module):
@@ -32,6 +33,8 @@ class Clip(nn.Module):
         self.towers = CLIP(**{k: v for k, v in model_cfg.items() if k != "custom_text"})
         if pretrained is not None:
             self.towers.load_state_dict(pretrained)
+        self.patch_dropout = float(model_cfg["vision_cfg"].get("patch_dropout", 0.0))
+        take_over(self.towers.visual, self.patch_dropout)
         del self.towers.logit_scale
         self.log_scale = nn.Parameter(torch.tensor([-math.log(initial_temperature)]))
 
@@ -51,9 +54,11 @@ class Clip(nn.Module):
         return cls(model_cfg, weights, initial_temperature)
 
     def forward(self, chunk: Any, separable: bool = False) -> dict[str, Any]:
-        """One chunk of pairs: pixel_values [B, 3, S, S] · input_ids [B, T] as open_clip's tokenizer gives them."""
+        """One chunk of pairs: pixel_values [B, 3, S, S] · input_ids [B, T] as open_clip's tokenizer gives them ·
+        patches [B, keep] that are seen, all without it."""
         pixels = chunk["pixel_values"].to(next(self.towers.visual.parameters()).dtype)
-        image = self.towers.encode_image(pixels)
+        with only(self.towers.visual, chunk.get("patches")):
+            image = self.towers.encode_image(pixels)
         text = self.towers.encode_text(chunk["input_ids"])
         left, right = (F.normalize(side.float(), dim=-1) for side in (image, text))
         return {"left": left, "right": right, "log_scale": 1.0 * self.log_scale.float()}
