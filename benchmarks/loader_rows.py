@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,7 @@ def loading(bench: Bench) -> Iterator[Case]:
     pool = bench.work / "pool"
     pairs = 256 if bench.quick else 2_048
     synthesise(out=pool, pairs=pairs, seed=0, noise=False)
-    web = _as_web(pool, bench.work / "web", 128 if bench.quick else 1_024)
+    web = _as_web(pool, bench.work / "web", 256 if bench.quick else 1_024)
     shared: dict[str, Any] = {"area": "training", "unit": "samples/s", "better": "higher"}
     for name, folder, size in (("loader_small", pool, 64), ("loader_web", web, 224)):
         ours, peer = sides(folder, size)
@@ -81,8 +82,10 @@ def _ours(shards: Path, size: int, tokenizer: Any) -> Measure:
 
 def _theirs(shards: Path, size: int, tokenizer: Any) -> Measure:
     from open_clip.transform import AugmentationCfg, image_transform
-    from open_clip_train.data import get_wds_dataset
+    from open_clip_train import data as peer
 
+    # webdataset 1.0 marks the end of each tar, which open_clip's loader, written for 0.2.86, does not know.
+    peer.tar_file_expander = partial(peer.tar_file_expander, eof_value=None)
     paths = "::".join(str(path) for path in sorted(shards.glob("*.tar")))
     transform = image_transform(size, is_train=True, aug_cfg=AugmentationCfg(scale=(0.9, 1.0)))
 
@@ -97,7 +100,7 @@ def _theirs(shards: Path, size: int, tokenizer: Any) -> Measure:
             world_size=1,
             batch_size=BATCH,
         )
-        data = get_wds_dataset(arguments, transform, is_train=True, floor=True, tokenizer=tokenizer)
+        data = peer.get_wds_dataset(arguments, transform, is_train=True, floor=True, tokenizer=tokenizer)
         return _rate(pictures for pictures, _ in data.dataloader)
 
     return once
