@@ -25,6 +25,7 @@ from benchmarks import (
     building_rows,
     cluster_rows,
     curation_rows,
+    loader_rows,
     loss_rows,
     matching_rows,
     selection_rows,
@@ -53,6 +54,7 @@ GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
         loss_rows.losses,
         ("loss_8192_time", "loss_8192_products", "loss_8192_memory", "loss_32768_memory", "loss_doubled_batch"),
     ),
+    "load": (loader_rows.loading, ("loader_small", "loader_web", "loader_raw")),
 }
 """Cases that share what is set up for them, with their names, so that `--only` sets up nothing in vain."""
 

@@ -147,8 +147,8 @@ def train(arguments: list[str]) -> int:
     from training.train import parse, prepare
 
     ranks = a.ranks or _accelerators() or 2
-    config, shards, run, overwrite = parse(rest)
-    if not prepare(config, shards, run, world_size=ranks, overwrite=overwrite):
+    config, data, run, overwrite = parse(rest)
+    if not prepare(config, data, run, world_size=ranks, overwrite=overwrite):
         return 0
     return launch([word for word in rest if word != "--overwrite"], run, ranks)
 

@@ -148,6 +148,20 @@ class OptimConfig:
     groups: list[GroupConfig] = field(default_factory=list)
 
 
+Kind = Literal["pairs", "images", "texts", "rows"]
+"""What a sample is to a step: a picture and a caption, one of them alone, or what a family reads of its own source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One of several sources: its shards (a folder or URL; `--data NAME=DIR` says it too), its weight in the mixture,
+    and what its chunks hold."""
+
+    path: str = ""
+    weight: float = 1.0
+    kind: Kind = "pairs"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """What a batch is made of.
@@ -159,7 +173,13 @@ class LoaderConfig:
     members by weight, `{txt: 0.5, recaption.txt: 0.5}` (txt is the scored caption; what a sample lacks is not drawn) ·
     resize_mode: "squash" keeps the whole picture, "shortest" its centre square ·
     decode_size: side that decoded pictures are cached at (crops are cut from it; null = the model's) ·
-    crop_scale: area of the random crop · cache_decoded: keep decoded pictures in RUN/decoded.u8.
+    crop_scale: area of the random crop · color_jitter (brightness, contrast, saturation, hue), color_jitter_prob,
+    gray_scale_prob: as open_clip names them · cache_decoded: keep decoded pictures in RUN/decoded.*.u8 ·
+    sources: by name, where there are several · unit: samples in a row that one source gives · mixing: which source a
+    unit takes, by exact shares of the weights in every block, at random by weight, or in turn ·
+    window_shards: shards that samples are mixed over · prefetch: batches made ahead ·
+    cache_dir, cache_gib: where remote shards are kept (null = gemsmith-shards in the temporary folder), and how much
+    · max_error_rate: share of samples that may be unreadable, in any stretch of `error_window` samples.
     """
 
     batch: int = 256
@@ -172,10 +192,43 @@ class LoaderConfig:
     decode_size: int | None = None
     crop_scale: tuple[float, float] = (1.0, 1.0)
     flip: bool = False
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    color_jitter_prob: float = 0.0
+    gray_scale_prob: float = 0.0
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    unit: int = 1
+    mixing: Literal["shares", "random", "round_robin"] = "shares"
     window_shards: int = 8
     threads: int = 1
+    prefetch: int = 2
     cache_decoded: bool = False
+    cache_dir: str | None = None
+    cache_gib: float = 64.0
     max_error_rate: float = 0.01
+    error_window: int = 100_000
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: values that no batch can be made of.
+        """
+        positive = ("batch", "chunk", "threads", "window_shards", "unit", "cache_gib", "error_window")
+        for name in positive:
+            if (value := getattr(self, name)) <= 0:
+                raise UserError(f"loader.{name}: {value} is not above 0; give a positive value")
+        if self.prefetch < 0:
+            raise UserError(f"loader.prefetch: {self.prefetch} is below 0; 2 batches ahead are plenty")
+        if isinstance(self.captions, dict) and not all(w > 0 for w in self.captions.values() or [0]):
+            raise UserError(f"loader.captions: {self.captions} needs members with weights above 0")
+        for name, source in self.sources.items():
+            if not name.isidentifier():
+                raise UserError(f"loader.sources: {name!r} is no name; take letters, digits and _")
+            if source.weight <= 0:
+                raise UserError(f"loader.sources.{name}.weight: {source.weight:g} is not above 0; leave the source out")
+        if self.batch % self.unit:
+            raise UserError(
+                f"loader.unit: {self.unit} does not divide the batch of {self.batch}; take a divisor, or the batch"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,10 +258,6 @@ class TrainConfig:
         if (self.mmgem is None) == (self.clip is None):
             raise UserError("recipe: exactly one family section is needed; fill in `mmgem:` or `clip:`")
         positive = {
-            "loader.batch": self.loader.batch,
-            "loader.chunk": self.loader.chunk,
-            "loader.threads": self.loader.threads,
-            "loader.window_shards": self.loader.window_shards,
             "checkpoint_every": self.checkpoint_every,
             "keep_last": self.keep_last,
             "log_every": self.log_every,
@@ -216,8 +265,7 @@ class TrainConfig:
         for name, value in positive.items():
             if value <= 0:
                 raise UserError(f"{name}: {value} is not above 0; give a positive value")
-        if isinstance(self.loader.captions, dict) and not all(w > 0 for w in self.loader.captions.values() or [0]):
-            raise UserError(f"loader.captions: {self.loader.captions} needs members with weights above 0")
+        self.loader.check()
         known = {"generate"} if self.mmgem is not None else set()
         if unknown := sorted(set(self.objective.weights) - known):
             raise UserError(
@@ -246,7 +294,14 @@ def make_parser() -> Any:
     parser = ArgumentParser(description="Train a recipe under DeepSpeed.", exit_on_error=False)
     parser.add_argument("--config", action="config", help="recipe (YAML)")
     parser.add_class_arguments(TrainConfig, sub_configs=True)
-    parser.add_argument("--data", type=str, required=True, help="folder of webdataset shards")
+    parser.add_argument(
+        "--data",
+        action="append",
+        type=str,
+        default=[],
+        metavar="[NAME=]DIR",
+        help="folder or URL of webdataset shards; NAME=DIR for each of several sources",
+    )
     parser.add_argument("--out", type=str, required=True, help="folder of the run")
     parser.add_argument("--overwrite", action="store_true", help="discard what the folder holds")
     return parser

@@ -4,7 +4,7 @@ A family is its model, how captions become tensors, what its images look like,
 and how it is exported for people who take the model away.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from training.config import TrainConfig
-from training.data import ImageSpec
+from training.data import Drawn, ImageSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """encode_text: captions -> tensors of a chunk · encode_query: captions -> input of `embed_texts` ·
-    export: (state dict, folder) writes what `from_pretrained` or open_clip reads · read_export: the state back."""
+    export: (state dict, folder) writes what `from_pretrained` or open_clip reads · read_export: the state back ·
+    extra: (kind, rows) -> more tensors of a chunk, drawn from each row's `draw`."""
 
     model: Any
     image: ImageSpec
@@ -26,6 +27,7 @@ class Family:
     export: Callable[[dict[str, torch.Tensor], Path], None]
     read_export: Callable[[Path], dict[str, torch.Tensor]]
     tokenizer: Any
+    extra: Callable[[str, Sequence[Drawn]], dict[str, torch.Tensor]] | None = None
 
 
 def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
@@ -66,7 +68,13 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         tokenizer.save_pretrained(str(folder))
 
     side = int(model.vision.image_size[0])
-    spec = ImageSpec(size=side, mean=tuple(model.config.image_mean), std=tuple(model.config.image_std))
+    spec = ImageSpec.of_vit(
+        model.vision,
+        recipe.vision.patch_dropout,
+        size=side,
+        mean=tuple(model.config.image_mean),
+        std=tuple(model.config.image_std),
+    )
     return Family(
         model=model,
         image=spec,
@@ -86,7 +94,9 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
     assert config.clip is not None
     model = Clip.from_recipe(config.clip, config.objective)
     side = model.model_cfg["vision_cfg"]["image_size"]
-    spec = ImageSpec(size=side, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
+    spec = ImageSpec.of_vit(
+        model.towers.visual, model.patch_dropout, size=side, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD
+    )
     tokenizer = SimpleTokenizer(context_length=model.model_cfg["text_cfg"].get("context_length", 77))
     preprocess = {
         "size": [side, side],

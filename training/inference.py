@@ -75,7 +75,7 @@ def _config_from(record: dict[str, Any]) -> TrainConfig:
     from training.config import make_parser
 
     parser = make_parser()
-    parsed = parser.instantiate(parser.parse_object({**record, "data": "", "out": ""}))
+    parsed = parser.instantiate(parser.parse_object({**record, "data": [], "out": ""}))
     return TrainConfig(**{name: getattr(parsed, name) for name in TrainConfig.__dataclass_fields__})
 
 

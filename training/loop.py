@@ -9,7 +9,7 @@ save together, which a signal handler could not.
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from curation.hashing import config_hash, hash64
 from curation.manifest import write_manifest
 from training import checkpoint, retention, zero
 from training.config import TrainConfig, as_dict
-from training.data import Loader, Shards
+from training.data import REASONS, Budget, Loader, Shards, Source, every_caption, open_sources
 from training.deepspeed_config import deepspeed_config
 from training.distributed import World
 from training.families import Family, build
@@ -109,18 +109,19 @@ def _on(device: torch.device, chunk: Chunk) -> Chunk:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in chunk.items()}
 
 
-def make_trainer(config: TrainConfig, shards: Shards, run: Path) -> Trainer:
+def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path) -> Trainer:
     """Build the model, its engine and its loader; the process group is up already."""
     import deepspeed
 
     world = World.current()
     tokenizer = run / "tokenizer"
     members = config.loader.captions if isinstance(config.loader.captions, dict) else None
+    sources = [Source(name="data", samples=data)] if isinstance(data, Shards) else data
     if world.rank == 0:
-        family = build(config, tokenizer, lambda: shards.every_caption(members))
+        family = build(config, tokenizer, lambda: every_caption(sources, members))
     world.barrier()
     if world.rank > 0:
-        family = build(config, tokenizer, lambda: shards.every_caption(members))
+        family = build(config, tokenizer, lambda: every_caption(sources, members))
     if config.activation_checkpointing:
         family.model.checkpoint_activations()
     groups = parameter_groups(family.model.named_parameters(), config.optim)
@@ -133,7 +134,7 @@ def make_trainer(config: TrainConfig, shards: Shards, run: Path) -> Trainer:
     engine.train()
     optimizer.attach(zero.shards(engine), world)
     loader = Loader(
-        shards,
+        sources,
         config.loader,
         family.image,
         family.encode_text,
@@ -141,12 +142,13 @@ def make_trainer(config: TrainConfig, shards: Shards, run: Path) -> Trainer:
         rank=world.rank,
         world_size=world.size,
         dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-        cache=run / "decoded.u8" if config.loader.cache_decoded else None,
+        cache=run / "decoded" if config.loader.cache_decoded else None,
+        extra=family.extra,
     )
     return Trainer(engine, optimizer, used, family, loader, config, world)
 
 
-def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
+def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
     """Train to the end, or to a SIGTERM; whether the end was reached.
 
     Raises:
@@ -159,8 +161,8 @@ def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
         stop = True
 
     signal.signal(signal.SIGTERM, ask_to_stop)
-    shards = Shards(shards_folder)
-    trainer = make_trainer(config, shards, run)
+    trainer = make_trainer(config, open_sources(config.loader, data), run)
+    budget = Budget(config.loader.max_error_rate, config.loader.error_window)
     world, recipe = trainer.world, as_dict(config)
     step, last = 0, checkpoint.latest(run)
     if last is not None:
@@ -183,13 +185,9 @@ def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
         metrics = trainer.step(step, chunks)
         step += 1
         if step % config.log_every == 0 or step == config.steps:
-            errors = int(world.sum(torch.tensor([trainer.loader.errors])))
-            drawn = (step - resumed) * config.loader.batch
-            if errors > config.loader.max_error_rate * drawn:
-                raise UserError(
-                    f"loader.max_error_rate: {errors} of {drawn} samples could not be read; "
-                    "look at the shards or raise it"
-                )
+            counts = world.sum(trainer.loader.hole_counts()).tolist()
+            holes = {reason: n for reason, n in zip(REASONS, counts) if n}
+            budget.check((step - resumed) * config.loader.batch, holes)
             spent = time.monotonic() - begun
             if log is not None:
                 log(
@@ -199,7 +197,8 @@ def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
                         **metrics,
                         "samples_per_second": (step - since) * config.loader.batch / spent,
                         "data_share": waited / spent,
-                        "errors": errors,
+                        "errors": sum(holes.values()),
+                        **{f"errors_{reason}": n for reason, n in holes.items()},
                     },
                 )
             waited, since, begun = 0.0, step, time.monotonic()

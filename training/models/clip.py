@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from curation.errors import UserError
 from training.config import ClipRecipe, ObjectiveConfig
+from training.models.patches import only, take_over
 from training.models.scalars import add_scalars, read_scalars
 
 SCALARS = {"log_scale": "logit_scale", "logit_bias": "logit_bias"}
@@ -35,6 +36,8 @@ class Clip(nn.Module):
         self.towers = CLIP(**{k: v for k, v in model_cfg.items() if k != "custom_text"})
         if pretrained is not None:
             self.towers.load_state_dict(pretrained)
+        self.patch_dropout = float(model_cfg["vision_cfg"].get("patch_dropout", 0.0))
+        take_over(self.towers.visual, self.patch_dropout)
         del self.towers.logit_scale
         self.scalars = add_scalars(self, objective)
 
@@ -58,9 +61,11 @@ class Clip(nn.Module):
         self.towers.set_grad_checkpointing()
 
     def forward(self, chunk: Any, separable: bool = False) -> dict[str, Any]:
-        """One chunk of pairs: pixel_values [B, 3, S, S] · input_ids [B, T] as open_clip's tokenizer gives them."""
+        """One chunk of pairs: pixel_values [B, 3, S, S] · input_ids [B, T] as open_clip's tokenizer gives them ·
+        patches [B, keep] that are seen, all without it."""
         pixels = chunk["pixel_values"].to(next(self.towers.visual.parameters()).dtype)
-        image = self.towers.encode_image(pixels)
+        with only(self.towers.visual, chunk.get("patches")):
+            image = self.towers.encode_image(pixels)
         text = self.towers.encode_text(chunk["input_ids"])
         left, right = (F.normalize(side.float(), dim=-1) for side in (image, text))
         return {"left": left, "right": right, "scalars": read_scalars(self)}

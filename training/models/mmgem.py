@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from training.config import LanguageConfig, ObjectiveConfig, VisionConfig
+from training.models.patches import only, take_over
 from training.models.scalars import add_scalars, read_scalars
 from training.tokenizer import CAP, EMB
 
@@ -75,6 +76,7 @@ def _vision_tower(settings: dict[str, Any], weights: str | None = None) -> Any:
 
         known = {k: v for k, v in settings.items() if k in CLIPVisionCfg.__dataclass_fields__}
         visual = _build_vision_tower(embed_dim=settings["width"], vision_cfg=CLIPVisionCfg(**known))
+    take_over(visual, settings.get("patch_dropout") or 0.0)
     visual.proj = None
     visual.output_tokens = True
     return visual
@@ -151,9 +153,10 @@ class MMGem(PreTrainedModel):
             model.vision.load_state_dict(_vision_tower(config.vision_config, vision.pretrained).state_dict())
         return model
 
-    def _pooled(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """mean_N h1(V): [B, 3, S, S] -> [B, E]."""
-        _, patches = self.vision(pixel_values.to(self.h1.weight.dtype))
+    def _pooled(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """mean_N h1(V): [B, 3, S, S] -> [B, E]; over the patches of `kept` [B, keep] alone where it is given."""
+        with only(self.vision, kept):
+            _, patches = self.vision(pixel_values.to(self.h1.weight.dtype))
         return self.h1(patches).mean(1)
 
     def _at_emb(self, hidden: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
@@ -165,9 +168,10 @@ class MMGem(PreTrainedModel):
         """One chunk of pairs -> the fields of `gradient_cache.Outputs`, as a dict: ZeRO-3's hooks look into no other.
 
         chunk: pixel_values [B, 3, S, S] · input_ids [B, T] caption, [EMB], padding ·
-        length [B] of the caption · labels [B, T] caption, </s>, then -100 · valid [B].
+        length [B] of the caption · labels [B, T] caption, </s>, then -100 · valid [B] ·
+        patches [B, keep] that the ViT sees, all without it.
         """
-        pooled = self._pooled(chunk["pixel_values"])
+        pooled = self._pooled(chunk["pixel_values"], chunk.get("patches"))
         embed = self.llm.get_input_embeddings()
         tokens = embed(chunk["input_ids"])  # [B, T, H]
         image = F.normalize(pooled.float(), dim=-1)
