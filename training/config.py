@@ -98,7 +98,11 @@ class GroupConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW. Biases, norms and the temperature are never decayed."""
+    """AdamW. Biases, norms and the temperature are never decayed.
+
+    max_skipped: steps in a row that may be left out, for a loss or gradient that is not finite, before the run ends ·
+    max_loss_ratio: leave out a step whose loss is above so many times the median of the last hundred, or never.
+    """
 
     lr: float = 5e-4
     weight_decay: float = 0.05
@@ -107,6 +111,8 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 100
     gradient_clipping: float = 1.0
+    max_skipped: int = 10
+    max_loss_ratio: float | None = None
     groups: list[GroupConfig] = field(default_factory=list)
 
 
@@ -139,6 +145,21 @@ class LoaderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run says of itself, beside metrics.jsonl and TensorBoard. Not part of what the run computes.
+
+    wandb: project of Weights & Biases, or none · hang_seconds: a run in which no step has ended for so long says where
+    it hangs and ends; above the slowest checkpoint · max_data_share: share of the time spent waiting for data above
+    which a warning names the cause · profile_steps: [first, last] step that torch's profiler records on rank 0.
+    """
+
+    wandb: str | None = None
+    hang_seconds: float = 600.0
+    max_data_share: float = 0.1
+    profile_steps: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One run. `samples` is what the run sees in all, repeats included."""
 
@@ -149,6 +170,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_last: int = 3
     log_every: int = 10
+    log: LogConfig = field(default_factory=LogConfig)
     mmgem: MMGemRecipe | None = None
     clip: ClipRecipe | None = None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -166,12 +188,18 @@ class TrainConfig:
             "checkpoint_every": self.checkpoint_every,
             "keep_last": self.keep_last,
             "log_every": self.log_every,
+            "log.hang_seconds": self.log.hang_seconds,
+            "log.max_data_share": self.log.max_data_share,
             "objective.temperature": self.objective.temperature,
             "objective.temperature_floor": self.objective.temperature_floor,
         }
         for name, value in positive.items():
             if value <= 0:
                 raise UserError(f"{name}: {value} is not above 0; give a positive value")
+        if self.log.profile_steps is not None and not 1 <= self.log.profile_steps[0] <= self.log.profile_steps[1]:
+            raise UserError(f"log.profile_steps: {list(self.log.profile_steps)} are not [first, last], counted from 1")
+        if self.optim.max_loss_ratio is not None and self.optim.max_loss_ratio <= 1:
+            raise UserError(f"optim.max_loss_ratio: {self.optim.max_loss_ratio} would skip usual steps; take 2 or more")
         if isinstance(self.loader.captions, dict) and not all(w > 0 for w in self.loader.captions.values() or [0]):
             raise UserError(f"loader.captions: {self.loader.captions} needs members with weights above 0")
         known = {"generate"} if self.mmgem is not None else set()

@@ -8,9 +8,8 @@ save together, which a signal handler could not.
 
 import math
 import signal
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ from training.config import TrainConfig, as_dict, deepspeed_config
 from training.data import Loader, Shards
 from training.distributed import World
 from training.families import Family, build
+from training.flops import FlopMeter
 from training.gradient_cache import Chunk, Outputs, gradient_cached_step
-from training.log import RunLog
 from training.objectives import COUPLED
 from training.optim import adamw, factor, parameter_groups, set_lr
+from training.sight import Sight
 
 
 def bounded_scale(log_scale: torch.Tensor, floor: float) -> torch.Tensor:
@@ -50,14 +50,15 @@ class Trainer:
     loader: Loader
     config: TrainConfig
     world: World
+    flops: FlopMeter = field(default_factory=FlopMeter)
 
     def forward(self, chunk: Chunk, separable: bool) -> Outputs:
-        out = Outputs(**self.engine(chunk, separable=separable))
+        out = Outputs(**self.flops.forward(lambda: self.engine(chunk, separable=separable), chunk, separable))
         out.log_scale = bounded_scale(out.log_scale, self.config.objective.temperature_floor)
         return out
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.engine.backward(loss, scale_wrt_gas=False)
+        self.flops.backward(lambda: self.engine.backward(loss, scale_wrt_gas=False))
 
     def accumulate(self, chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
         """The gradient of one global batch, left in the engine."""
@@ -72,7 +73,7 @@ class Trainer:
             chunks=chunks,
             counts=counts,
             weights={name: objective.weights.get(name, 1.0) for name in counts},
-            coupled=COUPLED[objective.coupled](reduction=objective.reduction),
+            coupled=self.flops.coupled(COUPLED[objective.coupled](reduction=objective.reduction)),
             world=self.world,
             retain=self.config.loader.retain > 0,
         )
@@ -157,45 +158,27 @@ def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
         "config_hash": config_hash(recipe),
         "zero_stage": trainer.engine.zero_optimization_stage(),
     }
-    log = RunLog(run, step, config.steps) if world.rank == 0 else None
     resumed = step
-    if log is not None and step:
-        print(f"resuming after step {step}", flush=True)
-    waited, since, begun, seen = 0.0, step, time.monotonic(), time.monotonic()
-    for chunks in trainer.loader.batches(step, config.steps):
-        waited += time.monotonic() - seen
-        metrics = trainer.step(step, chunks)
-        step += 1
-        if step % config.log_every == 0 or step == config.steps:
-            errors = int(world.sum(torch.tensor([trainer.loader.errors])))
-            drawn = (step - resumed) * config.loader.batch
-            if errors > config.loader.max_error_rate * drawn:
-                raise UserError(
-                    f"loader.max_error_rate: {errors} of {drawn} samples could not be read; "
-                    "look at the shards or raise it"
-                )
-            spent = time.monotonic() - begun
-            if log is not None:
-                log(
-                    step,
-                    {
-                        "samples": step * config.loader.batch,
-                        **metrics,
-                        "samples_per_second": (step - since) * config.loader.batch / spent,
-                        "data_share": waited / spent,
-                        "errors": errors,
-                    },
-                )
-            waited, since, begun = 0.0, step, time.monotonic()
-        stopping = world.any(stop)
-        if stopping or step % config.checkpoint_every == 0 or step == config.steps:
-            samples = {"samples": step * config.loader.batch}
-            checkpoint.save(trainer.engine, run, step, facts | samples, config.keep_last)
-        if stopping and step < config.steps:
-            break
-        seen = time.monotonic()
-    if log is not None:
-        log.close()
+    with Sight(config, run, world, trainer.engine.device, trainer.flops, start=step) as sight:
+        if world.rank == 0 and step:
+            print(f"resuming after step {step}", flush=True)
+        for chunks in sight.waiting(trainer.loader.batches(step, config.steps)):
+            metrics = trainer.step(step, chunks)
+            step += 1
+            line = sight.step(step, metrics, trainer.loader, trainer.engine.optimizer.param_groups)
+            if line is not None:
+                drawn = (step - resumed) * config.loader.batch
+                if line["errors"] > config.loader.max_error_rate * drawn:
+                    raise UserError(
+                        f"loader.max_error_rate: {line['errors']} of {drawn} samples could not be read; "
+                        "look at the shards or raise it"
+                    )
+            stopping = world.any(stop)
+            if stopping or step % config.checkpoint_every == 0 or step == config.steps:
+                samples = {"samples": step * config.loader.batch}
+                checkpoint.save(trainer.engine, run, step, facts | samples, config.keep_last)
+            if stopping and step < config.steps:
+                break
     if step == config.steps and world.rank == 0:
         finish(trainer.family, config, run, step)
     world.barrier()

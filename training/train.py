@@ -20,6 +20,7 @@ from curation.manifest import claim, read_manifest
 from training import checkpoint
 from training.config import TrainConfig, as_dict, deepspeed_config, make_parser
 from training.data import Shards
+from training.log import check_wandb
 
 
 def parse(arguments: list[str]) -> tuple[TrainConfig, Path, Path, bool]:
@@ -44,9 +45,11 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Path, Path, bool]:
 def prepare(config: TrainConfig, shards: Path, run: Path, *, world_size: int, overwrite: bool) -> bool:
     """Check what can be checked before launching and claim the folder; False where the run is complete already."""
     deepspeed_config(config, world_size)
+    check_wandb(config.log.wandb)
     files = [(path.name, path.stat()) for path in Shards(shards).paths]
     data = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-    claim(run, {"config": as_dict(config), "data": data}, overwrite=overwrite)
+    computed = {name: value for name, value in as_dict(config).items() if name != "log"}
+    claim(run, {"config": computed, "data": data}, overwrite=overwrite)
     if (done := read_manifest(run / "manifest.json")) is not None:
         print(f"{run} is already complete: {done['steps']} steps, {done['samples']} samples")
         return False
@@ -82,8 +85,10 @@ def main(arguments: list[str]) -> int:
     import torch.distributed as dist
 
     from training.loop import train
+    from training.traffic import TRAFFIC
 
     tune_for_cpu()
+    TRAFFIC.install()  # before the process group is opened
     deepspeed.init_distributed(dist_backend=None, verbose=False)
     (run / "ranks").mkdir(parents=True, exist_ok=True)
     pid_file = run / "ranks" / f"{rank}.pid"
