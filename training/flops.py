@@ -27,9 +27,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 T = TypeVar("T")
 
-# torch counts attention on a GPU only; its fused kernels for a CPU have the same products.
+# What torch passes over: products in place, and attention on a CPU, whose fused kernels have a GPU's products.
 FORMULAS: dict[Any, Any] = {
     **flop_registry,
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+    torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }

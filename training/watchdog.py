@@ -153,7 +153,7 @@ def verdict(ranks: Mapping[int, Mapping[str, Any]], size: int, seconds: float) -
             return f"{head}; all ranks have begun {fewest} collectives and none is inside one; {_standing(where)}"
         return f"{head}; all ranks wait in collective {fewest} ({where['last']}): the network or a device is stuck"
     others = next(r for r in sorted(ranks) if r not in behind)
-    more = f" (as do ranks {_names(behind[1:])})" if len(behind) > 1 else ""
+    more = f" ({'as does' if len(behind) == 2 else 'as do'} {_names(behind[1:])})" if len(behind) > 1 else ""
     return f"{head}; {_standing(ranks[behind[0]])}{more}; {_waiting(ranks[others])}"
 
 
