@@ -1,11 +1,15 @@
 """Why the training waits for data, in one line that names the slow part and the mend.
 
 Two figures decide: how long the step loop waited for a batch, and where the
-loader's threads spent their time meanwhile (`loader.seconds`: seconds by part,
-summed over its threads). Waiting alone would not tell a slow disk from slow decoding.
+loader's threads spent their time meanwhile (`Timers`: seconds by part, summed
+over its threads). Waiting alone would not tell a slow disk from slow decoding.
 """
 
-from collections.abc import Mapping
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 MENDS = {
     "read": "the disk or network is slow: copy the shards to a local disk, or lower loader.window_shards",
@@ -15,7 +19,31 @@ MENDS = {
     "tokenise": "tokenisation is slow: lower loader.max_tokens, or use a fast tokenizer",
     "collate": "stacking and normalising pictures is slow: raise loader.threads (now {threads})",
 }
-"""What the parts of `loader.seconds` are called, and what to do about each."""
+"""What the parts of a loader are called, and what to do about each."""
+
+
+class Timers:
+    """Seconds that the threads of a loader spend in each of its parts."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Time what happens inside."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._seconds[part] += time.perf_counter() - begun
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """So far, over all threads."""
+        with self._lock:
+            return dict(self._seconds)
 
 
 def warning(waited: float, spent: float, seconds: Mapping[str, float], threads: int, bound: float) -> str | None:

@@ -108,7 +108,7 @@ def consolidated(folder: Path) -> dict[str, torch.Tensor]:
     """The fp32 weights of a sharded checkpoint, on the CPU, by parameter name."""
     manifest = check(folder)
     if manifest["zero_stage"] == 0:
-        return torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        return torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)

@@ -33,6 +33,7 @@ from curation import tar
 from curation.captions import read_captions
 from curation.errors import UserError
 from curation.hashing import hash64
+from training.bottleneck import Timers
 from training.config import LoaderConfig
 
 
@@ -192,7 +193,7 @@ class Loader:
         self._scale = torch.from_numpy(scale)[:, None, None]
         self._shift = torch.tensor([-m / s for m, s in zip(image.mean, image.std)])[:, None, None]
         self.dtype = dtype
-        self.errors = 0
+        self.errors, self.timers = 0, Timers()
         self._pixels = self._known = None
         if cache is not None:
             n = len(shards)
@@ -203,10 +204,12 @@ class Loader:
         row = int(self.shards.first[shard]) + index
         if self._known is not None and self._known[row]:
             return self._pixels[row]  # type: ignore[index]
-        payload = self.shards.member(shard, index, *tar.IMAGE_EXTENSIONS)
+        with self.timers("read"):
+            payload = self.shards.member(shard, index, *tar.IMAGE_EXTENSIONS)
         if payload is None:
             raise KeyError("no image member")
-        pixels = decode(payload, self.side, self.config.resize_mode)
+        with self.timers("decode"):
+            pixels = decode(payload, self.side, self.config.resize_mode)
         if self._known is not None:
             self._pixels[row] = pixels  # type: ignore[index]
             self._known[row] = 1
@@ -239,12 +242,12 @@ class Loader:
         return pixels, caption, True
 
     def _collate(self, rows: list[tuple[np.ndarray, str, bool]]) -> dict[str, torch.Tensor]:
-        pixels = torch.from_numpy(np.stack([r[0] for r in rows])).permute(0, 3, 1, 2)  # [c, 3, S, S]
-        return {
-            "pixel_values": (pixels.float() * self._scale + self._shift).to(self.dtype),
-            "valid": torch.tensor([r[2] for r in rows]),
-            **self.encode_text([r[1] for r in rows]),
-        }
+        with self.timers("tokenise"):
+            texts = self.encode_text([r[1] for r in rows])
+        with self.timers("collate"):
+            pixels = torch.from_numpy(np.stack([r[0] for r in rows])).permute(0, 3, 1, 2)  # [c, 3, S, S]
+            pixel_values = (pixels.float() * self._scale + self._shift).to(self.dtype)
+        return {"pixel_values": pixel_values, "valid": torch.tensor([r[2] for r in rows]), **texts}
 
     def batches(self, step: int, steps: int) -> Iterator[list[dict[str, torch.Tensor]]]:
         """The chunks of this rank for the batches `step` .. `steps` - 1."""

@@ -63,7 +63,7 @@ class RunLog:
         for name, value in flat.items():
             self.board.add_scalar(name, value, step)
         if self.wandb is not None:
-            self.wandb.log(flat, step=step)
+            self.wandb.log(flat, step=step, commit=True)
         shown = " ".join(f"{k} {metrics[k]:.4g}" for k in ("loss", "temperature", "grad_norm", "samples_per_second"))
         if self.bar is not None:
             self.bar.update(step - self.bar.n)

@@ -165,7 +165,13 @@ def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
         for chunks in sight.waiting(trainer.loader.batches(step, config.steps)):
             metrics = trainer.step(step, chunks)
             step += 1
-            line = sight.step(step, metrics, trainer.loader, trainer.engine.optimizer.param_groups)
+            line = sight.step(
+                step,
+                metrics,
+                errors={"unreadable": trainer.loader.errors},
+                seconds=trainer.loader.timers.seconds,
+                groups=trainer.engine.optimizer.param_groups,
+            )
             if line is not None:
                 drawn = (step - resumed) * config.loader.batch
                 if line["errors"] > config.loader.max_error_rate * drawn:
@@ -187,12 +193,11 @@ def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
 
 def finish(family: Family, config: TrainConfig, run: Path, step: int) -> None:
     """Export the last checkpoint for people who take the model away, and close the run with its manifest."""
+    from training.export import write
     from training.inference import rebuild
 
-    last = checkpoint.step_folder(run, step)
-    rebuild(config, run / "tokenizer").export(checkpoint.consolidated(last), run / "export")
+    facts = {"steps": step, "samples": step * config.loader.batch, "config": as_dict(config)}
+    write(rebuild(config, run / "tokenizer"), checkpoint.step_folder(run, step), run / "export", facts)
     for cache in run.glob("decoded.*"):
         cache.unlink()
-    facts = {"steps": step, "samples": step * config.loader.batch, "config": as_dict(config)}
-    write_manifest(run / "export" / "gemsmith.json", facts)  # so that the export can be graded wherever it is taken
     write_manifest(run / "manifest.json", facts)

@@ -3,7 +3,7 @@
     with Sight(config, run, world, device, flops, start=step) as sight:
         for chunks in sight.waiting(loader.batches(...)):     # times the wait for data
             metrics = trainer.step(...)
-            sight.step(number, metrics, loader, groups)       # a line every `log_every` steps
+            sight.step(number, metrics, ...)                  # a line every `log_every` steps
 
 A rank keeps its own figures; every `log_every` steps they are gathered in one
 collective, so that each rank knows those of all and rank 0 writes them. Time and
@@ -113,14 +113,20 @@ class Sight:
             yield item
 
     def step(
-        self, number: int, metrics: Mapping[str, float], loader: Any, groups: Sequence[Mapping[str, Any]]
+        self,
+        number: int,
+        metrics: Mapping[str, float],
+        *,
+        errors: Mapping[str, int],
+        seconds: Mapping[str, float],
+        groups: Sequence[Mapping[str, Any]],
     ) -> dict[str, Any] | None:
         """Step `number` (from 1) has ended. On every `log_every`-th, and the last: the line that was logged.
 
         Args:
             metrics: global already; go into the line as they are.
-            loader: `errors`: broken samples so far, {reason: n} or n · `seconds`: {part: seconds} so far, where it
-                keeps timers.
+            errors: this rank's broken samples so far, by reason.
+            seconds: of the loader's parts so far, over its threads (bottleneck.Timers).
             groups: the optimiser's parameter groups.
         """
         self.done, window = number, self.window
@@ -131,11 +137,10 @@ class Sight:
         window.traffic.update(TRAFFIC.take())
         if number % self.config.log_every and number != self.config.steps:
             return None
-        now = dict(getattr(loader, "seconds", {}))
+        now = dict(seconds)
         window.seconds.update({part: s - self.loader_seconds.get(part, 0.0) for part, s in now.items()})
         self.loader_seconds, self.window = now, Window()
         useful, executed = self.flops.take()
-        errors = loader.errors if isinstance(loader.errors, dict) else {"unreadable": loader.errors}
         mine = {
             "waited": window.waited,
             "spent": window.spent,
@@ -143,7 +148,7 @@ class Sight:
             "executed": executed,
             "peak": self.peak,
             "memory": _peak_memory(self.device),
-            "errors": errors,
+            "errors": dict(errors),
             "seconds": dict(window.seconds),
         }
         everyone = _everyone(mine, self.world)

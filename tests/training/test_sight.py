@@ -6,8 +6,6 @@ import json
 import logging
 import time
 import warnings
-from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from torch import nn
 
 from curation.errors import UserError
 from tests.training.conftest import tiny_config
+from training.bottleneck import Timers
 from training.config import LogConfig
 from training.distributed import World
 from training.flops import FlopMeter
@@ -39,7 +38,7 @@ def quiet_after():
     faulthandler.enable()
 
 
-def run_of(tmp_path, steps, work, loader, **log):
+def run_of(tmp_path, steps, work, errors, timers, **log):
     config = dataclasses.replace(
         tiny_config("--samples", str(steps * 32), "--log_every", "5"), log=LogConfig(hang_seconds=60.0, **log)
     )
@@ -51,16 +50,16 @@ def run_of(tmp_path, steps, work, loader, **log):
             loss = flops.forward(lambda layer=layer, x=x: layer(x).sum(), {"x": x}, True)
             flops.backward(loss.backward)
             metrics = {"loss": 1.0 / step, "temperature": 0.07, "grad_norm": 2.0}
-            lines.append(sight.step(step, metrics, loader, GROUPS))
+            lines.append(sight.step(step, metrics, errors=errors, seconds=timers.seconds, groups=GROUPS))
     return lines, sight
 
 
 def test_a_line_holds_the_figures_of_its_steps_and_tensorboard_the_same(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    loader = SimpleNamespace(errors=Counter(truncated=2, no_image=1))
+    errors = {"truncated": 2, "no_image": 1}
     begun = time.monotonic()
-    lines, sight = run_of(tmp_path, 12, range(12), loader, profile_steps=(2, 3))
+    lines, sight = run_of(tmp_path, 12, range(12), errors, Timers(), profile_steps=(2, 3))
     spent = time.monotonic() - begun
     assert [n for n, line in enumerate(lines, 1) if line is not None] == [5, 10, 12]
     written = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -94,19 +93,24 @@ def test_the_figures_of_ranks_become_one():
 
 
 def test_slow_data_is_named_once_by_the_part_that_is_slow(tmp_path, capsys):
-    loader = SimpleNamespace(errors=0, seconds={"read": 0.0, "decode": 0.0})
+    timers = Timers()
 
     def slow():
         for n in range(3 * JUDGED_STEPS):
-            time.sleep(0.01)
-            loader.seconds["decode"] += 0.009
-            loader.seconds["read"] += 0.001
+            with timers("decode"):
+                time.sleep(0.02)
+            with timers("read"):
+                time.sleep(0.002)
             yield n
 
-    run_of(tmp_path, 3 * JUDGED_STEPS, slow(), loader)
+    run_of(tmp_path, 3 * JUDGED_STEPS, slow(), {}, timers)
     said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: ")]
-    assert len(said) == 1 and "decoding is slow: raise loader.threads (now 1)" in said[0] and "90%" in said[0]
-    run_of(tmp_path / "fast", 3 * JUDGED_STEPS, range(3 * JUDGED_STEPS), loader)
+    assert (
+        len(said) == 1
+        and "decoding is slow: raise loader.threads (now 1)" in said[0]
+        and "of the loader's time is decode" in said[0]
+    )
+    run_of(tmp_path / "fast", 3 * JUDGED_STEPS, range(3 * JUDGED_STEPS), {}, timers)
     assert "warning: " not in capsys.readouterr().err
 
 
