@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from curation.errors import UserError
 from tests.conftest import gemsmith
 from tests.training.conftest import TINY
 from training import checkpoint
-from training.export import cast
+from training.export import cast, export
 from training.inference import load
 from training.models.clip import Clip
 from training.models.clip import export as export_clip
@@ -31,27 +32,26 @@ def test_a_checkpoint_is_exported_as_the_run_exports_its_last(run, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert load(out).step == 2
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    assert "already complete" in gemsmith("export", "--checkpoint", last, "--out", out).stdout
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == stamps
+    export(last, out)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == stamps, "a finished export is left as it is"
 
-    half = tmp_path / "half"
-    first = checkpoint.step_folder(run, 1)
-    gemsmith("export", "--checkpoint", first, "--out", half, "--dtype", "bf16")
+
+def test_weights_are_rounded_once(run, tmp_path):
+    half, first = tmp_path / "half", checkpoint.step_folder(run, 1)
+    export(first, half, "bf16")
     exact, found = checkpoint.consolidated(first), load_file(half / "model.safetensors")
     assert all(torch.equal(found[name], exact[name].bfloat16()) for name in found) and len(found) > 20
     assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
     whole, rounded = (m.embed_texts(["a thing"]) for m in (load(first), load(half)))
     assert float((whole * rounded).sum()) > 0.999
-
-    for more, said in (
-        (["--checkpoint", out, "--out", tmp_path / "x"], "is an export already"),
-        (["--checkpoint", run, "--out", tmp_path / "x"], "is no checkpoint"),
-        (["--checkpoint", first, "--out", out], "--overwrite"),
-        (["--checkpoint", first, "--out", tmp_path / "x", "--dtype", "int8"], "--dtype"),
+    for source, out, said in (
+        (half, tmp_path / "x", "is an export already"),
+        (run, tmp_path / "x", "is no checkpoint"),
+        (tmp_path / "nothing", tmp_path / "x", "no such folder"),
+        (checkpoint.step_folder(run, 2), half, "--overwrite"),
     ):
-        refused = gemsmith("export", *more, check=False)
-        assert refused.returncode == 2 and said in refused.stderr, refused.stderr
-        assert len(refused.stderr.strip().splitlines()) == 1
+        with pytest.raises(UserError, match=said):
+            export(source, out, "bf16")
 
 
 def test_open_clip_opens_a_rounded_export(tmp_path):
