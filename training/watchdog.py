@@ -30,6 +30,9 @@ from training.traffic import TRAFFIC
 EXIT_CODE = 75
 """EX_TEMPFAIL: the run can be resumed from its last checkpoint."""
 
+PASSED_ON = ("distributed.py", "traffic.py", "flops.py")
+"""Files of ours whose lines only pass on what others ask for."""
+
 
 class Watchdog:
     """Watches this process from `start` to `stop`; `beat` when a step has ended.
@@ -114,7 +117,7 @@ def _position(thread: int | None) -> dict[str, Any]:
     """Where a thread stands: its innermost line, the innermost one that asks for something rather than passes it on,
     and the collectives it has begun."""
     frame = sys._current_frames()[thread]  # type: ignore[index]
-    stack = [f for f in traceback.extract_stack(frame) if Path(f.filename) != ROOT / "training" / "traffic.py"]
+    stack = traceback.extract_stack(frame)
     ours = [f for f in stack if _is_ours(Path(f.filename))]
     return {
         "at": _line(stack[-1]),
@@ -126,7 +129,7 @@ def _position(thread: int | None) -> dict[str, Any]:
 
 
 def _is_ours(file: Path) -> bool:
-    return file.is_relative_to(ROOT) and "site-packages" not in file.parts and file.name != "distributed.py"
+    return file.is_relative_to(ROOT) and "site-packages" not in file.parts and file.name not in PASSED_ON
 
 
 def _line(frame: traceback.FrameSummary) -> str:
