@@ -69,6 +69,9 @@ def _ours(shards: Path, size: int, tokenizer: Any) -> Measure:
     config = LoaderConfig(batch=BATCH, chunk=BATCH, crop_scale=(0.9, 1.0), resize_mode="shortest", threads=1)
     spec = ImageSpec(size=size, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
 
+    def encode(captions: list[str]) -> dict[str, Any]:
+        return {"input_ids": tokenizer(captions)}
+
     def once() -> float:
         found = Shards(shards)
         loader = Loader(

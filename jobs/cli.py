@@ -159,6 +159,20 @@ def _accelerators() -> int:
     return torch.cuda.device_count()
 
 
+@command("export", "a checkpoint as a folder that others open, without a GPU")
+def export(arguments: list[str]) -> int:
+    parser = _parser("export")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step_*")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument("--overwrite", action="store_true", help="discard what OUT holds")
+    a = parser.parse_args(arguments)
+    from training.export import export as run
+
+    run(a.checkpoint, a.out, a.dtype, overwrite=a.overwrite)
+    return 0
+
+
 def _grading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", required=True, help="retrieval, classification, captioning: a list with commas")
     parser.add_argument(

@@ -135,7 +135,11 @@ class GroupConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW, or LAMB (its trust ratio over whole parameters). Biases, norms and the temperature are never decayed."""
+    """AdamW, or LAMB (its trust ratio over whole parameters). Biases, norms and the temperature are never decayed.
+
+    max_skipped: steps in a row that may be left out, for a loss or gradient that is not finite, before the run ends ·
+    max_loss_ratio: leave out a step whose loss is above so many times the median of the last hundred, or never.
+    """
 
     name: Literal["adamw", "lamb"] = "adamw"
     lr: float = 5e-4
@@ -145,6 +149,8 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 100
     gradient_clipping: float = 1.0
+    max_skipped: int = 10
+    max_loss_ratio: float | None = None
     groups: list[GroupConfig] = field(default_factory=list)
 
 
@@ -232,6 +238,21 @@ class LoaderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run says of itself, beside metrics.jsonl and TensorBoard. Not part of what the run computes.
+
+    wandb: project of Weights & Biases, or none · hang_seconds: a run in which no step has ended for so long says where
+    it hangs and ends; above the slowest checkpoint · max_data_share: share of the time spent waiting for data above
+    which a warning names the cause · profile_steps: [first, last] step that torch's profiler records on rank 0.
+    """
+
+    wandb: str | None = None
+    hang_seconds: float = 600.0
+    max_data_share: float = 0.1
+    profile_steps: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One run. `samples` is what the run sees in all, repeats included.
 
@@ -248,6 +269,7 @@ class TrainConfig:
     background_save: bool = False
     activation_checkpointing: bool = False
     log_every: int = 10
+    log: LogConfig = field(default_factory=LogConfig)
     mmgem: MMGemRecipe | None = None
     clip: ClipRecipe | None = None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -261,11 +283,17 @@ class TrainConfig:
             "checkpoint_every": self.checkpoint_every,
             "keep_last": self.keep_last,
             "log_every": self.log_every,
+            "log.hang_seconds": self.log.hang_seconds,
+            "log.max_data_share": self.log.max_data_share,
         }
         for name, value in positive.items():
             if value <= 0:
                 raise UserError(f"{name}: {value} is not above 0; give a positive value")
         self.loader.check()
+        if self.log.profile_steps is not None and not 1 <= self.log.profile_steps[0] <= self.log.profile_steps[1]:
+            raise UserError(f"log.profile_steps: {list(self.log.profile_steps)} are not [first, last], counted from 1")
+        if self.optim.max_loss_ratio is not None and self.optim.max_loss_ratio <= 1:
+            raise UserError(f"optim.max_loss_ratio: {self.optim.max_loss_ratio} would skip usual steps; take 2 or more")
         known = {"generate"} if self.mmgem is not None else set()
         if unknown := sorted(set(self.objective.weights) - known):
             raise UserError(

@@ -8,7 +8,6 @@ save together, which a signal handler could not.
 
 import math
 import signal
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +20,17 @@ from curation.hashing import config_hash, hash64
 from curation.manifest import write_manifest
 from training import checkpoint, retention, zero
 from training.config import TrainConfig, as_dict
-from training.data import REASONS, Budget, Loader, Shards, Source, every_caption, open_sources
+from training.data import Budget, Loader, Shards, Source, every_caption, open_sources
 from training.deepspeed_config import deepspeed_config
 from training.distributed import World
 from training.families import Family, build
+from training.flops import FlopMeter
 from training.gradient_cache import Chunk, Outputs, gradient_cached_step
-from training.log import RunLog
+from training.health import Health
 from training.objectives import build as build_objective
 from training.objectives.temperature import log_scale_at
 from training.optim import Sharded, factor, parameter_groups, set_lr
+from training.sight import Sight
 
 
 @dataclass(slots=True)
@@ -43,11 +44,13 @@ class Trainer:
     loader: Loader
     config: TrainConfig
     world: World
+    health: Health
+    flops: FlopMeter = field(default_factory=FlopMeter)
     number: int = 0
     masters: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def forward(self, chunk: Chunk, separable: bool) -> Outputs:
-        out = Outputs(**self.engine(chunk, separable=separable))
+        out = Outputs(**self.flops.forward(lambda: self.engine(chunk, separable=separable), chunk, separable))
         for name, value in out.scalars.items():
             # The master's value with the parameter's gradient: bf16 would round a temperature to 1 %.
             if name in self.masters:
@@ -58,7 +61,7 @@ class Trainer:
         return out
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.engine.backward(loss, scale_wrt_gas=False)
+        self.flops.backward(lambda: self.engine.backward(loss, scale_wrt_gas=False))
 
     def accumulate(self, chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
         """The gradient of one global batch, left in the engine."""
@@ -73,7 +76,7 @@ class Trainer:
             chunks=chunks,
             counts=counts,
             weights=objective.weights,
-            coupled=build_objective(objective),
+            coupled=self.flops.coupled(build_objective(objective)),
             world=self.world,
             retain=self.loader.retain > 0,
         )
@@ -91,18 +94,27 @@ class Trainer:
         torch.manual_seed(hash64(self.config.seed, "step", number, self.world.rank) >> 1)
         self.begin(number)
         metrics = self.accumulate([_on(self.engine.device, chunk) for chunk in chunks])
-        if not math.isfinite(float(metrics["loss"])):
-            raise UserError(
-                f"step {number}: the loss is {float(metrics['loss'])}; lower optim.lr or raise warmup_steps"
-            )
-        self.optimizer.used = self.used.agree(self.world)
+        loss, used = float(metrics["loss"]), self.used.agree(self.world)
+        self.optimizer.used = frozenset() if self.health.trouble(loss, None) or self._broken() else used
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
+        norm = math.nan if norm is None else float(norm)  # ZeRO itself drops a step whose gradient is not finite
+        why = self.health.skip(number, loss, norm)
+        if why is not None and self.world.rank == 0:
+            print(f"step {number + 1} is left out: {why}", flush=True)
         return {
             **{name: float(value) for name, value in metrics.items()},
-            "grad_norm": float(norm) if norm is not None else math.nan,
+            "grad_norm": norm,
             "lr": self.config.optim.lr * share,
+            "skipped_steps": self.health.skipped,
         }
+
+    def _broken(self) -> bool:
+        """Without ZeRO nobody else looks whether the gradient is finite."""
+        if self.engine.zero_optimization_stage() > 0:
+            return False
+        gradients = (p.grad for p in self.family.model.parameters() if p.grad is not None)
+        return self.world.any(not all(bool(g.isfinite().all()) for g in gradients))
 
 
 def _on(device: torch.device, chunk: Chunk) -> Chunk:
@@ -145,7 +157,8 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
         cache=run / "decoded" if config.loader.cache_decoded else None,
         extra=family.extra,
     )
-    return Trainer(engine, optimizer, used, family, loader, config, world)
+    health = Health(max_ratio=config.optim.max_loss_ratio, max_skipped=config.optim.max_skipped)
+    return Trainer(engine, optimizer, used, family, loader, config, world, health)
 
 
 def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
@@ -167,6 +180,7 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
     step, last = 0, checkpoint.latest(run)
     if last is not None:
         step = checkpoint.resume(trainer.engine, trainer.optimizer, last)
+        trainer.health.losses.extend(checkpoint.check(last)["losses"])
     settle_retention(trainer, last)
     saver = checkpoint.Saver(run, config.keep_last, config.background_save)
     facts = {
@@ -175,43 +189,29 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
         "zero_stage": trainer.engine.zero_optimization_stage(),
         "retain": trainer.loader.retain,
     }
-    log = RunLog(run, step, config.steps) if world.rank == 0 else None
     resumed = step
-    if log is not None and step:
-        print(f"resuming after step {step}", flush=True)
-    waited, since, begun, seen = 0.0, step, time.monotonic(), time.monotonic()
-    for chunks in trainer.loader.batches(step, config.steps):
-        waited += time.monotonic() - seen
-        metrics = trainer.step(step, chunks)
-        step += 1
-        if step % config.log_every == 0 or step == config.steps:
-            counts = world.sum(trainer.loader.hole_counts()).tolist()
-            holes = {reason: n for reason, n in zip(REASONS, counts) if n}
-            budget.check((step - resumed) * config.loader.batch, holes)
-            spent = time.monotonic() - begun
-            if log is not None:
-                log(
-                    step,
-                    {
-                        "samples": step * config.loader.batch,
-                        **metrics,
-                        "samples_per_second": (step - since) * config.loader.batch / spent,
-                        "data_share": waited / spent,
-                        "errors": sum(holes.values()),
-                        **{f"errors_{reason}": n for reason, n in holes.items()},
-                    },
-                )
-            waited, since, begun = 0.0, step, time.monotonic()
-        stopping = world.any(stop)
-        if stopping or step % config.checkpoint_every == 0 or step == config.steps:
-            samples = {"samples": step * config.loader.batch}
-            saver.save(trainer.engine, trainer.optimizer, step, facts | samples)
-        if stopping and step < config.steps:
-            break
-        seen = time.monotonic()
-    saver.wait()
-    if log is not None:
-        log.close()
+    with Sight(config, run, world, trainer.engine.device, trainer.flops, start=step) as sight:
+        if world.rank == 0 and step:
+            print(f"resuming after step {step}", flush=True)
+        for chunks in sight.waiting(trainer.loader.batches(step, config.steps)):
+            metrics = trainer.step(step, chunks)
+            step += 1
+            line = sight.step(
+                step,
+                metrics,
+                errors=trainer.loader.holes,
+                seconds=trainer.loader.timers.seconds,
+                groups=trainer.engine.optimizer.param_groups,
+            )
+            if line is not None:
+                budget.check((step - resumed) * config.loader.batch, line["errors_by_reason"])
+            stopping = world.any(stop)
+            if stopping or step % config.checkpoint_every == 0 or step == config.steps:
+                now = {"samples": step * config.loader.batch, "losses": list(trainer.health.losses)}
+                saver.save(trainer.engine, trainer.optimizer, step, facts | now)
+            if stopping and step < config.steps:
+                break
+        saver.wait()
     if step == config.steps and world.rank == 0:
         finish(trainer.family, config, run, step)
     world.barrier()
@@ -233,16 +233,16 @@ def settle_retention(trainer: Trainer, last: Path | None) -> None:
     chunk = _on(trainer.engine.device, next(loader.batches(0, 1))[0])
     parameters = list(trainer.family.model.parameters())
     loader.retain = retention.choose(config, lambda c: trainer.forward(c, True), chunk, parameters, world)
+    trainer.flops.forget()
 
 
 def finish(family: Family, config: TrainConfig, run: Path, step: int) -> None:
     """Export the last checkpoint for people who take the model away, and close the run with its manifest."""
+    from training.export import write
     from training.inference import rebuild
 
-    last = checkpoint.step_folder(run, step)
-    rebuild(config, run / "tokenizer").export(checkpoint.consolidated(last), run / "export")
+    facts = {"steps": step, "samples": step * config.loader.batch, "config": as_dict(config)}
+    write(rebuild(config, run / "tokenizer"), checkpoint.step_folder(run, step), run / "export", facts)
     for cache in run.glob("decoded.*"):
         cache.unlink()
-    facts = {"steps": step, "samples": step * config.loader.batch, "config": as_dict(config)}
-    write_manifest(run / "export" / "gemsmith.json", facts)  # so that the export can be graded wherever it is taken
     write_manifest(run / "manifest.json", facts)

@@ -21,6 +21,7 @@ from training import checkpoint
 from training.config import TrainConfig, as_dict, make_parser
 from training.data import Mixture, fingerprint, named, open_sources
 from training.deepspeed_config import deepspeed_config
+from training.log import check_wandb
 
 
 def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, str], Path, bool]:
@@ -48,7 +49,9 @@ def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size:
     sources = open_sources(config.loader, data)
     weights = {source.name: source.weight for source in sources}
     Mixture(weights, seed=config.seed, unit=config.loader.unit, mixing=config.loader.mixing)
-    claim(run, {"config": as_dict(config), "data": fingerprint(data)}, overwrite=overwrite)
+    check_wandb(config.log.wandb)
+    computed = {name: value for name, value in as_dict(config).items() if name != "log"}
+    claim(run, {"config": computed, "data": fingerprint(data)}, overwrite=overwrite)
     if (done := read_manifest(run / "manifest.json")) is not None:
         print(f"{run} is already complete: {done['steps']} steps, {done['samples']} samples")
         return False
@@ -84,8 +87,10 @@ def main(arguments: list[str]) -> int:
     import torch.distributed as dist
 
     from training.loop import train
+    from training.traffic import TRAFFIC
 
     tune_for_cpu()
+    TRAFFIC.install()  # before the process group is opened
     deepspeed.init_distributed(dist_backend=None, verbose=False)
     (run / "ranks").mkdir(parents=True, exist_ok=True)
     pid_file = run / "ranks" / f"{rank}.pid"

@@ -69,6 +69,11 @@ def test_a_run_leaves_what_the_contract_says(finished, shards):
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert {"temperature", "grad_norm", "lr", "samples_per_second", "data_share", "samples"} <= set(lines[0])
     assert [p.name for p in checkpoint.complete(finished)] == ["step_00000016", "step_00000020", "step_00000024"]
+    assert {"mfu", "hfu", "memory_mib", "all_gather_mib", "reduce_scatter_mib", "lr_0", "errors_by_reason"} <= set(
+        lines[0]
+    )
+    assert all(0 < line["mfu"] < line["hfu"] < 1 for line in lines)
+    assert len(list((finished / "logs").glob("rank_*.log"))) == 2
     assert list((finished / "tensorboard").glob("events*"))
     done = gemsmith("train", *arguments(shards, finished), "--ranks", 2)
     assert "already complete" in done.stdout

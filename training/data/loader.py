@@ -32,6 +32,7 @@ import torch
 
 from curation.errors import UserError
 from curation.hashing import hash64
+from training.bottleneck import Timers
 from training.config import LoaderConfig
 from training.data import images
 from training.data.images import ImageSpec
@@ -98,6 +99,7 @@ class Loader:
         self.dtype, self.pinned = dtype, torch.cuda.is_available()
         self.retain = config.retain if isinstance(config.retain, int) else 0
         self.holes: Counter[str] = Counter()
+        self.timers = Timers()
         self._encoding = threading.Lock()  # Hugging Face's fast tokenizers refuse two threads at once
         self._decoded = [_Decoded(cache, source, self.side) if cache else None for source in self.sources]
 
@@ -172,7 +174,8 @@ class Loader:
         source, own = place
         epoch, i = self._sample(source, own)
         try:
-            fields = self.sources[source].samples.sample(i)
+            with self.timers("read"):
+                fields = self.sources[source].samples.sample(i)
             draw = hash64(self.seed, epoch, fields["uid"])
             if kind == "rows":
                 return Drawn(draw, fields)
@@ -181,7 +184,8 @@ class Loader:
             if kind != "images":
                 read["text"] = drawn_text(fields, self.config.captions, rng)
             if kind != "texts":
-                read["pixels"] = self._pixels(source, i, fields, rng)
+                with self.timers("decode"):
+                    read["pixels"] = self._pixels(source, i, fields, rng)
             return Drawn(draw, read)
         except UserError:
             raise
@@ -224,7 +228,7 @@ class Loader:
         """The tensors of a chunk whose rows are all read."""
         chunk: Chunk = {"valid": torch.tensor([not row.reason for row in rows])}
         if kind in ("pairs", "texts"):
-            with self._encoding:
+            with self._encoding, self.timers("tokenise"):
                 chunk |= self.encode_text([row.fields.get("text", "") for row in rows])
         if pixels is not None and self.image.keep:
             chunk["patches"] = torch.from_numpy(np.stack([self._patches(row.draw) for row in rows]))
@@ -267,7 +271,8 @@ class _Making:
                     if row.reason:
                         self.pixels[i].zero_()
                     else:
-                        loader.normalise(row.fields["pixels"], self.pixels[i])
+                        with loader.timers("collate"):
+                            loader.normalise(row.fields["pixels"], self.pixels[i])
             with self.lock:
                 self.left -= stop - start
                 last = self.left == 0
