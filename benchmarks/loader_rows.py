@@ -69,14 +69,10 @@ def _ours(shards: Path, size: int, tokenizer: Any) -> Measure:
     config = LoaderConfig(batch=BATCH, chunk=BATCH, crop_scale=(0.9, 1.0), resize_mode="shortest", threads=1)
     spec = ImageSpec(size=size, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
 
-    def encode(captions: list[str]) -> dict[str, Any]:
-        return {"input_ids": tokenizer(captions)}
-
     def once() -> float:
         found = Shards(shards)
-        loader = Loader(
-            found, config, spec, lambda texts: {"input_ids": tokenizer(texts)}, seed=0, rank=0, world_size=1
-        )
+        encode = lambda texts: {"input_ids": tokenizer(texts)}  # noqa: E731
+        loader = Loader(found, config, spec, encode, seed=0, rank=0, world_size=1)
         rate = _rate(chunk["pixel_values"] for (chunk,) in loader.batches(0, len(found) // BATCH))
         assert not loader.errors
         return rate

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from curation.errors import UserError
 from curation.hashing import config_hash, hash64
 from curation.manifest import write_manifest
 from training import checkpoint, retention, zero
