@@ -119,7 +119,7 @@ def test_dropout_falls_the_same_way_in_both_passes(shards, tmp_path):
 
 
 SIGLIP = ("--objective.coupled", "siglip")
-AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.0006")
+AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.0011")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.0006")
         ("3", ("--activation_checkpointing", "true")),
         ("3_offload", ()),
     ],
-    ids=str,
+    ids=["zero0", "zero1", "zero2-retain6", "zero3", "zero3-retain16", "zero3-auto", "zero3-checkpointing", "offload"],
 )
 def test_two_ranks_equal_one_plain_process(shards, tmp_path, stage, overrides):
     """Float32, real launcher: the whole vector, each parameter and the temperature within 1e-6."""
