@@ -41,7 +41,7 @@ class DemoSizes:
     heldout: int = 4_000
     classes: int = 1_600
     scorer_samples: int = 49_152
-    arm_samples: int = 40_960  # the same for every arm
+    arm_samples: int = 28_672  # the same for every arm
     watched: int = 500  # held-out scenes that checkpoints are graded on while they land
     captioned: int = 500
 

@@ -1,12 +1,15 @@
 """Floating-point operations of a step, counted on the work itself, and the share of the machine that they use.
 
 A dispatch mode adds up the products (matrix products, convolutions, attention:
-torch's own formulas) of every forward and backward whose shapes are met for
-the first time; later ones of the same shapes are looked up, so that a run pays
-for counting in its first steps only. Nothing is estimated from parameters or
-tokens: frozen towers, ragged chunks and captions of any length count as what
-they are. (What a model skips by the values of a chunk, e.g. vocabulary logits
-of padding, counts as in the first chunk of those shapes.)
+torch's own formulas) of forwards and backwards whose shapes are met for the
+first time; later ones of the same shapes are looked up. Nothing is estimated
+from parameters or tokens: frozen towers and ragged chunks count as what they
+are. (What a model skips by the values of a chunk, e.g. vocabulary logits of
+padding, counts as in the first chunk of those shapes.)
+
+Counting slows a small model's chunk down threefold, and captions come in many
+lengths. So it may take `SHARE` of a run's time; a shape that comes when that is
+used up counts, for now, as the nearest one known, in proportion to its elements.
 
     useful     one forward and one backward of every chunk: what a step without caching would do. -> mfu
     executed   the extra forward of the cached step, what activation checkpointing computes
@@ -16,6 +19,7 @@ Both are shares of a peak that is measured on this device before the run begins,
 from a table. "Model FLOPs utilisation" as in PaLM (arXiv 2204.02311, appendix B): computing again is no use.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -26,6 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 T = TypeVar("T")
+
+SHARE = 0.005
+"""Of a run's time, that counting may take."""
 
 # What torch passes over: products in place, and attention on a CPU, whose fused kernels have a GPU's products.
 FORMULAS: dict[Any, Any] = {
@@ -61,18 +68,35 @@ class Count(TorchDispatchMode):
         return out
 
 
+def elements(key: Any) -> int:
+    """Elements of all the tensors whose shapes are in a key."""
+    if isinstance(key, tuple) and key and all(type(n) is int for n in key):
+        return math.prod(key)
+    return sum(map(elements, key)) if isinstance(key, tuple) else 0
+
+
+def kind(key: Any) -> Any:
+    """A key without the sizes in it: what keys of the same sort of work have in common."""
+    if isinstance(key, tuple):
+        return len(key) if key and all(type(n) is int for n in key) else tuple(map(kind, key))
+    return key
+
+
 def shapes(values: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a chunk's work depends on: names and shapes of its tensors."""
     return tuple((name, tuple(x.shape)) for name, x in sorted(values.items()) if torch.is_tensor(x))
 
 
 class FlopMeter:
-    """Counts this rank's work of a step; `take` gives it and begins anew."""
+    """Counts this rank's work of a step; `take` gives it and begins anew. Counting takes `share` of the time."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = SHARE) -> None:
+        self.share = share
         self.known: dict[Any, Work] = {}
         self.useful, self.executed = 0, 0
         self.graphs: list[Any] = []  # forwards whose backward is still to come
+        self.kin: dict[Any, list[Any]] = {}  # known keys by their kind
+        self.begun, self.spent = time.monotonic(), 0.0  # seconds of counting
 
     def forward(self, run: Callable[[], T], chunk: Mapping[str, Any], separable: bool) -> T:
         """One forward of the model: useful where a graph is kept, else the extra one of the cached step."""
@@ -111,9 +135,18 @@ class FlopMeter:
     def _count(self, key: Any, run: Callable[[], T]) -> tuple[T, Work]:
         if key in self.known:
             return run(), self.known[key]
+        kin = self.kin.setdefault(kind(key), [])
+        if kin and self.spent > self.share * (time.monotonic() - self.begun):
+            size = elements(key)
+            nearest = min(kin, key=lambda k: abs(elements(k) - size))
+            share = size / elements(nearest)
+            return run(), Work(*(round(n * share) for n in self.known[nearest]))
+        begun = time.monotonic()
         with Count() as count:
             result = run()
+        self.spent += time.monotonic() - begun
         self.known[key] = Work(count.flops[False], count.flops[True])
+        kin.append(key)
         return result, self.known[key]
 
     def forget(self) -> None:

@@ -51,7 +51,7 @@ def metered_step(meter, model, chunks, retain=False):
 def test_a_cached_step_counts_what_torch_counts_and_its_extra_forward_apart(shards, tmp_path, plain_attention, retain):
     config = tiny_config()
     family = build(config, tmp_path / "tokenizer", Shards(shards).every_caption)
-    model, meter, met = family.model, FlopMeter(), []
+    model, meter, met = family.model, FlopMeter(share=1.0), []
     chunks = chunks_of(shards, family, config, 8, retain=retain)
     executed_by_torch = torch_counts(lambda: met.append(metered_step(meter, model, chunks, retain > 0)))
     useful, executed = met[0]
@@ -74,7 +74,7 @@ def test_frozen_layers_and_computing_again_by_hand():
     x, (one, two) = torch.randn(4, 16), (2 * 4 * 16 * 32, 2 * 4 * 32 * 8)
 
     def step(model):
-        meter = FlopMeter()
+        meter = FlopMeter(share=1.0)
         loss = meter.forward(lambda: model(x).sum(), {"x": x}, True)
         meter.backward(loss.backward)
         return meter.take()
@@ -89,7 +89,7 @@ def test_frozen_layers_and_computing_again_by_hand():
 
 
 def test_one_backward_through_several_graphs_is_their_sum():
-    layer, meter = nn.Linear(8, 8), FlopMeter()
+    layer, meter = nn.Linear(8, 8), FlopMeter(share=1.0)
     xs = [torch.randn(n, 8) for n in (2, 3)]
     for x in xs:
         loss = meter.forward(lambda x=x: layer(x).sum(), {"x": x}, True)
@@ -119,3 +119,11 @@ def test_the_peak_is_what_a_product_reaches():
         fastest = min(fastest, time.perf_counter() - begun)
     timed = 2 * 512**3 / fastest
     assert 0.3 * timed < measured_peak(torch.device("cpu"), torch.float32) < 30 * timed  # other work shares the cores
+
+
+def test_a_shape_that_comes_too_soon_counts_as_the_nearest_known_one():
+    layer, meter = nn.Linear(8, 8), FlopMeter(share=0.0)
+    for rows in (4, 10, 4):
+        meter.forward(lambda rows=rows: layer(torch.zeros(rows, 8)), {"x": torch.zeros(rows, 8)}, False)
+    assert len(meter.known) == 1
+    assert meter.take()[1] == 2 * 8 * 8 * (4 + 10 + 4)
