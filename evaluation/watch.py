@@ -7,6 +7,9 @@ checkpoint whose manifest has gone is reported and passed over. The watch ends
 when the run's own manifest is there and every complete checkpoint was graded.
 What was graded before is found in the results file, so a watch can be killed
 and started again at any time.
+
+With `best` it also names the best checkpoint so far in RUN/best.json, and
+training never drops that one.
 """
 
 import signal
@@ -16,8 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from curation.errors import UserError
+from curation.manifest import read_manifest, write_manifest
 from evaluation.evaluate import EvaluateConfig, Load, Sources, grade, load_checkpoint, open_sources
 
 
@@ -50,6 +55,7 @@ def watch(
     poll_seconds: float = 2.0,
     idle_seconds: float | None = None,
     threads: int | None = None,
+    best: str | None = None,
     load: Load = load_checkpoint,
 ) -> int:
     """Grade every checkpoint of `run`, from its first to its last.
@@ -57,7 +63,7 @@ def watch(
     Ends when the run is finished, when `idle_seconds` pass without a new
     checkpoint (a run that died leaves no manifest), or on SIGTERM after the
     task in hand. `threads` limits torch, so that the training beside it keeps
-    its cores.
+    its cores. `best`: TASK.METRIC, of which more is better, that RUN/best.json follows.
 
     Returns:
         How many checkpoints were graded completely (those found in `out` count too).
@@ -67,6 +73,8 @@ def watch(
             graded (NaN, collapsed, cut short) is reported and passed over.
     """
     sources = open_sources(tasks, data)
+    if best is not None and best.partition(".")[0] not in tasks:
+        raise UserError(f"--best {best}: begins with no task of this watch; take TASK.METRIC, with one of {tasks}")
     config = config or EvaluateConfig()
     if threads is not None:
         import torch
@@ -84,7 +92,7 @@ def watch(
                     continue
                 seen.add(checkpoint)
                 try:
-                    graded += _grade_all(checkpoint, sources, out, cache, config, load, stop)
+                    rows = _grade_all(checkpoint, sources, out, cache, config, load, stop)
                 except Exception as error:
                     stop.wait(poll_seconds)  # a removal that is under way gets the time to end
                     if not (checkpoint / "manifest.json").exists():
@@ -93,6 +101,10 @@ def watch(
                         print(f"{checkpoint}: not graded: {error}", flush=True)
                     else:
                         raise
+                else:
+                    graded += rows is not None
+                    if best is not None and rows is not None:
+                        note_best(run, checkpoint, best, rows)
                 last_news = time.monotonic()
             if finished and not stop.is_set():
                 print(f"{run}: finished, {graded} of {len(seen)} checkpoints graded into {out}", flush=True)
@@ -113,11 +125,26 @@ def _grade_all(
     config: EvaluateConfig,
     load: Load,
     stop: threading.Event,
-) -> bool:
-    """All tasks of one checkpoint; False where a stop came in between."""
-    model = load(checkpoint)
+) -> list[dict[str, Any]] | None:
+    """The rows of all tasks of one checkpoint; None where a stop came in between."""
+    model, rows = load(checkpoint), []
     for task, source in sources.items():
         if stop.is_set():
-            return False
-        grade(model, checkpoint, task, source, out=out, cache=cache, config=config)
-    return True
+            return None
+        rows += grade(model, checkpoint, task, source, out=out, cache=cache, config=config)
+    return rows
+
+
+def note_best(run: Path, checkpoint: Path, best: str, rows: list[dict[str, Any]]) -> None:
+    """Name this checkpoint in RUN/best.json where its TASK.METRIC is above the one there.
+
+    Raises:
+        UserError: the tasks gave no such metric.
+    """
+    task, _, metric = best.partition(".")
+    values = {row["metric"]: row["value"] for row in rows if row["task"] == task}
+    if metric not in values:
+        raise UserError(f"--best {best}: {task} gives no such metric; take one of {', '.join(sorted(values))}")
+    before = read_manifest(run / "best.json")
+    if before is None or before["metric"] != best or values[metric] > before["value"]:
+        write_manifest(run / "best.json", {"checkpoint": checkpoint.name, "metric": best, "value": values[metric]})

@@ -221,6 +221,7 @@ def watch(arguments: list[str]) -> int:
     parser = _parser("watch")
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--idle-seconds", type=float, help="give up after so long without a new checkpoint")
+    parser.add_argument("--best", metavar="TASK.METRIC", help="name the best checkpoint in RUN/best.json and keep it")
     _grading(parser)
     a, overrides = parser.parse_known_args(arguments)
     from evaluation.evaluate import load_config
@@ -236,6 +237,7 @@ def watch(arguments: list[str]) -> int:
         config=load_config(overrides),
         idle_seconds=a.idle_seconds,
         threads=a.threads,
+        best=a.best,
     )
     return 0
 

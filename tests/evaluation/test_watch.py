@@ -13,7 +13,7 @@ import pytest
 from curation.errors import UserError
 from evaluation import results
 from evaluation.watch import watch
-from training.checkpoint import complete
+from training.checkpoint import Saver, complete, step_folder
 
 
 class Loader:
@@ -195,3 +195,30 @@ def test_rows_carry_the_step_for_the_curves(tmp_path, pairs_folder, loader):
     watch(**arguments)
     line = json.loads(arguments["out"].read_text().splitlines()[0])
     assert (line["step"], Path(line["checkpoint"]).name) == (7, "step_00000007")
+
+
+def test_the_best_checkpoint_is_named_and_outlives_the_others(tmp_path, pairs_folder, loader):
+    arguments = options(tmp_path, pairs_folder, loader)
+    run = arguments["run"]
+    for step in (10, 20, 30):
+        land(run, step)
+    (run / "manifest.json").write_text("{}")
+    metric = "image_to_text_mrr"
+    watch(**arguments, best=f"retrieval.{metric}")
+    values = {row["step"]: row["value"] for row in results.read(arguments["out"]) if row["metric"] == metric}
+    record = json.loads((run / "best.json").read_text())
+    step = max(values, key=values.__getitem__)
+    assert (record["checkpoint"], record["value"]) == (f"step_{step:08d}", values[step])
+    for folder in complete(run):
+        (folder / "rank_00000.safetensors").write_bytes(b"")
+    Saver(run, keep_last=1)._close(step_folder(run, 30), {})
+    assert {p.name for p in complete(run)} == {f"step_{step:08d}", "step_00000030"}
+
+
+def test_a_metric_that_no_task_gives_is_named(tmp_path, pairs_folder, loader):
+    arguments = options(tmp_path, pairs_folder, loader)
+    land(arguments["run"], 10)
+    with pytest.raises(UserError, match=r"--best retrieval\.accuracy.*image_to_text_mrr"):
+        watch(**arguments, best="retrieval.accuracy")
+    with pytest.raises(UserError, match="begins with no task"):
+        watch(**arguments, best="accuracy")
