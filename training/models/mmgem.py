@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from training.config import LanguageConfig, ObjectiveConfig, VisionConfig
+from training.models.head import Head
 from training.models.patches import only, take_over
 from training.models.scalars import add_scalars, read_scalars
 from training.tokenizer import CAP, EMB
@@ -98,6 +99,7 @@ class MMGem(PreTrainedModel):
         text_config = AutoConfig.for_model(text.pop("model_type", "llama"), **{**text, "attention_dropout": 0.0})
         self.vision: Any = _vision_tower(config.vision_config)
         self.llm = AutoModelForCausalLM.from_config(text_config)
+        self.llm.set_output_embeddings(Head.of(self.llm.get_output_embeddings()))
         for module in self.llm.modules():
             if isinstance(module, nn.Dropout):
                 # The second pass stacks two sequences, so masks drawn there would not be those of the first.
@@ -188,8 +190,7 @@ class MMGem(PreTrainedModel):
         hidden = self.llm.base_model(inputs_embeds=both, use_cache=False).last_hidden_state
         labels = torch.where(chunk["valid"][:, None], chunk["labels"], -100)
         counted = labels >= 0
-        logits = self.llm.lm_head(hidden[b:, 1:][counted])  # [tokens, vocabulary]
-        total = F.cross_entropy(logits.float(), labels[counted], reduction="sum")
+        total = self.llm.lm_head(hidden[b:, 1:][counted], labels[counted])
         text = self._at_emb(hidden[:b], chunk["length"])
         return {"left": image, "right": text, "scalars": read_scalars(self), "sums": {"generate": total}}
 
