@@ -89,7 +89,8 @@ def load(folder: Path) -> Model:
     """
     from open_clip.transform import image_transform
 
-    run, words, exported = folder.parent, folder, sorted(folder.glob("*.safetensors"))
+    run, words = folder.parent, folder
+    exported = sorted(set(folder.glob("*.safetensors")) - set(folder.glob("rank_*")))
     if not exported:
         manifest = checkpoint.check(folder)
         config, run = config_from(manifest["config"]), folder.parent.parent

@@ -70,7 +70,7 @@ def choose(
     if world.rank == 0:
         print(
             f"loader.retain: {agreed} of {local} samples a rank ({each / 2**20:.2f} MiB each, "
-            f"{room / GIB:.2f} GiB given); the step costs {1 + (1 - agreed / local) / 3:.2f} of a plain one",
+            f"{room / GIB:.3g} GiB given); the step costs {1 + (1 - agreed / local) / 3:.2f} of a plain one",
             flush=True,
         )
     return agreed

@@ -18,6 +18,7 @@ FLAGS = {
     "documents": "--config --help --out --overwrite --pool --ray.address --workers",
     "inspect": "--help --out",
     "evaluate": "--cache --checkpoint --data --help --out --tasks --threads",
+    "export": "--checkpoint --dtype --help --out --overwrite",
     "watch": "--best --cache --data --help --idle-seconds --out --run --tasks --threads",
     "compare": "--help",
     "report": "--help",

@@ -1,6 +1,8 @@
 """The gradient-cached step against one plain full-batch step: in one process, and on two ZeRO-3 ranks."""
 
+import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +22,6 @@ from training.objectives.infonce import InfoNCE
 
 
 def chunks_of(shards, family, config, chunk, hole=None, retain=0):
-    import dataclasses
-
     loader = Loader(
         Shards(shards),
         dataclasses.replace(config.loader, chunk=chunk, retain=retain),
@@ -118,8 +118,16 @@ def test_dropout_falls_the_same_way_in_both_passes(shards, tmp_path):
     assert not torch.equal(first[0], seen[1])
 
 
-SIGLIP = ("--objective.coupled", "siglip")
-AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.0011")
+def launched(shards, run, stage, *overrides):
+    """What rank 0 of two saved, and what they printed."""
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port"]
+    command += [str(free_port()), str(ROOT / "tests/training/rank_gradients.py"), str(shards), str(run), stage]
+    done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=800)
+    assert (run / "gradients.pt").exists(), done.stdout[-3000:] + done.stderr[-5000:]
+    return torch.load(run / "gradients.pt", weights_only=True), done.stdout
+
+
+AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.002")
 
 
 @pytest.mark.parametrize(
@@ -139,13 +147,9 @@ AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.0011")
 def test_two_ranks_equal_one_plain_process(shards, tmp_path, stage, overrides):
     """Float32, real launcher: the whole vector, each parameter and the temperature within 1e-6."""
     run = tmp_path / "run"
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port"]
-    command += [str(free_port()), str(ROOT / "tests/training/rank_gradients.py"), str(shards), str(run), stage]
-    done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert (run / "gradients.pt").exists(), done.stdout[-3000:] + done.stderr[-5000:]
-    saved = torch.load(run / "gradients.pt", weights_only=True)
+    saved, said = launched(shards, run, stage, *overrides)
     if overrides == AUTO:
-        assert 8 < saved["retain"] < 16 and f"{saved['retain']} of 16 samples" in done.stdout
+        assert 8 < saved["retain"] < 16 and f"{saved['retain']} of 16 samples" in said
 
     config = tiny_config()
     family = build(config, run / "tokenizer", Shards(shards).every_caption)
@@ -163,3 +167,46 @@ def test_two_ranks_equal_one_plain_process(shards, tmp_path, stage, overrides):
     assert whole < 1e-6 and worst < 1e-6 and temperature < 1e-6, (whole, worst, temperature)
     assert abs(float(saved["loss"] - loss)) < 1e-5
     assert ours < 2 * plains + 1e-8, (ours, plains)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_512_chunks_under_bf16_are_summed_in_fp32(shards, tmp_path, stage):
+    """Within 2e-3 of the same bf16 chunks' gradients summed in float64; summed in bf16 they would be off by 1e-2."""
+    run, batch = tmp_path / "run", ("--loader.batch", "1024", "--loader.chunk", "1", "--loader.max_error_rate", "1")
+    saved, _ = launched(shards, run, stage, "--precision", "bf16", *batch)
+    config = tiny_config(*batch)
+    family = build(config, run / "tokenizer", Shards(shards).every_caption)
+    model = family.model.bfloat16()
+    chunks = chunks_of(shards, family, config, 1)
+    chunks = [{k: v.bfloat16() if v.is_floating_point() else v for k, v in c.items()} for c in chunks]
+    exact = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in model.named_parameters()}
+    rough = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+
+    def backward(loss):
+        loss.backward()
+        for n, p in model.named_parameters():
+            if p.grad is not None:
+                exact[n] += p.grad.double()
+                rough[n] += p.grad
+                p.grad = None
+
+    def forward(chunk, separable):
+        out = Outputs(**model(chunk, separable=separable))
+        # The engine takes the temperature from its fp32 master; the parameter here is rounded.
+        return dataclasses.replace(out, scalars={"log_scale": torch.tensor([-math.log(config.objective.temperature)])})
+
+    gradient_cached_step(
+        forward=forward,
+        backward=backward,
+        chunks=chunks,
+        counts={"generate": sum(model.counts(c)["generate"] for c in chunks)},
+        weights={},
+        coupled=InfoNCE(reduction="sum"),
+        world=World(),
+    )
+    for gradients in (exact, rough, saved["gradients"]):
+        del gradients["log_scale"]
+    error, in_bf16 = differences(saved["gradients"], exact)[0], differences(rough, exact)[0]
+    print(json.dumps({"stage": stage, "error": error, "summed_in_bf16": in_bf16}))
+    assert error < 2e-3 < in_bf16

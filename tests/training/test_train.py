@@ -177,3 +177,15 @@ def test_broken_samples_past_the_budget_stop_the_run(tmp_path):
     tarred.write_bytes(content)
     done = gemsmith("train", *arguments(data, tmp_path / "run"), "--ranks", 2, check=False)
     assert done.returncode == 2 and "max_error_rate" in done.stderr
+
+
+def test_steps_that_are_no_numbers_are_left_out_and_end_the_run(shards, tmp_path):
+    run = tmp_path / "run"
+    wild = ("--optim.lr", "1e30", "--optim.warmup_steps", "1", "--optim.max_skipped", "3", "--deepspeed")
+    for stage in ("zero0", "zero2", "zero3"):
+        out = run / stage
+        done = gemsmith("train", *arguments(shards, out, *wild, f"ds_configs/{stage}.json"), "--ranks", 1, check=False)
+        assert done.returncode == 2 and "4 steps in a row could not be taken" in done.stderr, done.stderr[-2000:]
+        assert "is left out: the loss is nan" in done.stdout
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [m["skipped_steps"] for m in lines][-3:] == [1, 2, 3]
