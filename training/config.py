@@ -1,6 +1,6 @@
 """What a training recipe can say, and nothing else: unknown keys are refused by jsonargparse.
 
-A recipe names one family by filling in its section (`mmgem:` or `clip:`). The
+A recipe names one family by filling in its section (`mmgem:`, `clip:` or `flava:`). The
 ZeRO stage lives in a plain DeepSpeed file (`deepspeed: ds_configs/zero3.json`);
 we fill in only what follows from the recipe (batch sizes, precision, clipping).
 """
@@ -14,6 +14,9 @@ from typing import Any, Literal
 from curation.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+
+LOSSES = {"mmgem": ("generate",), "clip": (), "flava": ("itm", "mim", "mlm", "mmm_image", "mmm_text")}
+"""The families, by the name of their section, and the losses of each beside the coupled one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,51 @@ class ClipRecipe:
     arch: str | None = None
     pretrained: str | None = None
     model_cfg: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookConfig:
+    """What FLAVA's masked patches are predicted as: a frozen image tokenizer by name or folder, or k-means codes of
+    patches, trained on the pictures of the data. `vocab_size` is how many codes it has."""
+
+    name_or_path: str | None = None
+    vocab_size: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """What is hidden (training/masks.py). patches: hidden in each picture, in blocks of at least `min_block` ·
+    tokens: share of tokens (or of words) · mismatched: share of pairs that get another's text, for matching."""
+
+    patches: int = 75
+    min_block: int = 16
+    min_aspect: float = 0.3
+    tokens: float = 0.15
+    whole_words: bool = False
+    mismatched: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlavaRecipe:
+    """FLAVA (arXiv 2112.04482): image, text and multimodal encoders of one width, five losses.
+
+    name_or_path: a transformers FLAVA checkpoint to start from; the sizes must be its own.
+    """
+
+    name_or_path: str | None = None
+    image_size: int = 224
+    patch_size: int = 16
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_attention_heads: int = 12
+    image_layers: int = 12
+    text_layers: int = 12
+    multimodal_layers: int = 6
+    max_position_embeddings: int = 512
+    embed_dim: int = 768
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +199,14 @@ class TrainConfig:
     log_every: int = 10
     mmgem: MMGemRecipe | None = None
     clip: ClipRecipe | None = None
+    flava: FlavaRecipe | None = None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        if (self.mmgem is None) == (self.clip is None):
-            raise UserError("recipe: exactly one family section is needed; fill in `mmgem:` or `clip:`")
+        if sum(getattr(self, name) is not None for name in LOSSES) != 1:
+            raise UserError(f"recipe: exactly one family section is needed; fill in one of {', '.join(LOSSES)}")
         positive = {
             "loader.batch": self.loader.batch,
             "loader.chunk": self.loader.chunk,
@@ -174,17 +223,15 @@ class TrainConfig:
                 raise UserError(f"{name}: {value} is not above 0; give a positive value")
         if isinstance(self.loader.captions, dict) and not all(w > 0 for w in self.loader.captions.values() or [0]):
             raise UserError(f"loader.captions: {self.loader.captions} needs members with weights above 0")
-        known = {"generate"} if self.mmgem is not None else set()
-        if unknown := sorted(set(self.objective.weights) - known):
-            raise UserError(
-                f"objective.weights: the family has no loss {unknown[0]!r}; it has {sorted(known) or 'none'}"
-            )
+        known = LOSSES[self.family]
+        if unknown := sorted(set(self.objective.weights) - set(known)):
+            raise UserError(f"objective.weights: the family has no loss {unknown[0]!r}; it has {list(known) or 'none'}")
         if self.samples < self.loader.batch:
             raise UserError(f"samples: {self.samples} is less than one batch of {self.loader.batch}; raise it")
 
     @property
     def family(self) -> str:
-        return "mmgem" if self.mmgem is not None else "clip"
+        return next(name for name in LOSSES if getattr(self, name) is not None)
 
     @property
     def steps(self) -> int:
