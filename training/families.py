@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from training.config import TrainConfig
+from training.config import TokenizerConfig, TrainConfig
 from training.data import ImageSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """encode_text: captions -> tensors of a chunk · encode_query: captions -> input of `embed_texts` ·
-    export: (state dict, folder) writes what `from_pretrained` or open_clip reads · read_export: the state back."""
+    export: (state dict, folder) writes what `from_pretrained` or open_clip reads · read_export: the state back ·
+    collate: where chunks are more than pixels and captions: pictures (uint8, to train a codebook on) -> the function
+    from samples to chunks."""
 
     model: Any
     image: ImageSpec
@@ -26,11 +29,12 @@ class Family:
     export: Callable[[dict[str, torch.Tensor], Path], None]
     read_export: Callable[[Path], dict[str, torch.Tensor]]
     tokenizer: Any
+    collate: Callable[[Iterable[np.ndarray]], Any] | None = None
 
 
 def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
     from training.models.mmgem import MMGem
-    from training.tokenizer import EMB, TokenizerConfig, load_tokenizer, save_tokenizer
+    from training.tokenizer import EMB, load_tokenizer, save_tokenizer
 
     assert config.mmgem is not None
     recipe = config.mmgem
@@ -105,7 +109,64 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
     )
 
 
-FAMILIES = {"mmgem": _mmgem, "clip": _clip}
+def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
+    from training.masks import check_masks
+    from training.models.codebook import load_codebook
+    from training.models.flava import Flava
+    from training.models.flava_batch import Collate, encode, load_flava_tokenizer, padded
+    from training.tokenizer import save_tokenizer
+
+    assert config.flava is not None
+    recipe = config.flava
+    grid = recipe.image_size // recipe.patch_size
+    check_masks(recipe.masks, grid)
+    if tokenizer_folder.exists():
+        tokenizer = load_flava_tokenizer(TokenizerConfig(name_or_path=str(tokenizer_folder)), captions)
+    else:
+        tokenizer = load_flava_tokenizer(recipe.tokenizer, captions)
+        save_tokenizer(tokenizer, tokenizer_folder)
+    model = Flava.from_recipe(
+        recipe,
+        tokenizer,
+        initial_temperature=config.objective.temperature,
+        resize_mode=config.loader.resize_mode,
+    )
+    mean, std = tuple(model.config.image_mean), tuple(model.config.image_std)
+
+    def encode_text(texts: list[str]) -> dict[str, torch.Tensor]:
+        ids, _ = encode(tokenizer, texts, config.loader.max_tokens)
+        return {"input_ids": padded(ids, tokenizer.pad_token_id)}
+
+    def collate(pictures: Iterable[np.ndarray]) -> Collate:
+        return Collate(
+            tokenizer=tokenizer,
+            codebook=load_codebook(recipe.codebook, tokenizer_folder.with_name("codebook"), pictures),
+            masks=recipe.masks,
+            size=recipe.image_size,
+            grid=grid,
+            mean=mean,
+            std=std,
+            max_tokens=config.loader.max_tokens,
+            seed=config.seed,
+        )
+
+    def export(state: dict[str, torch.Tensor], folder: Path) -> None:
+        model.load_state_dict(state)
+        model.float().save_pretrained(folder)
+        tokenizer.save_pretrained(str(folder))
+
+    return Family(
+        model=model,
+        image=ImageSpec(size=recipe.image_size, mean=mean, std=std),
+        encode_text=encode_text,
+        export=export,
+        read_export=lambda folder: Flava.from_pretrained(folder).state_dict(),
+        tokenizer=tokenizer,
+        collate=collate,
+    )
+
+
+FAMILIES = {"mmgem": _mmgem, "clip": _clip, "flava": _flava}
 
 
 def build(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
