@@ -226,8 +226,25 @@ class TrainConfig:
         known = LOSSES[self.family]
         if unknown := sorted(set(self.objective.weights) - set(known)):
             raise UserError(f"objective.weights: the family has no loss {unknown[0]!r}; it has {list(known) or 'none'}")
+        if self.flava is not None:
+            self._check_flava(self.flava)
         if self.samples < self.loader.batch:
             raise UserError(f"samples: {self.samples} is less than one batch of {self.loader.batch}; raise it")
+
+    def _check_flava(self, flava: FlavaRecipe) -> None:
+        from training.masks import check_masks
+
+        if flava.image_size % flava.patch_size:
+            raise UserError(f"flava.patch_size: {flava.patch_size} does not divide image_size {flava.image_size}")
+        if flava.hidden_size % flava.num_attention_heads:
+            heads = flava.num_attention_heads
+            raise UserError(f"flava.num_attention_heads: {heads} does not divide hidden_size {flava.hidden_size}")
+        if self.loader.max_tokens > flava.max_position_embeddings:
+            raise UserError(
+                f"loader.max_tokens: {self.loader.max_tokens} is more than "
+                f"flava.max_position_embeddings {flava.max_position_embeddings}; lower it"
+            )
+        check_masks(flava.masks, flava.image_size // flava.patch_size)
 
     @property
     def family(self) -> str:

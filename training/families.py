@@ -110,7 +110,6 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
 
 
 def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
-    from training.masks import check_masks
     from training.models.codebook import load_codebook
     from training.models.flava import Flava
     from training.models.flava_batch import Collate, encode, load_flava_tokenizer, padded
@@ -119,7 +118,6 @@ def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
     assert config.flava is not None
     recipe = config.flava
     grid = recipe.image_size // recipe.patch_size
-    check_masks(recipe.masks, grid)
     if tokenizer_folder.exists():
         tokenizer = load_flava_tokenizer(TokenizerConfig(name_or_path=str(tokenizer_folder)), captions)
     else:

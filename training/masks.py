@@ -27,16 +27,20 @@ def check_masks(masks: MaskConfig, grid: int) -> None:
     n = grid * grid
     if not 0 < masks.patches < n:
         what = "nothing" if masks.patches <= 0 else "all"
-        raise UserError(f"masks.patches: {masks.patches} masks {what} of {n} patches; give 1 to {n - 1}")
+        raise UserError(f"flava.masks.patches: {masks.patches} masks {what} of {n} patches; give 1 to {n - 1}")
     if not 0 < masks.min_block <= masks.patches:
-        raise UserError(f"masks.min_block: {masks.min_block} is not within 1 to masks.patches = {masks.patches}")
+        raise UserError(
+            f"flava.masks.min_block: {masks.min_block} is not within 1 to flava.masks.patches = {masks.patches}"
+        )
     if not 0 < masks.min_aspect <= 1:
-        raise UserError(f"masks.min_aspect: {masks.min_aspect} is not above 0 and at most 1; the paper takes 0.3")
+        raise UserError(f"flava.masks.min_aspect: {masks.min_aspect} is not above 0 and at most 1; the paper takes 0.3")
     if not 0 < masks.tokens < 1:
         what = "nothing" if masks.tokens <= 0 else "every token"
-        raise UserError(f"masks.tokens: {masks.tokens} masks {what}; give a share between 0 and 1, such as 0.15")
+        raise UserError(f"flava.masks.tokens: {masks.tokens} masks {what}; give a share between 0 and 1, such as 0.15")
     if not 0 <= masks.mismatched < 1:
-        raise UserError(f"masks.mismatched: {masks.mismatched} leaves no true pair; give a share from 0 to below 1")
+        raise UserError(
+            f"flava.masks.mismatched: {masks.mismatched} leaves no true pair; give a share from 0 to below 1"
+        )
 
 
 def block_mask(grid: int, patches: int, min_block: int, min_aspect: float, seed: int) -> np.ndarray:

@@ -295,6 +295,33 @@ def test_unimodal_chunks_add_up_and_touch_their_own_parameters(family, collate, 
     assert without == {n for n, _ in model.named_parameters() if not n.startswith(own)}
 
 
+def test_every_loss_falls_when_the_streams_take_turns(tmp_path):
+    """One masked batch of 16 samples by heart, mismatched pairs among them."""
+    family = build(config_of(), tmp_path / "tokenizer", lambda: CAPTIONS)
+    model, collate = family.model.train(), family.collate(iter(pictures(30)))
+    optimizer, seen = torch.optim.AdamW(model.parameters(), lr=3e-3), {}
+    rows = [
+        Sample(uid=f"u{i}", epoch=0, pixels=p, text=CAPTIONS[i], other=CAPTIONS[i - 1])
+        for i, p in enumerate(pictures(16))
+    ]
+    chunks = {kind: collate(rows, kind) for kind in ("pairs", "images", "texts")}
+    for _ in range(40):
+        for kind, chunk in chunks.items():
+            optimizer.zero_grad()
+            out, counts = model(chunk, separable=True), model.counts(chunk)
+            losses = {name: total / max(counts[name], 1) for name, total in out["sums"].items()}
+            if kind == "pairs":
+                s = out["log_scale"].exp() * out["left"][chunk["valid"]] @ out["right"][chunk["valid"]].T
+                losses["contrastive"] = F.cross_entropy(s, torch.arange(len(s)))
+            sum(losses.values()).backward()
+            optimizer.step()
+            for name, loss in losses.items():
+                seen.setdefault(name, []).append(float(loss.detach()))
+    fallen = {name: x[-1] / x[0] for name, x in seen.items()}
+    assert set(fallen) == {"contrastive", *model.separable}
+    assert all(share < 0.8 for share in fallen.values()), fallen
+
+
 def test_an_export_opens_again_and_embeds_the_same(family, tmp_path):
     from PIL import Image
 
@@ -326,7 +353,7 @@ def test_published_weights_load(family, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_other_families_and_bad_masks_are_named(family, tmp_path):
+def test_other_families_are_named(family, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mmgem"}))
     for opening in (
         lambda: Flava.from_pretrained(tmp_path),
@@ -335,5 +362,20 @@ def test_other_families_and_bad_masks_are_named(family, tmp_path):
         with pytest.raises(UserError, match="holds a 'mmgem'") as error:
             opening()
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="masks nothing"):
-        build(config_of("--flava.masks.tokens", "0"), tmp_path / "other", lambda: CAPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        (("--flava.masks.tokens", "0"), "flava.masks.tokens: 0.0 masks nothing"),
+        (("--flava.masks.patches", "16"), "flava.masks.patches: 16 masks all of 16"),
+        (("--flava.patch_size", "5"), "flava.patch_size: 5 does not divide"),
+        (("--flava.num_attention_heads", "3"), "flava.num_attention_heads: 3 does not divide"),
+        (("--loader.max_tokens", "65"), "loader.max_tokens: 65 .*max_position_embeddings 64"),
+        (("--objective.weights", "{generate: 1.0}"), "has no loss 'generate'"),
+    ],
+)
+def test_recipes_that_cannot_work_are_named_before_anything_is_built(override, named):
+    with pytest.raises(UserError, match=named) as error:
+        config_of(*override)
+    assert "\n" not in str(error.value)

@@ -96,4 +96,4 @@ def test_masks_that_mask_nothing_or_all_are_named(field, value, named):
     check_masks(MaskConfig(), 14)
     with pytest.raises(UserError, match=named) as error:
         check_masks(dataclasses.replace(MaskConfig(), **{field: value}), 14)
-    assert f"masks.{field}" in str(error.value) and "\n" not in str(error.value)
+    assert f"flava.masks.{field}" in str(error.value) and "\n" not in str(error.value)
