@@ -4,7 +4,7 @@ A family is its model, how captions become tensors, what its images look like,
 and how it is exported for people who take the model away.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from training.data import ImageSpec
 class Family:
     """encode_text: captions -> tensors of a chunk · encode_query: captions -> input of `embed_texts` ·
     export: (state dict, folder) writes what `from_pretrained` or open_clip reads · read_export: the state back ·
-    collate: where chunks are more than pixels and captions: pictures (uint8, to train a codebook on) -> the function
-    from samples to chunks."""
+    extra: (kind, rows) -> more tensors of a chunk, drawn from each row's `draw` ·
+    prepare: pictures uint8 [S, S, 3] -> trains or loads what `extra` needs, before the first chunk."""
 
     model: Any
     image: ImageSpec
@@ -29,7 +29,8 @@ class Family:
     export: Callable[[dict[str, torch.Tensor], Path], None]
     read_export: Callable[[Path], dict[str, torch.Tensor]]
     tokenizer: Any
-    collate: Callable[[Iterable[np.ndarray]], Any] | None = None
+    extra: Callable[[str, Sequence[Any]], dict[str, torch.Tensor]] | None = None
+    prepare: Callable[[Iterable[np.ndarray]], None] | None = None
 
 
 def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
@@ -112,12 +113,11 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
 def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
     from training.models.codebook import load_codebook
     from training.models.flava import Flava
-    from training.models.flava_batch import Collate, encode, load_flava_tokenizer, padded
+    from training.models.flava_batch import Extra, encode, load_flava_tokenizer, padded
     from training.tokenizer import save_tokenizer
 
     assert config.flava is not None
     recipe = config.flava
-    grid = recipe.image_size // recipe.patch_size
     if tokenizer_folder.exists():
         tokenizer = load_flava_tokenizer(TokenizerConfig(name_or_path=str(tokenizer_folder)), captions)
     else:
@@ -135,18 +135,16 @@ def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         ids, _ = encode(tokenizer, texts, config.loader.max_tokens)
         return {"input_ids": padded(ids, tokenizer.pad_token_id)}
 
-    def collate(pictures: Iterable[np.ndarray]) -> Collate:
-        return Collate(
-            tokenizer=tokenizer,
-            codebook=load_codebook(recipe.codebook, tokenizer_folder.with_name("codebook"), pictures),
-            masks=recipe.masks,
-            size=recipe.image_size,
-            grid=grid,
-            mean=mean,
-            std=std,
-            max_tokens=config.loader.max_tokens,
-            seed=config.seed,
-        )
+    extra = Extra(
+        tokenizer=tokenizer,
+        masks=recipe.masks,
+        size=recipe.image_size,
+        grid=recipe.image_size // recipe.patch_size,
+        max_tokens=config.loader.max_tokens,
+    )
+
+    def prepare(pictures: Iterable[np.ndarray]) -> None:
+        extra.codebook = load_codebook(recipe.codebook, tokenizer_folder.with_name("codebook"), pictures)
 
     def export(state: dict[str, torch.Tensor], folder: Path) -> None:
         model.load_state_dict(state)
@@ -160,7 +158,8 @@ def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         export=export,
         read_export=lambda folder: Flava.from_pretrained(folder).state_dict(),
         tokenizer=tokenizer,
-        collate=collate,
+        extra=extra,
+        prepare=prepare,
     )
 
 

@@ -8,8 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from curation.errors import UserError
+from curation.hashing import hash64
 from curation.manifest import write_manifest
 from tests.training.plain import differences
+from tests.training.test_flava_batch import Drawn
 from tests.training.test_gradient_cache import patched_float
 from training.config import as_dict
 from training.distributed import World
@@ -17,7 +19,6 @@ from training.families import build
 from training.gradient_cache import Outputs, gradient_cached_step
 from training.inference import load
 from training.models.flava import Flava
-from training.models.flava_batch import Sample
 from training.objectives.infonce import InfoNCE
 from training.train import parse
 
@@ -52,17 +53,37 @@ def family(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def collate(family):
-    return family.collate(iter(pictures(30)))
+    return collated(family)
+
+
+def collated(family):
+    """(rows, kind) -> a chunk, as the loader puts it together."""
+    family.prepare(iter(pictures(30)))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (family.image.mean, family.image.std))
+
+    def chunk(rows, kind):
+        blank = np.zeros((32, 32, 3), np.uint8)
+        pixels = torch.from_numpy(np.stack([row.fields.get("pixels", blank) for row in rows])).permute(0, 3, 1, 2)
+        own = {} if kind == "texts" else {"pixel_values": (pixels / 255 - mean) / std}
+        extra = family.extra(kind, rows)
+        # The engine takes "valid" for the rows of the coupled loss.
+        return {**own, **extra, "valid": extra.get("coupled", torch.tensor([not row.reason for row in rows]))}
+
+    return chunk
+
+
+def drawn(n, others):
+    return [
+        Drawn(hash64(0, 0, f"u{i}"), {"pixels": p, "text": CAPTIONS[i], "other": CAPTIONS[i + others]})
+        for i, p in enumerate(pictures(n))
+    ]
 
 
 @pytest.fixture(scope="module")
 def batch():
     """11 pairs, of which some are mismatched and one is a hole."""
-    rows = [
-        Sample(uid=f"u{i}", epoch=0, pixels=p, text=CAPTIONS[i], other=CAPTIONS[i + 1])
-        for i, p in enumerate(pictures(11))
-    ]
-    rows[4] = Sample(uid="u4", epoch=0)
+    rows = drawn(11, 1)
+    rows[4] = Drawn(0, {}, "image_broken")
     return rows
 
 
@@ -112,7 +133,7 @@ def their_losses(theirs, chunk, rows, **more):
 def test_sums_are_transformers_means_times_counts(family, collate, batch, kind):
     chunk, theirs, model = collate(batch, kind), published(family), family.model.eval()
     theirs.global_contrastive_weight = 0.0
-    rows = torch.tensor([s.pixels is not None for s in batch])  # its losses know no holes
+    rows = torch.tensor([not row.reason for row in batch])  # its losses know no holes
     with torch.no_grad():
         sums = model(chunk, separable=True)["sums"]
     counts = model.counts(chunk)
@@ -229,7 +250,7 @@ def test_float64_equals_the_full_batch(family, collate, batch, chunk, retain, ca
         return part
 
     first, rest = changed(doubled(collate(batch[:3], "pairs"))), doubled(collate(batch[3:], "pairs"))
-    whole = joined([first, rest], collate.tokenizer.pad_token_id)
+    whole = joined([first, rest], family.tokenizer.pad_token_id)
     chunks = [{n: x[i : i + chunk] for n, x in whole.items()} for i in range(0, 11, chunk)]
     for part in chunks:  # as the loader pads it
         longest = int(part["attention_mask"].sum(1).max())
@@ -298,14 +319,11 @@ def test_unimodal_chunks_add_up_and_touch_their_own_parameters(family, collate, 
 def test_every_loss_falls_when_the_streams_take_turns(tmp_path):
     """One masked batch of 16 samples by heart, mismatched pairs among them."""
     family = build(config_of(), tmp_path / "tokenizer", lambda: CAPTIONS)
-    model, collate = family.model.train(), family.collate(iter(pictures(30)))
+    model, collate = family.model.train(), collated(family)
     optimizer, seen = torch.optim.AdamW(model.parameters(), lr=3e-3), {}
-    rows = [
-        Sample(uid=f"u{i}", epoch=0, pixels=p, text=CAPTIONS[i], other=CAPTIONS[i - 1])
-        for i, p in enumerate(pictures(16))
-    ]
+    rows = drawn(16, -1)
     chunks = {kind: collate(rows, kind) for kind in ("pairs", "images", "texts")}
-    for _ in range(40):
+    for _ in range(60):
         for kind, chunk in chunks.items():
             optimizer.zero_grad()
             out, counts = model(chunk, separable=True), model.counts(chunk)
@@ -319,7 +337,7 @@ def test_every_loss_falls_when_the_streams_take_turns(tmp_path):
                 seen.setdefault(name, []).append(float(loss.detach()))
     fallen = {name: x[-1] / x[0] for name, x in seen.items()}
     assert set(fallen) == {"contrastive", *model.separable}
-    assert all(share < 0.8 for share in fallen.values()), fallen
+    assert all(share < 0.8 for share in fallen.values()), sorted(fallen.items())
 
 
 def test_an_export_opens_again_and_embeds_the_same(family, tmp_path):

@@ -180,7 +180,7 @@ class Flava(PreTrainedModel):
 
         chunk: pixel_values [B, 3, S, S] · image_mask bool [B, N] · image_labels [B, N] codes ·
         input_ids, attention_mask, masked_ids [B, L] · text_labels [B, L] tokens ·
-        itm_labels [B] 1 match, 0 mismatch · valid [B] rows of the contrastive loss.
+        itm_labels [B] 1 match, 0 mismatch · coupled [B] rows of the contrastive loss.
         Labels are -100 where none is asked. Pictures alone lack the texts' tensors, and texts the pictures'.
         """
         if "input_ids" not in chunk:
