@@ -1,137 +1,68 @@
 """What a training recipe can say, and nothing else: unknown keys are refused by jsonargparse.
 
-A recipe names one family by filling in its section (`mmgem:`, `clip:` or `flava:`). The
-ZeRO stage lives in a plain DeepSpeed file (`deepspeed: ds_configs/zero3.json`);
-we fill in only what follows from the recipe (batch sizes, precision, clipping).
+A recipe names one family by filling in its section (training/family_config.py). The
+ZeRO stage lives in a plain DeepSpeed file (`deepspeed: ds_configs/zero3.json`),
+which training/deepspeed_config.py checks and completes.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from curation.errors import UserError
+from training.family_config import LOSSES, ClipRecipe, FlavaRecipe, MMGemRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
-
-LOSSES = {"mmgem": ("generate",), "clip": (), "flava": ("itm", "mim", "mlm", "mmm_image", "mmm_text")}
-"""The families, by the name of their section, and the losses of each beside the coupled one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """A ViT: an open_clip architecture by name (with weights), or sizes for one from scratch.
-
-    patch_dropout: share of patches left out while training (FLIP, arXiv 2212.00794).
-    """
-
-    arch: str | None = None
-    pretrained: str | None = None
-    image_size: int = 224
-    patch_size: int = 16
-    width: int = 768
-    layers: int = 12
-    head_width: int = 64
-    mlp_ratio: float = 4.0
-    patch_dropout: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageConfig:
-    """A causal LM: any `AutoModelForCausalLM` by name or path, or the sizes of a Llama from scratch."""
-
-    name_or_path: str | None = None
-    hidden_size: int = 2048
-    intermediate_size: int = 5632
-    num_hidden_layers: int = 22
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 4
-    max_position_embeddings: int = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """A tokenizer by name or folder, or a byte-level BPE of `vocab_size` trained on the captions of the data."""
-
-    name_or_path: str | None = None
-    vocab_size: int = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class MMGemRecipe:
-    """MM-GEM stage 1 (arXiv 2405.19333): ViT and one causal LLM that embeds and captions."""
-
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    language: LanguageConfig = field(default_factory=LanguageConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    embed_dim: int = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipRecipe:
-    """An open_clip dual encoder: an architecture by name (with weights), or its `model_cfg` (embed_dim,
-    vision_cfg, text_cfg as in open_clip's JSON files)."""
-
-    arch: str | None = None
-    pretrained: str | None = None
-    model_cfg: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodebookConfig:
-    """What FLAVA's masked patches are predicted as: a frozen image tokenizer by name or folder, or k-means codes of
-    patches, trained on the pictures of the data. `vocab_size` is how many codes it has."""
-
-    name_or_path: str | None = None
-    vocab_size: int = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskConfig:
-    """What is hidden (training/masks.py). patches: hidden in each picture, in blocks of at least `min_block` ·
-    tokens: share of tokens (or of words) · mismatched: share of pairs that get another's text, for matching."""
-
-    patches: int = 75
-    min_block: int = 16
-    min_aspect: float = 0.3
-    tokens: float = 0.15
-    whole_words: bool = False
-    mismatched: float = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlavaRecipe:
-    """FLAVA (arXiv 2112.04482): image, text and multimodal encoders of one width, five losses.
-
-    name_or_path: a transformers FLAVA checkpoint to start from; the sizes must be its own.
-    """
-
-    name_or_path: str | None = None
-    image_size: int = 224
-    patch_size: int = 16
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_attention_heads: int = 12
-    image_layers: int = 12
-    text_layers: int = 12
-    multimodal_layers: int = 6
-    max_position_embeddings: int = 512
-    embed_dim: int = 768
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    codebook: CodebookConfig = field(default_factory=CodebookConfig)
-    masks: MaskConfig = field(default_factory=MaskConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Loss weights (1 where not named) and temperature. `reduction` sums (MM-GEM) or averages (CLIP) directions."""
+    """The coupled loss, the weights of the separable ones (1 where not named) and the temperature.
 
-    coupled: Literal["infonce"] = "infonce"
+    directions, reduction: of InfoNCE; `reduction` sums (MM-GEM) or averages (CLIP) its two directions ·
+    duplicates: pairs of rows that show the same thing are negatives, masked (neither), or positives ·
+    gather: every rank holds all right sides of the batch, or they go round in a ring, where they would not fit ·
+    tile: rows and columns of the logits that exist at once ·
+    temperature_schedule: learned between floor and ceiling, or from `temperature` to `temperature_end` over the run ·
+    logit_bias: where SigLIP's learned bias begins.
+    """
+
+    coupled: Literal["infonce", "siglip"] = "infonce"
+    directions: Literal["both", "left_to_right"] = "both"
     reduction: Literal["sum", "mean"] = "sum"
+    duplicates: Literal["negative", "masked", "positive"] = "negative"
+    gather: Literal["all", "ring"] = "all"
+    tile: int = 1024
     weights: dict[str, float] = field(default_factory=dict)
     temperature: float = 0.07
+    temperature_schedule: Literal["learned", "constant", "linear", "cosine"] = "learned"
+    temperature_end: float | None = None
     temperature_floor: float = 0.01
+    temperature_ceiling: float = 1.0
+    logit_bias: float = -10.0
+
+    def __post_init__(self) -> None:
+        if self.tile < 1:
+            raise UserError(f"objective.tile: {self.tile} is not above 0; give a positive value")
+        for name in ("temperature", "temperature_end", "temperature_floor", "temperature_ceiling"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"objective.{name}: {value} is not above 0; give a positive value")
+        moves = self.temperature_schedule in ("linear", "cosine")
+        if moves and self.temperature_end is None:
+            raise UserError(f"objective.temperature_end: {self.temperature_schedule} needs it; give the last one")
+        if not moves and self.temperature_end is not None:
+            raise UserError(
+                f"objective.temperature_end: temperature_schedule {self.temperature_schedule} has none; "
+                "take linear or cosine, or remove it"
+            )
+        if self.coupled == "siglip" and self.directions != "both":
+            raise UserError("objective.directions: siglip has pairs and no directions; remove it")
+        if self.temperature_floor > self.temperature_ceiling:
+            raise UserError(
+                f"objective.temperature_floor: {self.temperature_floor} is above "
+                f"temperature_ceiling {self.temperature_ceiling}; lower it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +77,13 @@ class GroupConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW. Biases, norms and the temperature are never decayed."""
+    """AdamW, or LAMB (its trust ratio over whole parameters). Biases, norms and the temperature are never decayed.
 
+    max_skipped: steps in a row that may be left out, for a loss or gradient that is not finite, before the run ends ·
+    max_loss_ratio: leave out a step whose loss is above so many times the median of the last hundred, or never.
+    """
+
+    name: Literal["adamw", "lamb"] = "adamw"
     lr: float = 5e-4
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
@@ -155,7 +91,23 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 100
     gradient_clipping: float = 1.0
+    max_skipped: int = 10
+    max_loss_ratio: float | None = None
     groups: list[GroupConfig] = field(default_factory=list)
+
+
+Kind = Literal["pairs", "images", "texts", "rows"]
+"""What a sample is to a step: a picture and a caption, one of them alone, or what a family reads of its own source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One of several sources: its shards (a folder or URL; `--data NAME=DIR` says it too), its weight in the mixture,
+    and what its chunks hold."""
+
+    path: str = ""
+    weight: float = 1.0
+    kind: Kind = "pairs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,32 +115,92 @@ class LoaderConfig:
     """What a batch is made of.
 
     batch: samples of a global batch · chunk: samples that a rank runs at a time · retain: samples whose activations
-    a rank keeps instead of computing them again; as many as memory has room for, since the step costs less ·
+    a rank keeps instead of computing them again, or "auto": as many as `retain_gib` of memory has room for (null: what
+    a GPU has free), measured before the first step ·
     captions: the caption that curation scored, or at each visit one of the json's `captions`, or one of several text
     members by weight, `{txt: 0.5, recaption.txt: 0.5}` (txt is the scored caption; what a sample lacks is not drawn) ·
     resize_mode: "squash" keeps the whole picture, "shortest" its centre square ·
     decode_size: side that decoded pictures are cached at (crops are cut from it; null = the model's) ·
-    crop_scale: area of the random crop · cache_decoded: keep decoded pictures in RUN/decoded.u8.
+    crop_scale: area of the random crop · color_jitter (brightness, contrast, saturation, hue), color_jitter_prob,
+    gray_scale_prob: as open_clip names them · cache_decoded: keep decoded pictures in RUN/decoded.*.u8 ·
+    sources: by name, where there are several · unit: samples in a row that one source gives · mixing: which source a
+    unit takes, by exact shares of the weights in every block, at random by weight, or in turn ·
+    window_shards: shards that samples are mixed over · prefetch: batches made ahead ·
+    cache_dir, cache_gib: where remote shards are kept (null = gemsmith-shards in the temporary folder), and how much
+    · max_error_rate: share of samples that may be unreadable, in any stretch of `error_window` samples.
     """
 
     batch: int = 256
     chunk: int = 64
-    retain: int = 0
+    retain: int | Literal["auto"] = 0
+    retain_gib: float | None = None
     captions: Literal["caption", "random"] | dict[str, float] = "caption"
     max_tokens: int = 48
     resize_mode: Literal["squash", "shortest"] = "squash"
     decode_size: int | None = None
     crop_scale: tuple[float, float] = (1.0, 1.0)
     flip: bool = False
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    color_jitter_prob: float = 0.0
+    gray_scale_prob: float = 0.0
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    unit: int = 1
+    mixing: Literal["shares", "random", "round_robin"] = "shares"
     window_shards: int = 8
     threads: int = 1
+    prefetch: int = 2
     cache_decoded: bool = False
+    cache_dir: str | None = None
+    cache_gib: float = 64.0
     max_error_rate: float = 0.01
+    error_window: int = 100_000
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: values that no batch can be made of.
+        """
+        positive = ("batch", "chunk", "threads", "window_shards", "unit", "cache_gib", "error_window")
+        for name in positive:
+            if (value := getattr(self, name)) <= 0:
+                raise UserError(f"loader.{name}: {value} is not above 0; give a positive value")
+        if self.prefetch < 0:
+            raise UserError(f"loader.prefetch: {self.prefetch} is below 0; 2 batches ahead are plenty")
+        if isinstance(self.captions, dict) and not all(w > 0 for w in self.captions.values() or [0]):
+            raise UserError(f"loader.captions: {self.captions} needs members with weights above 0")
+        for name, source in self.sources.items():
+            if not name.isidentifier():
+                raise UserError(f"loader.sources: {name!r} is no name; take letters, digits and _")
+            if source.weight <= 0:
+                raise UserError(f"loader.sources.{name}.weight: {source.weight:g} is not above 0; leave the source out")
+        if self.batch % self.unit:
+            raise UserError(
+                f"loader.unit: {self.unit} does not divide the batch of {self.batch}; take a divisor, or the batch"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run says of itself, beside metrics.jsonl and TensorBoard. Not part of what the run computes.
+
+    wandb: project of Weights & Biases, or none · hang_seconds: a run in which no step has ended for so long says where
+    it hangs and ends; above the slowest checkpoint · max_data_share: share of the time spent waiting for data above
+    which a warning names the cause · profile_steps: [first, last] step that torch's profiler records on rank 0.
+    """
+
+    wandb: str | None = None
+    hang_seconds: float = 600.0
+    max_data_share: float = 0.1
+    profile_steps: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. `samples` is what the run sees in all, repeats included."""
+    """One run. `samples` is what the run sees in all, repeats included.
+
+    activation_checkpointing: compute the activations of a block again in its backward pass · background_save: copy what
+    a checkpoint holds and write it beside the training.
+    """
 
     samples: int = 1_000_000
     seed: int = 0
@@ -196,7 +208,10 @@ class TrainConfig:
     deepspeed: str = "ds_configs/zero3.json"
     checkpoint_every: int = 500
     keep_last: int = 3
+    background_save: bool = False
+    activation_checkpointing: bool = False
     log_every: int = 10
+    log: LogConfig = field(default_factory=LogConfig)
     mmgem: MMGemRecipe | None = None
     clip: ClipRecipe | None = None
     flava: FlavaRecipe | None = None
@@ -208,43 +223,32 @@ class TrainConfig:
         if sum(getattr(self, name) is not None for name in LOSSES) != 1:
             raise UserError(f"recipe: exactly one family section is needed; fill in one of {', '.join(LOSSES)}")
         positive = {
-            "loader.batch": self.loader.batch,
-            "loader.chunk": self.loader.chunk,
-            "loader.threads": self.loader.threads,
-            "loader.window_shards": self.loader.window_shards,
             "checkpoint_every": self.checkpoint_every,
             "keep_last": self.keep_last,
             "log_every": self.log_every,
-            "objective.temperature": self.objective.temperature,
-            "objective.temperature_floor": self.objective.temperature_floor,
+            "log.hang_seconds": self.log.hang_seconds,
+            "log.max_data_share": self.log.max_data_share,
         }
         for name, value in positive.items():
             if value <= 0:
                 raise UserError(f"{name}: {value} is not above 0; give a positive value")
-        if isinstance(self.loader.captions, dict) and not all(w > 0 for w in self.loader.captions.values() or [0]):
-            raise UserError(f"loader.captions: {self.loader.captions} needs members with weights above 0")
-        known = LOSSES[self.family]
+        self.loader.check()
+        if self.log.profile_steps is not None and not 1 <= self.log.profile_steps[0] <= self.log.profile_steps[1]:
+            raise UserError(f"log.profile_steps: {list(self.log.profile_steps)} are not [first, last], counted from 1")
+        if self.optim.max_loss_ratio is not None and self.optim.max_loss_ratio <= 1:
+            raise UserError(f"optim.max_loss_ratio: {self.optim.max_loss_ratio} would skip usual steps; take 2 or more")
+        known = ["embed", *LOSSES[self.family]]
         if unknown := sorted(set(self.objective.weights) - set(known)):
-            raise UserError(f"objective.weights: the family has no loss {unknown[0]!r}; it has {list(known) or 'none'}")
+            raise UserError(f"objective.weights: the family has no loss {unknown[0]!r}; it has {', '.join(known)}")
         if self.flava is not None:
-            self._check_flava(self.flava)
+            self.flava.check()
+            if self.loader.max_tokens > self.flava.max_position_embeddings:
+                raise UserError(
+                    f"loader.max_tokens: {self.loader.max_tokens} is more than "
+                    f"flava.max_position_embeddings {self.flava.max_position_embeddings}; lower it"
+                )
         if self.samples < self.loader.batch:
             raise UserError(f"samples: {self.samples} is less than one batch of {self.loader.batch}; raise it")
-
-    def _check_flava(self, flava: FlavaRecipe) -> None:
-        from training.masks import check_masks
-
-        if flava.image_size % flava.patch_size:
-            raise UserError(f"flava.patch_size: {flava.patch_size} does not divide image_size {flava.image_size}")
-        if flava.hidden_size % flava.num_attention_heads:
-            heads = flava.num_attention_heads
-            raise UserError(f"flava.num_attention_heads: {heads} does not divide hidden_size {flava.hidden_size}")
-        if self.loader.max_tokens > flava.max_position_embeddings:
-            raise UserError(
-                f"loader.max_tokens: {self.loader.max_tokens} is more than "
-                f"flava.max_position_embeddings {flava.max_position_embeddings}; lower it"
-            )
-        check_masks(flava.masks, flava.image_size // flava.patch_size)
 
     @property
     def family(self) -> str:
@@ -259,42 +263,6 @@ def as_dict(config: TrainConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The recipe's DeepSpeed file with what follows from the recipe filled in.
-
-    Raises:
-        UserError: no such file, no JSON, or a value that the recipe decides.
-    """
-    path = Path(config.deepspeed)
-    path = path if path.exists() else ROOT / config.deepspeed
-    try:
-        settings = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"deepspeed: {config.deepspeed} does not exist; ds_configs/ has zero1, zero2 and zero3"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"deepspeed: {path} is not JSON ({error}); mend it") from None
-    if config.loader.batch % world_size:
-        raise UserError(f"loader.batch: {config.loader.batch} does not divide over {world_size} ranks; take a multiple")
-    ours = {
-        "train_micro_batch_size_per_gpu": config.loader.batch // world_size,
-        "gradient_accumulation_steps": 1,
-        # backward() only accumulates and step() is the boundary: what a step of several chunks needs at any stage.
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.optim.gradient_clipping,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-    clash = sorted(set(ours) & set(settings))
-    if clash:
-        raise UserError(f"deepspeed: {path} sets {', '.join(clash)}, which the recipe decides; remove them there")
-    automatic = [key for key, value in settings.items() if value == "auto"]
-    if automatic:
-        raise UserError(f'deepspeed: {path} leaves {", ".join(automatic)} at "auto", which is dropped; write the value')
-    return settings | ours
-
-
 def make_parser() -> Any:
     """The parser of `training/train.py` and `gemsmith train`: a recipe file and dotted overrides."""
     from jsonargparse import ArgumentParser
@@ -302,7 +270,14 @@ def make_parser() -> Any:
     parser = ArgumentParser(description="Train a recipe under DeepSpeed.", exit_on_error=False)
     parser.add_argument("--config", action="config", help="recipe (YAML)")
     parser.add_class_arguments(TrainConfig, sub_configs=True)
-    parser.add_argument("--data", type=str, required=True, help="folder of webdataset shards")
+    parser.add_argument(
+        "--data",
+        action="append",
+        type=str,
+        default=[],
+        metavar="[NAME=]DIR",
+        help="folder or URL of webdataset shards; NAME=DIR for each of several sources",
+    )
     parser.add_argument("--out", type=str, required=True, help="folder of the run")
     parser.add_argument("--overwrite", action="store_true", help="discard what the folder holds")
     return parser

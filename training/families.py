@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from training.config import TokenizerConfig, TrainConfig
-from training.data import ImageSpec
+from training.config import TrainConfig
+from training.data import Drawn, ImageSpec, Source
+from training.family_config import TokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,8 @@ class Family:
     """encode_text: captions -> tensors of a chunk · encode_query: captions -> input of `embed_texts` ·
     export: (state dict, folder) writes what `from_pretrained` or open_clip reads · read_export: the state back ·
     extra: (kind, rows) -> more tensors of a chunk, drawn from each row's `draw` ·
-    prepare: pictures uint8 [S, S, 3] -> trains or loads what `extra` needs, before the first chunk."""
+    prepare: trains or loads what `extra` needs of these sources, before the first chunk ·
+    mismatched: (draw) -> whether the pair of that row is given another's text too, to be told apart."""
 
     model: Any
     image: ImageSpec
@@ -29,8 +30,9 @@ class Family:
     export: Callable[[dict[str, torch.Tensor], Path], None]
     read_export: Callable[[Path], dict[str, torch.Tensor]]
     tokenizer: Any
-    extra: Callable[[str, Sequence[Any]], dict[str, torch.Tensor]] | None = None
-    prepare: Callable[[Iterable[np.ndarray]], None] | None = None
+    extra: Callable[[str, Sequence[Drawn]], dict[str, torch.Tensor]] | None = None
+    prepare: Callable[[Sequence[Source]], None] | None = None
+    mismatched: Callable[[int], bool] | None = None
 
 
 def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
@@ -49,7 +51,7 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         recipe.language,
         tokenizer,
         embed_dim=recipe.embed_dim,
-        initial_temperature=config.objective.temperature,
+        objective={k: v for k, v in vars(config.objective).items() if k != "weights"},
         resize_mode=config.loader.resize_mode,
     )
     emb, eos, pad = tokenizer.convert_tokens_to_ids(EMB), tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -71,7 +73,13 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         tokenizer.save_pretrained(str(folder))
 
     side = int(model.vision.image_size[0])
-    spec = ImageSpec(size=side, mean=tuple(model.config.image_mean), std=tuple(model.config.image_std))
+    spec = ImageSpec.of_vit(
+        model.vision,
+        recipe.vision.patch_dropout,
+        size=side,
+        mean=tuple(model.config.image_mean),
+        std=tuple(model.config.image_std),
+    )
     return Family(
         model=model,
         image=spec,
@@ -89,9 +97,11 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
     from training.models.clip import Clip, export, read_export
 
     assert config.clip is not None
-    model = Clip.from_recipe(config.clip, config.objective.temperature)
+    model = Clip.from_recipe(config.clip, config.objective)
     side = model.model_cfg["vision_cfg"]["image_size"]
-    spec = ImageSpec(size=side, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
+    spec = ImageSpec.of_vit(
+        model.towers.visual, model.patch_dropout, size=side, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD
+    )
     tokenizer = SimpleTokenizer(context_length=model.model_cfg["text_cfg"].get("context_length", 77))
     preprocess = {
         "size": [side, side],
@@ -111,7 +121,7 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
 
 
 def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
-    from training.models.codebook import load_codebook
+    from training.models.codebook import drawn_pictures, load_codebook
     from training.models.flava import Flava
     from training.models.flava_batch import Extra, encode, load_flava_tokenizer, padded
     from training.tokenizer import save_tokenizer
@@ -126,7 +136,7 @@ def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
     model = Flava.from_recipe(
         recipe,
         tokenizer,
-        initial_temperature=config.objective.temperature,
+        objective={k: v for k, v in vars(config.objective).items() if k != "weights"},
         resize_mode=config.loader.resize_mode,
     )
     mean, std = tuple(model.config.image_mean), tuple(model.config.image_std)
@@ -143,7 +153,8 @@ def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         max_tokens=config.loader.max_tokens,
     )
 
-    def prepare(pictures: Iterable[np.ndarray]) -> None:
+    def prepare(sources: Sequence[Source]) -> None:
+        pictures = drawn_pictures(sources, extra.grid, config.loader)
         extra.codebook = load_codebook(recipe.codebook, tokenizer_folder.with_name("codebook"), pictures)
 
     def export(state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -160,6 +171,7 @@ def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         tokenizer=tokenizer,
         extra=extra,
         prepare=prepare,
+        mismatched=extra.mismatched,
     )
 
 

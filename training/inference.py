@@ -4,6 +4,7 @@ Images go through open_clip's own evaluation transform (Pillow, bicubic,
 unscaled decoding), in fp32 on the device at hand.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,12 @@ class Model:
         return [text.strip() for text in self.family.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def _config_from(record: dict[str, Any]) -> TrainConfig:
+def config_from(record: dict[str, Any]) -> TrainConfig:
     from training.config import make_parser
 
     parser = make_parser()
-    parsed = parser.instantiate(parser.parse_object({**record, "data": "", "out": ""}))
+    # A copy: jsonargparse writes its own objects into the lists that it is given.
+    parsed = parser.instantiate(parser.parse_object({**copy.deepcopy(record), "data": [], "out": ""}))
     return TrainConfig(**{name: getattr(parsed, name) for name in TrainConfig.__dataclass_fields__})
 
 
@@ -90,7 +92,7 @@ def load(folder: Path) -> Model:
     run, words, exported = folder.parent, folder, sorted(folder.glob("*.safetensors"))
     if not exported:
         manifest = checkpoint.check(folder)
-        config, run = _config_from(manifest["config"]), folder.parent.parent
+        config, run = config_from(manifest["config"]), folder.parent.parent
         words = run / "tokenizer"
         family = rebuild(config, words)
         family.model.load_state_dict(checkpoint.consolidated(folder))
@@ -129,7 +131,7 @@ def _exported(folder: Path) -> tuple[Family, TrainConfig, int]:
     record = read_manifest(folder / "gemsmith.json")
     if record is None:
         raise UserError(f"--checkpoint {folder}: has no gemsmith.json; name an export that `gemsmith train` wrote")
-    config = _config_from(record["config"])
+    config = config_from(record["config"])
     family = rebuild(config, folder)
     family.model.load_state_dict(family.read_export(folder))
     return family, config, record["steps"]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from curation.errors import UserError
-from training.config import MaskConfig
+from training.family_config import MaskConfig
 
 
 def check_masks(masks: MaskConfig, grid: int) -> None:

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from curation.errors import UserError
-from training.config import CodebookConfig
-from training.data import Shards
+from training.config import LoaderConfig
+from training.data import Shards, Source
+from training.family_config import CodebookConfig
 from training.models.codebook import PatchCodebook, drawn_pictures, load_codebook, train_codebook
 
 
@@ -62,7 +63,7 @@ def test_training_again_gives_the_same_bits_and_saving_keeps_them(codebook, tmp_
 
 def test_the_folder_of_a_run_is_trained_once(shards, tmp_path):
     config = CodebookConfig(vocab_size=8)
-    stream = drawn_pictures(Shards(shards), 32, "squash")
+    stream = drawn_pictures([Source(name="data", samples=Shards(shards))], 4, LoaderConfig())
     first = load_codebook(config, tmp_path / "codebook", stream)
     assert load_codebook(config, tmp_path / "codebook", iter(())).vocab_size == 8
     named = load_codebook(CodebookConfig(name_or_path=str(tmp_path / "codebook"), vocab_size=8), tmp_path, iter(()))

@@ -11,14 +11,16 @@ from curation.errors import UserError
 from curation.hashing import hash64
 from curation.manifest import write_manifest
 from tests.training.plain import differences
-from tests.training.test_flava_batch import Drawn
 from tests.training.test_gradient_cache import patched_float
 from training.config import as_dict
+from training.data import Drawn
 from training.distributed import World
 from training.families import build
 from training.gradient_cache import Outputs, gradient_cached_step
 from training.inference import load
+from training.models.codebook import train_codebook
 from training.models.flava import Flava
+from training.objectives.coupled import Rows
 from training.objectives.infonce import InfoNCE
 from training.train import parse
 
@@ -58,16 +60,14 @@ def collate(family):
 
 def collated(family):
     """(rows, kind) -> a chunk, as the loader puts it together."""
-    family.prepare(iter(pictures(30)))
+    family.extra.codebook = train_codebook(pictures(30), 16)
     mean, std = (torch.tensor(x)[:, None, None] for x in (family.image.mean, family.image.std))
 
     def chunk(rows, kind):
         blank = np.zeros((32, 32, 3), np.uint8)
         pixels = torch.from_numpy(np.stack([row.fields.get("pixels", blank) for row in rows])).permute(0, 3, 1, 2)
         own = {} if kind == "texts" else {"pixel_values": (pixels / 255 - mean) / std}
-        extra = family.extra(kind, rows)
-        # The engine takes "valid" for the rows of the coupled loss.
-        return {**own, **extra, "valid": extra.get("coupled", torch.tensor([not row.reason for row in rows]))}
+        return {**own, **family.extra(kind, rows), "valid": torch.tensor([not row.reason for row in rows])}
 
     return chunk
 
@@ -153,14 +153,15 @@ def test_sums_are_transformers_means_times_counts(family, collate, batch, kind):
 def test_the_contrastive_part_is_infonce_of_the_projections(family, collate, batch):
     """Where every pair matches, transformers' own head says the same (a mismatched pair stays a column in it)."""
     chunk, model = collate(batch, "pairs"), family.model.eval()
-    rows = chunk["valid"]
+    rows = chunk["coupled"]
     with torch.no_grad():
         out = model(chunk, separable=True)
         clean = model(chunk, separable=False)
     for side in ("left", "right"):  # stacked with the masked inputs or alone
         torch.testing.assert_close(out[side], clean[side], rtol=1e-5, atol=1e-6)
-    found = InfoNCE(reduction="mean")(out["left"], out["right"], out["log_scale"], rows, World()).value
-    s = out["log_scale"].exp() * out["left"][rows] @ out["right"][rows].T
+    given = Rows(rows, rows[:, None])
+    found = InfoNCE(reduction="mean")(out["left"], out["right"][:, None], out["scalars"], given, World()).value
+    s = out["scalars"]["log_scale"].exp() * out["left"][rows] @ out["right"][rows].T
     target = torch.arange(len(s))
     torch.testing.assert_close(found, (F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2)
     matches = {k: v for k, v in chunk.items() if k != "itm_labels"}
@@ -190,8 +191,8 @@ def plain(model, chunk):
     """One forward over the whole batch and autograd through textbook losses."""
     model.zero_grad()
     out = model(chunk, separable=True)
-    rows = chunk["valid"]
-    s = out["log_scale"].exp() * out["left"][rows] @ out["right"][rows].T
+    rows = chunk["coupled"]
+    s = out["scalars"]["log_scale"].exp() * out["left"][rows] @ out["right"][rows].T
     target = torch.arange(len(s))
     loss = (F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2 if len(s) else s.sum()
     units = {
@@ -243,7 +244,7 @@ def test_float64_equals_the_full_batch(family, collate, batch, chunk, retain, ca
             part["masked_ids"], part["image_mask"] = part["input_ids"], torch.zeros_like(part["image_mask"])
         if case == "all mismatched":
             part["itm_labels"] = torch.zeros_like(part["itm_labels"])
-            part["valid"] = torch.zeros_like(part["valid"])
+            part["coupled"] = torch.zeros_like(part["coupled"])
             part["text_labels"], part["image_labels"] = (
                 torch.full_like(part[n], -100) for n in ("text_labels", "image_labels")
             )
@@ -281,7 +282,7 @@ def joined(chunks, pad):
 def test_a_batch_of_mismatched_pairs_alone_still_learns_to_match(family, collate, batch):
     model = family.model.double().eval()
     whole = doubled(collate(batch[:3], "pairs"))
-    whole["valid"], whole["itm_labels"] = torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.long)
+    whole["coupled"], whole["itm_labels"] = torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.long)
     whole["text_labels"], whole["image_labels"] = (
         torch.full_like(whole[n], -100) for n in ("text_labels", "image_labels")
     )
@@ -329,7 +330,7 @@ def test_every_loss_falls_when_the_streams_take_turns(tmp_path):
             out, counts = model(chunk, separable=True), model.counts(chunk)
             losses = {name: total / max(counts[name], 1) for name, total in out["sums"].items()}
             if kind == "pairs":
-                s = out["log_scale"].exp() * out["left"][chunk["valid"]] @ out["right"][chunk["valid"]].T
+                s = out["scalars"]["log_scale"].exp() * out["left"][chunk["coupled"]] @ out["right"][chunk["coupled"]].T
                 losses["contrastive"] = F.cross_entropy(s, torch.arange(len(s)))
             sum(losses.values()).backward()
             optimizer.step()

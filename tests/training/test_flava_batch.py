@@ -7,21 +7,13 @@ import pytest
 import torch
 
 from curation.hashing import hash64
-from training.config import MaskConfig, TokenizerConfig
+from training.data import Drawn
+from training.family_config import MaskConfig, TokenizerConfig
 from training.models.flava_batch import Extra, load_flava_tokenizer
 
 CAPTIONS = [
     f"a {c} {s} beside {n} unbelievable balloons" for c in ("red", "blue") for s in ("dog", "cat") for n in "34"
 ]
-
-
-@dataclasses.dataclass
-class Drawn:
-    """A row as the loader draws it."""
-
-    draw: int
-    fields: dict
-    reason: str = ""
 
 
 def codes(pictures, grid):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from curation.errors import UserError
-from training.config import MaskConfig
+from training.family_config import MaskConfig
 from training.masks import block_mask, check_masks, token_mask
 
 

@@ -12,8 +12,10 @@ at a time in float64 here, batches of one size there.
 """
 
 import functools
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from curation import tar
 from curation.errors import UserError
 from curation.hashing import hash64
-from training.config import CodebookConfig
-from training.data import Shards, decode
+from training.config import LoaderConfig
+from training.data import Order, Source, decode
+from training.data import picture as image_member
+from training.family_config import CodebookConfig
 
 PATCH = 8
 """Side in pixels of what a code stands for; DALL-E's encoder pools three times by two."""
@@ -155,14 +158,24 @@ def train_codebook(pictures: Iterable[np.ndarray], vocab_size: int, seed: int = 
     return PatchCodebook(mean, np.ascontiguousarray(basis), np.asarray(kmeans.centroids, np.float64))
 
 
-def drawn_pictures(shards: Shards, side: int, resize_mode: str) -> Iterator[np.ndarray]:
-    """Readable pictures of the shards, uint8 [side, side, 3], in an order by hash of their keys."""
-    places = [(s, i) for s, samples in enumerate(shards.samples) for i in range(len(samples))]
-    for shard, index in sorted(places, key=lambda p: hash64("codebook", shards.samples[p[0]][p[1]].key)):
-        try:
-            yield decode(shards.member(shard, index, *tar.IMAGE_EXTENSIONS) or b"", side, resize_mode)
-        except Exception:  # Pillow's decoders raise almost anything; broken samples are counted when they are drawn
-            continue
+def drawn_pictures(sources: Sequence[Source], grid: int, config: LoaderConfig) -> Iterator[np.ndarray]:
+    """Readable pictures of the sources in turn, uint8 [8 grid, 8 grid, 3], each source in a shuffled order that opens
+    few shards at a time."""
+    pictured = [source.samples for source in sources if source.kind in ("pairs", "images")]
+    orders = [Order(s.sizes, hash64("codebook", number), config.window_shards) for number, s in enumerate(pictured)]
+    for position in itertools.count():
+        left = [(samples, order) for samples, order in zip(pictured, orders) if position < order.total]
+        if not left:
+            return
+        for samples, order in left:
+            _, part, index = order(position)
+            try:
+                fields = samples.sample(int(samples.sizes[:part].sum()) + index)
+                yield decode(image_member(fields), grid * PATCH, config.resize_mode)
+            except UserError:
+                raise
+            except Exception:  # whatever a reader or Pillow raises; broken samples are counted when they are drawn
+                continue
 
 
 def load_codebook(config: CodebookConfig, folder: Path, pictures: Iterable[np.ndarray]) -> Codebook:
@@ -203,4 +216,6 @@ def _named(name_or_path: str) -> Codebook:
             "flava_image_codebook, or a folder of a trained patch codebook"
         )
     model = FlavaImageCodebook.from_pretrained(name_or_path).eval().requires_grad_(False)
-    return ConvolutionalCodebook(model.to("cuda" if torch.cuda.is_available() else "cpu"))
+    # A rank's own GPU by its number: this comes before DeepSpeed makes it the current one.
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return ConvolutionalCodebook(model.to(device))

@@ -17,7 +17,6 @@ A chunk holds pictures, texts or both, the same kind on every rank. Clean and
 masked inputs run stacked, so that ZeRO-3 gathers each layer once.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,15 @@ from transformers.models.flava.modeling_flava import (
 )
 
 from curation.errors import UserError
-from training.config import LOSSES, FlavaRecipe
+from training.config import ObjectiveConfig
+from training.family_config import LOSSES, FlavaRecipe
 from training.models.mmgem import MEAN, STD
+from training.models.scalars import add_scalars, read_scalars
 
 
 class FlavaConfig(PretrainedConfig):
-    """image_config, text_config, multimodal_config: those of transformers' FLAVA encoders, as dicts."""
+    """image_config, text_config, multimodal_config: those of transformers' FLAVA encoders, as dicts ·
+    objective: the coupled loss's section of the recipe (which scalars there are, and where they begin)."""
 
     model_type = "gemsmith_flava"
 
@@ -50,7 +52,7 @@ class FlavaConfig(PretrainedConfig):
         text_config: dict[str, Any] | None = None,
         multimodal_config: dict[str, Any] | None = None,
         embed_dim: int = 768,
-        initial_temperature: float = 0.07,
+        objective: dict[str, Any] | None = None,
         image_mean: tuple[float, ...] = MEAN,
         image_std: tuple[float, ...] = STD,
         resize_mode: str = "squash",
@@ -58,7 +60,7 @@ class FlavaConfig(PretrainedConfig):
     ) -> None:
         self.image_config, self.text_config = image_config or {}, text_config or {}
         self.multimodal_config = multimodal_config or {}
-        self.embed_dim, self.initial_temperature = embed_dim, initial_temperature
+        self.embed_dim, self.objective = embed_dim, objective or {}
         self.image_mean, self.image_std, self.resize_mode = list(image_mean), list(image_std), resize_mode
         super().__init__(**kwargs)
 
@@ -73,6 +75,7 @@ class Flava(PreTrainedModel):
     config_class = FlavaConfig
     base_model_prefix = "gemsmith_flava"
     main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
     _no_split_modules = {"FlavaLayer"}  # noqa: RUF012
     blocks = frozenset({"FlavaLayer"})
     separable = LOSSES["flava"]
@@ -96,10 +99,13 @@ class Flava(PreTrainedModel):
         for head in (self.mim_head, self.mmm_image_head, self.mlm_head, self.mmm_text_head):
             del head.bias  # a second name of `decoder.bias`
         self.itm_head = FlavaITMHead(both)
-        # Shape [1]: ZeRO-3 cannot partition a parameter without dimensions.
-        self.log_scale = nn.Parameter(torch.tensor([-math.log(config.initial_temperature)]))
+        self.scalars = add_scalars(self, ObjectiveConfig(**config.objective))
         self.pad_token_id: Any = text.pad_token_id
         self.post_init()
+
+    def checkpoint_activations(self) -> None:
+        """Keep the blocks' inputs alone, and compute the rest again in the backward pass."""
+        self.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _init_weights(self, module: nn.Module) -> None:
         """The encoders initialise themselves; the heads and projections in the same way."""
@@ -142,7 +148,7 @@ class Flava(PreTrainedModel):
         published = FlavaForPreTraining.from_pretrained(name_or_path).state_dict()
         published = {name.removeprefix("flava."): tensor for name, tensor in published.items()}
         published["log_scale"] = published.pop("logit_scale").reshape(1)
-        own = self.state_dict()
+        own = {name: tensor for name, tensor in self.state_dict().items() if name != "logit_bias"}
         for name, tensor in own.items():
             found = tuple(published[name].shape)
             if found != tuple(tensor.shape):
@@ -150,7 +156,7 @@ class Flava(PreTrainedModel):
                     f"flava.name_or_path: {name_or_path} has {name} of shape {list(found)}, the recipe "
                     f"{list(tensor.shape)}; give the checkpoint's sizes, tokenizer and codebook"
                 )
-        self.load_state_dict({name: published[name] for name in own})
+        self.load_state_dict({name: published[name] for name in own}, strict=False)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "Flava":
@@ -164,15 +170,17 @@ class Flava(PreTrainedModel):
     def _image(self, pixels: torch.Tensor, hidden: torch.Tensor | None = None) -> Any:
         """Encoder's output for [B, 3, S, S]; `hidden` bool [B, N] names the masked patches."""
         return self.image_model(
-            pixels.to(self.log_scale.dtype), bool_masked_pos=hidden, output_hidden_states=hidden is not None
+            pixels.to(self.image_projection.weight.dtype),
+            bool_masked_pos=hidden,
+            output_hidden_states=hidden is not None,
         )
 
-    def _embedded(self, image: torch.Tensor, text: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _embedded(self, image: torch.Tensor, text: torch.Tensor) -> dict[str, Any]:
         """The contrastive sides from last states [B, 1 + N, D] and [B, L, D]."""
         return {
             "left": F.normalize(self.image_projection(image[:, 0]).float(), dim=-1),
             "right": F.normalize(self.text_projection(text[:, 0]).float(), dim=-1),
-            "log_scale": 1.0 * self.log_scale.float(),
+            "scalars": read_scalars(self),
         }
 
     def forward(self, chunk: Any, separable: bool = False) -> dict[str, Any]:
@@ -257,7 +265,9 @@ class Flava(PreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """`pooler_output`: the state at [CLS_M] [B, D] of unmasked pairs; `last_hidden_state` [B, 2 + N + L, D]."""
         mask = input_ids.ne(self.pad_token_id).long() if attention_mask is None else attention_mask
-        image = self.image_model(pixel_values.to(self.log_scale.dtype), output_hidden_states=True).hidden_states[-1]
+        image = self.image_model(
+            pixel_values.to(self.image_projection.weight.dtype), output_hidden_states=True
+        ).hidden_states[-1]
         text = self.text_model(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
         states = self._joint(image, text, mask)
         return BaseModelOutputWithPooling(pooler_output=states[:, 0], last_hidden_state=states)

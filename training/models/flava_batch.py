@@ -14,28 +14,20 @@ has no contrastive loss, where torchmultimodal would train on all of them.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from curation.hashing import hash64
-from training.config import MaskConfig, TokenizerConfig
+from training.data import Drawn
+from training.family_config import MaskConfig, TokenizerConfig
 from training.masks import block_mask, token_mask
 from training.models.codebook import Codebook
 
 _encoding = threading.Lock()  # Hugging Face's fast tokenizers refuse two threads at once
-
-
-class Row(Protocol):
-    """What the loader drew: `draw` = hash64(seed, epoch, uid) · fields: "pixels" uint8 [S, S, 3], "text", and "other"
-    of a mismatched pair · reason: why it is a hole, "" where it is none."""
-
-    draw: int
-    fields: Mapping[str, Any]
-    reason: str
 
 
 def load_flava_tokenizer(config: TokenizerConfig, captions: Callable[[], Iterable[str]]) -> Any:
@@ -88,7 +80,7 @@ class Extra:
         """Whether the pair of this draw is to have another's text: the loader reads "other" only then."""
         return hash64(draw, "mismatched") < self.masks.mismatched * 2**64
 
-    def __call__(self, kind: str, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    def __call__(self, kind: str, rows: Sequence[Drawn]) -> dict[str, torch.Tensor]:
         others = [kind == "pairs" and self.mismatched(row.draw) and row.fields.get("other") for row in rows]
         texts = [other or row.fields.get("text", "") for other, row in zip(others, rows)]
         swapped = torch.tensor([text != row.fields.get("text", "") for text, row in zip(texts, rows)])
@@ -103,7 +95,7 @@ class Extra:
             chunk |= {"itm_labels": torch.where(whole, asked.long(), -100), "coupled": asked}
         return chunk
 
-    def _images(self, rows: Sequence[Row], asked: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _images(self, rows: Sequence[Drawn], asked: torch.Tensor) -> dict[str, torch.Tensor]:
         assert self.codebook is not None, "pictures before the codebook"
         blank = np.zeros((self.size, self.size, 3), np.uint8)
         pictures = np.stack([blank if row.reason else row.fields["pixels"] for row in rows])
@@ -113,7 +105,7 @@ class Extra:
         codes = torch.where(hidden & asked[:, None], self.codebook(pictures, self.grid), -100)
         return {"image_mask": hidden, "image_labels": codes}
 
-    def _texts(self, rows: Sequence[Row], texts: Sequence[str], asked: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _texts(self, rows: Sequence[Drawn], texts: Sequence[str], asked: torch.Tensor) -> dict[str, torch.Tensor]:
         ids, words = encode(self.tokenizer, texts, self.max_tokens)
         ordinary = np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
         drawn = [
