@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from curation.errors import UserError
 from curation.hashing import hash64
 from curation.manifest import write_manifest
-from tests.training.plain import differences
+from tests.training.conftest import flava_config
+from tests.training.plain import differences, gradients_of, plain_flava_gradients, whole_batch
 from tests.training.test_gradient_cache import patched_float
 from training.config import as_dict
 from training.data import Drawn
@@ -22,21 +23,12 @@ from training.models.codebook import train_codebook
 from training.models.flava import Flava
 from training.objectives.coupled import Rows
 from training.objectives.infonce import InfoNCE
-from training.train import parse
 
 CAPTIONS = [
     f"a {c} {s} beside {n} balloons" + " in the wide park" * (n % 3)
     for n in range(8)
     for c, s in [("red", "dog"), ("blue", "cat")]
 ]
-TINY = ["--flava.image_size", "32", "--flava.hidden_size", "32", "--flava.intermediate_size", "48"]
-TINY += ["--flava.image_layers", "2", "--flava.text_layers", "2", "--flava.embed_dim", "24"]
-TINY += ["--flava.tokenizer.vocab_size", "300", "--flava.codebook.vocab_size", "16"]
-TINY += ["--flava.masks", "{patches: 6, min_block: 3, tokens: 0.3, mismatched: 0.3}"]
-
-
-def config_of(*overrides):
-    return parse(["--config", "recipes/train/tiny_flava.yaml", "--data", ".", "--out", ".", *TINY, *overrides])[0]
 
 
 def pictures(n):
@@ -46,7 +38,7 @@ def pictures(n):
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    family = build(config_of(), tmp_path_factory.mktemp("run") / "tokenizer", lambda: CAPTIONS)
+    family = build(flava_config(), tmp_path_factory.mktemp("run") / "tokenizer", lambda: CAPTIONS)
     with torch.no_grad():  # zeros at the start would hide a position or a mask token that is left out
         for name, p in family.model.named_parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05)
@@ -187,29 +179,6 @@ def test_features_are_transformers_features(family, collate, batch):
 WEIGHTS = {"itm": 1.0, "mmm_image": 0.5, "mmm_text": 2.0}
 
 
-def plain(model, chunk):
-    """One forward over the whole batch and autograd through textbook losses."""
-    model.zero_grad()
-    out = model(chunk, separable=True)
-    rows = chunk["coupled"]
-    s = out["scalars"]["log_scale"].exp() * out["left"][rows] @ out["right"][rows].T
-    target = torch.arange(len(s))
-    loss = (F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2 if len(s) else s.sum()
-    units = {
-        "itm": (chunk["itm_labels"] >= 0).sum(),
-        "mmm_image": (chunk["image_labels"] >= 0).sum(),
-        "mmm_text": (chunk["text_labels"] >= 0).sum(),
-    }
-    for name, n in units.items():
-        loss = loss + WEIGHTS[name] * out["sums"][name] / n.clamp(min=1)
-    loss.backward()
-    return loss.detach(), gradients_of(model)
-
-
-def gradients_of(model):
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
-
-
 def cached(model, chunks, retain):
     model.zero_grad()
     metrics = gradient_cached_step(
@@ -251,14 +220,14 @@ def test_float64_equals_the_full_batch(family, collate, batch, chunk, retain, ca
         return part
 
     first, rest = changed(doubled(collate(batch[:3], "pairs"))), doubled(collate(batch[3:], "pairs"))
-    whole = joined([first, rest], family.tokenizer.pad_token_id)
+    whole = whole_batch([first, rest])
     chunks = [{n: x[i : i + chunk] for n, x in whole.items()} for i in range(0, 11, chunk)]
     for part in chunks:  # as the loader pads it
         longest = int(part["attention_mask"].sum(1).max())
         for name in ("input_ids", "attention_mask", "masked_ids", "text_labels"):
             part[name] = part[name][:, :longest]
     with patched_float():
-        loss, expected = plain(model, whole)
+        loss, expected = plain_flava_gradients(model, whole, WEIGHTS)
         cached_loss, found = cached(model, chunks, retain)
     model.float()
     error, worst = differences(found, expected)
@@ -269,16 +238,6 @@ def test_float64_equals_the_full_batch(family, collate, batch, chunk, retain, ca
     assert {n for n in unused if n.startswith(("mim_head", "mlm_head"))} and "log_scale" not in unused
 
 
-def joined(chunks, pad):
-    fill = {"input_ids": pad, "masked_ids": pad, "attention_mask": 0, "text_labels": -100}
-    longest = max(c["input_ids"].shape[1] for c in chunks)
-
-    def wide(name, x):
-        return F.pad(x, (0, longest - x.shape[1]), value=fill[name]) if name in fill else x
-
-    return {name: torch.cat([wide(name, c[name]) for c in chunks]) for name in chunks[0]}
-
-
 def test_a_batch_of_mismatched_pairs_alone_still_learns_to_match(family, collate, batch):
     model = family.model.double().eval()
     whole = doubled(collate(batch[:3], "pairs"))
@@ -287,7 +246,7 @@ def test_a_batch_of_mismatched_pairs_alone_still_learns_to_match(family, collate
         torch.full_like(whole[n], -100) for n in ("text_labels", "image_labels")
     )
     with patched_float():
-        loss, expected = plain(model, whole)
+        loss, expected = plain_flava_gradients(model, whole, WEIGHTS)
         cached_loss, found = cached(model, [whole], False)
     model.float()
     assert differences(found, expected)[0] < 1e-13 and float(cached_loss) == pytest.approx(float(loss))
@@ -319,7 +278,7 @@ def test_unimodal_chunks_add_up_and_touch_their_own_parameters(family, collate, 
 
 def test_every_loss_falls_when_the_streams_take_turns(tmp_path):
     """One masked batch of 16 samples by heart, mismatched pairs among them."""
-    family = build(config_of(), tmp_path / "tokenizer", lambda: CAPTIONS)
+    family = build(flava_config(), tmp_path / "tokenizer", lambda: CAPTIONS)
     model, collate = family.model.train(), collated(family)
     optimizer, seen = torch.optim.AdamW(model.parameters(), lr=3e-3), {}
     rows = drawn(16, -1)
@@ -344,7 +303,7 @@ def test_every_loss_falls_when_the_streams_take_turns(tmp_path):
 def test_an_export_opens_again_and_embeds_the_same(family, tmp_path):
     from PIL import Image
 
-    config = config_of()
+    config = flava_config()
     folder = tmp_path / "run" / "export"
     family.export(family.model.state_dict(), folder)
     write_manifest(folder / "gemsmith.json", {"steps": 1, "samples": 256, "config": as_dict(config)})
@@ -363,12 +322,11 @@ def test_an_export_opens_again_and_embeds_the_same(family, tmp_path):
 def test_published_weights_load(family, tmp_path):
     published(family).save_pretrained(tmp_path / "published")
     path = str(tmp_path / "published")
-    model = build(config_of("--flava.name_or_path", path), tmp_path / "tokenizer", lambda: CAPTIONS).model
+    model = build(flava_config("--flava.name_or_path", path), tmp_path / "tokenizer", lambda: CAPTIONS).model
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in family.model.state_dict().items())
+    other = flava_config("--flava.name_or_path", path, "--flava.embed_dim", "16")
     with pytest.raises(UserError, match=r"flava.name_or_path.*shape.*checkpoint's sizes") as error:
-        build(
-            config_of("--flava.name_or_path", path, "--flava.embed_dim", "16"), tmp_path / "tokenizer", lambda: CAPTIONS
-        )
+        build(other, tmp_path / "tokenizer", lambda: CAPTIONS)
     assert "\n" not in str(error.value)
 
 
@@ -376,7 +334,7 @@ def test_other_families_are_named(family, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mmgem"}))
     for opening in (
         lambda: Flava.from_pretrained(tmp_path),
-        lambda: build(config_of("--flava.name_or_path", str(tmp_path)), tmp_path / "tokenizer", lambda: CAPTIONS),
+        lambda: build(flava_config("--flava.name_or_path", str(tmp_path)), tmp_path / "tokenizer", lambda: CAPTIONS),
     ):
         with pytest.raises(UserError, match="holds a 'mmgem'") as error:
             opening()
@@ -396,5 +354,5 @@ def test_other_families_are_named(family, tmp_path):
 )
 def test_recipes_that_cannot_work_are_named_before_anything_is_built(override, named):
     with pytest.raises(UserError, match=named) as error:
-        config_of(*override)
+        flava_config(*override)
     assert "\n" not in str(error.value)

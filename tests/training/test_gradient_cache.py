@@ -140,7 +140,7 @@ def test_two_ranks_equal_one_plain_process(shards, tmp_path, stage, overrides):
     """Float32, real launcher: the whole vector, each parameter and the temperature within 1e-6."""
     run = tmp_path / "run"
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port"]
-    command += [str(free_port()), str(ROOT / "tests/training/rank_gradients.py"), str(shards), str(run), stage]
+    command += [str(free_port()), str(ROOT / "tests/training/rank_gradients.py"), str(shards), str(run), stage, "mmgem"]
     done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert (run / "gradients.pt").exists(), done.stdout[-3000:] + done.stderr[-5000:]
     saved = torch.load(run / "gradients.pt", weights_only=True)
