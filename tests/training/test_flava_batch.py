@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from curation.hashing import hash64
-from training.data import Drawn
+from training.config import LoaderConfig
+from training.data import Drawn, ImageSpec, Loader, Shards
 from training.family_config import MaskConfig, TokenizerConfig
 from training.models.flava_batch import Extra, load_flava_tokenizer
 
@@ -90,6 +91,29 @@ def test_a_pair_that_meets_its_own_words_is_a_match(extra):
     assert extra("pairs", many)["itm_labels"].tolist() == [1] * 12
     alone = [Drawn(s.draw, {**s.fields, "other": None}) for s in many]
     assert extra("pairs", alone)["itm_labels"].tolist() == [1] * 12
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_mismatched_pair_meets_the_text_of_the_next_sample(shards, world_size):
+    """Whatever ranks and chunks there are; only pairs that are to be mismatched read another sample."""
+    config, source = LoaderConfig(batch=12, chunk=5, window_shards=1), Shards(shards)
+    image = ImageSpec(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    found = {}
+
+    def gather(kind, rows):
+        found.update({row.fields["text"]: row.fields.get("other", "") for row in rows if not row.reason})
+        return {}
+
+    for rank in range(world_size):
+        place = {"seed": 0, "rank": rank, "world_size": world_size}
+        hooks = {"extra": gather, "mismatched": lambda draw: draw % 2 == 0}
+        loader = Loader(source, config, image, lambda texts: {}, **place, **hooks)
+        list(loader.batches(0, 2))
+    texts = {source.key(i): source.sample(i)["txt"].decode() for i in range(len(source))}
+    order = [texts[key] for batch in range(3) for key in loader.ids(batch)]
+    others = {text: found[text] for text in order[:24] if found[text]}
+    assert len(found) == 24 and 0 < len(others) < 24
+    assert others == {text: order[order.index(text) + 1] for text in others}
 
 
 def test_the_share_of_mismatched_pairs_is_the_recipes(extra):

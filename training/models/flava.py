@@ -102,6 +102,12 @@ class Flava(PreTrainedModel):
         self.scalars = add_scalars(self, ObjectiveConfig(**config.objective))
         self.pad_token_id: Any = text.pad_token_id
         self.post_init()
+        # transformers begins these at zero, where the first LayerNorm (eps 1e-12) multiplies their gradients by a
+        # million: a clipped step would be theirs alone.
+        image_tokens = self.image_model.embeddings
+        tokens = [image_tokens.cls_token, image_tokens.mask_token, image_tokens.position_embeddings]
+        for token in [*tokens, self.multimodal_model.cls_token]:
+            nn.init.trunc_normal_(token, std=0.02)
 
     def checkpoint_activations(self) -> None:
         """Keep the blocks' inputs alone, and compute the rest again in the backward pass."""
