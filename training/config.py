@@ -1,6 +1,6 @@
 """What a training recipe can say, and nothing else: unknown keys are refused by jsonargparse.
 
-A recipe names one family by filling in its section (`mmgem:` or `clip:`). The
+A recipe names one family by filling in its section (training/family_config.py). The
 ZeRO stage lives in a plain DeepSpeed file (`deepspeed: ds_configs/zero3.json`),
 which training/deepspeed_config.py checks and completes.
 """
@@ -11,67 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from curation.errors import UserError
+from training.family_config import LOSSES, ClipRecipe, FlavaRecipe, MMGemRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """A ViT: an open_clip architecture by name (with weights), or sizes for one from scratch.
-
-    patch_dropout: share of patches left out while training (FLIP, arXiv 2212.00794).
-    """
-
-    arch: str | None = None
-    pretrained: str | None = None
-    image_size: int = 224
-    patch_size: int = 16
-    width: int = 768
-    layers: int = 12
-    head_width: int = 64
-    mlp_ratio: float = 4.0
-    patch_dropout: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageConfig:
-    """A causal LM: any `AutoModelForCausalLM` by name or path, or the sizes of a Llama from scratch."""
-
-    name_or_path: str | None = None
-    hidden_size: int = 2048
-    intermediate_size: int = 5632
-    num_hidden_layers: int = 22
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 4
-    max_position_embeddings: int = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """A tokenizer by name or folder, or a byte-level BPE of `vocab_size` trained on the captions of the data."""
-
-    name_or_path: str | None = None
-    vocab_size: int = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class MMGemRecipe:
-    """MM-GEM stage 1 (arXiv 2405.19333): ViT and one causal LLM that embeds and captions."""
-
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    language: LanguageConfig = field(default_factory=LanguageConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    embed_dim: int = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipRecipe:
-    """An open_clip dual encoder: an architecture by name (with weights), or its `model_cfg` (embed_dim,
-    vision_cfg, text_cfg as in open_clip's JSON files)."""
-
-    arch: str | None = None
-    pretrained: str | None = None
-    model_cfg: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,13 +214,14 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     mmgem: MMGemRecipe | None = None
     clip: ClipRecipe | None = None
+    flava: FlavaRecipe | None = None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        if (self.mmgem is None) == (self.clip is None):
-            raise UserError("recipe: exactly one family section is needed; fill in `mmgem:` or `clip:`")
+        if sum(getattr(self, name) is not None for name in LOSSES) != 1:
+            raise UserError(f"recipe: exactly one family section is needed; fill in one of {', '.join(LOSSES)}")
         positive = {
             "checkpoint_every": self.checkpoint_every,
             "keep_last": self.keep_last,
@@ -294,17 +237,22 @@ class TrainConfig:
             raise UserError(f"log.profile_steps: {list(self.log.profile_steps)} are not [first, last], counted from 1")
         if self.optim.max_loss_ratio is not None and self.optim.max_loss_ratio <= 1:
             raise UserError(f"optim.max_loss_ratio: {self.optim.max_loss_ratio} would skip usual steps; take 2 or more")
-        known = {"generate"} if self.mmgem is not None else set()
-        if unknown := sorted(set(self.objective.weights) - known):
-            raise UserError(
-                f"objective.weights: the family has no loss {unknown[0]!r}; it has {sorted(known) or 'none'}"
-            )
+        known = ["embed", *LOSSES[self.family]]
+        if unknown := sorted(set(self.objective.weights) - set(known)):
+            raise UserError(f"objective.weights: the family has no loss {unknown[0]!r}; it has {', '.join(known)}")
+        if self.flava is not None:
+            self.flava.check()
+            if self.loader.max_tokens > self.flava.max_position_embeddings:
+                raise UserError(
+                    f"loader.max_tokens: {self.loader.max_tokens} is more than "
+                    f"flava.max_position_embeddings {self.flava.max_position_embeddings}; lower it"
+                )
         if self.samples < self.loader.batch:
             raise UserError(f"samples: {self.samples} is less than one batch of {self.loader.batch}; raise it")
 
     @property
     def family(self) -> str:
-        return "mmgem" if self.mmgem is not None else "clip"
+        return next(name for name in LOSSES if getattr(self, name) is not None)
 
     @property
     def steps(self) -> int:

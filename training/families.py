@@ -12,14 +12,17 @@ from typing import Any
 import torch
 
 from training.config import TrainConfig
-from training.data import Drawn, ImageSpec
+from training.data import Drawn, ImageSpec, Source
+from training.family_config import TokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """encode_text: captions -> tensors of a chunk · encode_query: captions -> input of `embed_texts` ·
     export: (state dict, folder) writes what `from_pretrained` or open_clip reads · read_export: the state back ·
-    extra: (kind, rows) -> more tensors of a chunk, drawn from each row's `draw`."""
+    extra: (kind, rows) -> more tensors of a chunk, drawn from each row's `draw` ·
+    prepare: trains or loads what `extra` needs of these sources, before the first chunk ·
+    mismatched: (draw) -> whether the pair of that row is given another's text too, to be told apart."""
 
     model: Any
     image: ImageSpec
@@ -28,11 +31,13 @@ class Family:
     read_export: Callable[[Path], dict[str, torch.Tensor]]
     tokenizer: Any
     extra: Callable[[str, Sequence[Drawn]], dict[str, torch.Tensor]] | None = None
+    prepare: Callable[[Sequence[Source]], None] | None = None
+    mismatched: Callable[[int], bool] | None = None
 
 
 def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
     from training.models.mmgem import MMGem
-    from training.tokenizer import EMB, TokenizerConfig, load_tokenizer, save_tokenizer
+    from training.tokenizer import EMB, load_tokenizer, save_tokenizer
 
     assert config.mmgem is not None
     recipe = config.mmgem
@@ -115,7 +120,62 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
     )
 
 
-FAMILIES = {"mmgem": _mmgem, "clip": _clip}
+def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
+    from training.models.codebook import drawn_pictures, load_codebook
+    from training.models.flava import Flava
+    from training.models.flava_batch import Extra, encode, load_flava_tokenizer, padded
+    from training.tokenizer import save_tokenizer
+
+    assert config.flava is not None
+    recipe = config.flava
+    if tokenizer_folder.exists():
+        tokenizer = load_flava_tokenizer(TokenizerConfig(name_or_path=str(tokenizer_folder)), captions)
+    else:
+        tokenizer = load_flava_tokenizer(recipe.tokenizer, captions)
+        save_tokenizer(tokenizer, tokenizer_folder)
+    model = Flava.from_recipe(
+        recipe,
+        tokenizer,
+        objective={k: v for k, v in vars(config.objective).items() if k != "weights"},
+        resize_mode=config.loader.resize_mode,
+    )
+    mean, std = tuple(model.config.image_mean), tuple(model.config.image_std)
+
+    def encode_text(texts: list[str]) -> dict[str, torch.Tensor]:
+        ids, _ = encode(tokenizer, texts, config.loader.max_tokens)
+        return {"input_ids": padded(ids, tokenizer.pad_token_id)}
+
+    extra = Extra(
+        tokenizer=tokenizer,
+        masks=recipe.masks,
+        size=recipe.image_size,
+        grid=recipe.image_size // recipe.patch_size,
+        max_tokens=config.loader.max_tokens,
+    )
+
+    def prepare(sources: Sequence[Source]) -> None:
+        pictures = drawn_pictures(sources, extra.grid, config.loader)
+        extra.codebook = load_codebook(recipe.codebook, tokenizer_folder.with_name("codebook"), pictures)
+
+    def export(state: dict[str, torch.Tensor], folder: Path) -> None:
+        model.load_state_dict(state)
+        model.float().save_pretrained(folder)
+        tokenizer.save_pretrained(str(folder))
+
+    return Family(
+        model=model,
+        image=ImageSpec(size=recipe.image_size, mean=mean, std=std),
+        encode_text=encode_text,
+        export=export,
+        read_export=lambda folder: Flava.from_pretrained(folder).state_dict(),
+        tokenizer=tokenizer,
+        extra=extra,
+        prepare=prepare,
+        mismatched=extra.mismatched,
+    )
+
+
+FAMILIES = {"mmgem": _mmgem, "clip": _clip, "flava": _flava}
 
 
 def build(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:

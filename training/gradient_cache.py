@@ -96,8 +96,8 @@ def gradient_cached_step(
         retain: keep the first chunk's graph from the first pass.
 
     Returns:
-        The global "loss", "loss_embed" and "temperature" (where a chunk has a coupled part), "loss_<separable>",
-        "gradient_<scalar>", each [].
+        The global "loss", "loss_embed" and "temperature" (where a chunk has a coupled part), "loss_<separable>" (where
+        the batch has units of it), "gradient_<scalar>", each [].
     """
     states: list[Replay] = []
     embedded: list[Outputs] = []
@@ -154,9 +154,11 @@ def gradient_cached_step(
         metrics |= {f"gradient_{name}": value.sum() for name, value in cached.scalars.items()}
         metrics |= {"temperature": temperature.sum()} if temperature is not None else {}
     if names:
-        for name, mean in zip(names, world.sum(torch.stack([sums[n] / total[n] for n in names]))):
-            metrics[f"loss_{name}"] = mean
-            metrics["loss"] = metrics["loss"] + weights.get(name, 1.0) * mean
+        means = world.sum(torch.stack([sums[n] / total[n] for n in names]))
+        for name, units, mean in zip(names, totals, means):
+            if units:
+                metrics[f"loss_{name}"] = mean
+                metrics["loss"] = metrics["loss"] + weights.get(name, 1.0) * mean
     return metrics
 
 

@@ -16,6 +16,8 @@ from curation.manifest import SCHEMA_VERSION
 
 LIBRARIES = ("", "DeepSpeed", "transformers")
 """Loggers that do not pass on to the root, and the root."""
+SHOWN = ("loss", "temperature", "grad_norm", "samples_per_second")
+"""Figures of the line that a log shows, those that the step has."""
 
 
 def check_wandb(project: str | None) -> None:
@@ -64,7 +66,7 @@ class RunLog:
             self.board.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(flat, step=step, commit=True)
-        shown = " ".join(f"{k} {metrics[k]:.4g}" for k in ("loss", "temperature", "grad_norm", "samples_per_second"))
+        shown = " ".join(f"{k} {metrics[k]:.4g}" for k in SHOWN if k in metrics)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix_str(shown)

@@ -128,11 +128,12 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     tokenizer = run / "tokenizer"
     members = config.loader.captions if isinstance(config.loader.captions, dict) else None
     sources = [Source(name="data", samples=data)] if isinstance(data, Shards) else data
-    if world.rank == 0:
-        family = build(config, tokenizer, lambda: every_caption(sources, members))
-    world.barrier()
-    if world.rank > 0:
-        family = build(config, tokenizer, lambda: every_caption(sources, members))
+    for first in (True, False):  # what is trained on the data (tokenizer, codebook) rank 0 makes, the others read
+        if (world.rank == 0) == first:
+            family = build(config, tokenizer, lambda: every_caption(sources, members))
+            if family.prepare is not None:
+                family.prepare(sources)
+        world.barrier()
     if config.activation_checkpointing:
         family.model.checkpoint_activations()
     groups = parameter_groups(family.model.named_parameters(), config.optim)
@@ -155,6 +156,7 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
         dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
         cache=run / "decoded" if config.loader.cache_decoded else None,
         extra=family.extra,
+        mismatched=family.mismatched,
     )
     health = Health(max_ratio=config.optim.max_loss_ratio, max_skipped=config.optim.max_skipped)
     return Trainer(engine, optimizer, used, family, loader, config, world, health)

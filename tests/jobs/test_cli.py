@@ -25,7 +25,8 @@ FLAGS = {
     "demo": "--help --out --overwrite --seed",
 }
 TRAIN_FLAGS = """
---activation_checkpointing --background_save --checkpoint_every --clip --config --data --deepspeed --help --keep_last
+--activation_checkpointing --background_save --checkpoint_every --clip --config --data --deepspeed --flava --help
+--keep_last
 --loader --loader.batch --loader.cache_decoded --loader.cache_dir --loader.cache_gib --loader.captions --loader.chunk
 --loader.color_jitter --loader.color_jitter_prob --loader.crop_scale --loader.decode_size --loader.error_window
 --loader.flip --loader.gray_scale_prob --loader.max_error_rate --loader.max_tokens --loader.mixing --loader.prefetch

@@ -22,6 +22,17 @@ def tiny_config(*overrides: str) -> TrainConfig:
     return parse([*arguments, *TINY, *overrides])[0]
 
 
+FLAVA = ["--flava.image_size", "32", "--flava.hidden_size", "32", "--flava.intermediate_size", "48"]
+FLAVA += ["--flava.image_layers", "2", "--flava.text_layers", "2", "--flava.embed_dim", "24"]
+FLAVA += ["--flava.tokenizer.vocab_size", "300", "--flava.codebook.vocab_size", "16"]
+FLAVA += ["--flava.masks", "{patches: 6, min_block: 3, tokens: 0.3, mismatched: 0.3}"]
+
+
+def flava_config(*overrides: str) -> TrainConfig:
+    arguments = ["--config", "recipes/train/tiny_flava.yaml", "--data", ".", "--out", "."]
+    return parse([*arguments, *FLAVA, *overrides])[0]
+
+
 def write_shards(folder: Path, sizes: list[int], captions: Any = None, members: Any = None) -> Path:
     """Shards of flat-coloured pictures whose captions name their number; `captions` and `members` of a number: more."""
     import io

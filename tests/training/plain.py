@@ -10,7 +10,7 @@ from torch.nn import functional as F
 def whole_batch(chunks):
     """Join chunks, whose captions may be padded to different lengths."""
     longest = max(c["input_ids"].shape[1] for c in chunks)
-    fill = {"input_ids": 0, "labels": -100}
+    fill = {"input_ids": 0, "labels": -100, "masked_ids": 0, "attention_mask": 0, "text_labels": -100}
     pad = lambda name, x: F.pad(x, (0, longest - x.shape[1]), value=fill[name]) if name in fill else x  # noqa: E731
     return {name: torch.cat([pad(name, c[name]) for c in chunks]) for name in chunks[0]}
 
@@ -28,6 +28,27 @@ def plain_gradients(model, chunks, generate_weight=1.0):
     loss = loss + generate_weight * out["sums"]["generate"] / tokens
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def plain_flava_gradients(model, batch, weights):
+    """(loss, {parameter: gradient}) of InfoNCE (mean of both directions) over the pairs that match and FLAVA's weighted
+    means, of a batch of pairs in one piece."""
+    model.zero_grad()
+    out = model(batch, separable=True)
+    rows = batch["coupled"]
+    s = out["scalars"]["log_scale"].exp() * out["left"][rows] @ out["right"][rows].T
+    target = torch.arange(len(s))
+    loss = (F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2 if len(s) else s.sum()
+    labels = {"itm": "itm_labels", "mmm_image": "image_labels", "mmm_text": "text_labels"}
+    for name, total in out["sums"].items():
+        loss = loss + weights.get(name, 1.0) * total / (batch[labels[name]] >= 0).sum().clamp(min=1)
+    loss.backward()
+    return loss.detach(), gradients_of(model)
+
+
+def gradients_of(model):
+    """{parameter: gradient}, zero where nothing reached it."""
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
 
 def differences(found, expected):

@@ -1,6 +1,6 @@
 """One rank of the two that a test launches: a single gradient-cached step, whose gradients rank 0 saves.
 
-    deepspeed --num_accelerators 2 rank_gradients.py SHARDS RUN STAGE OVERRIDE...
+    deepspeed --num_accelerators 2 rank_gradients.py SHARDS RUN STAGE FAMILY OVERRIDE...
 
 The gradients are those that DeepSpeed hands to the optimiser, put together from all ranks' shards.
 """
@@ -15,17 +15,18 @@ sys.path[0] = str(ROOT)
 import deepspeed
 import torch
 
-from tests.training.conftest import tiny_config
+from tests.training.conftest import flava_config, tiny_config
 from training.data import Shards
 from training.loop import make_trainer, settle_retention
 
 
 def main() -> None:
-    shards, run, stage, *overrides = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    shards, run, stage, family, *overrides = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     run = Path(run)
     deepspeed.init_distributed()
     path = str(ROOT / f"ds_configs/zero{stage}.json")
-    config = tiny_config("--deepspeed", path, "--optim.gradient_clipping", "0", *overrides)
+    settings = ["--deepspeed", path, "--optim.gradient_clipping", "0", *overrides]
+    config = {"mmgem": tiny_config, "flava": flava_config}[family](*settings)
     trainer = make_trainer(config, Shards(Path(shards)), run)
     settle_retention(trainer, None)
     whole = {name: torch.zeros(0) for name in trainer.used.names}

@@ -121,7 +121,7 @@ def test_dropout_falls_the_same_way_in_both_passes(shards, tmp_path):
 def launched(shards, run, stage, *overrides):
     """What rank 0 of two saved, and what they printed."""
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port"]
-    command += [str(free_port()), str(ROOT / "tests/training/rank_gradients.py"), str(shards), str(run), stage]
+    command += [str(free_port()), str(ROOT / "tests/training/rank_gradients.py"), str(shards), str(run), stage, "mmgem"]
     done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert (run / "gradients.pt").exists(), done.stdout[-3000:] + done.stderr[-5000:]
     return torch.load(run / "gradients.pt", weights_only=True), done.stdout

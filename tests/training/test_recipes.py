@@ -1,6 +1,7 @@
 """Every shipped recipe parses, every DeepSpeed file is whole, and bad recipes are refused in one line."""
 
 import pytest
+import yaml
 
 from curation.errors import UserError
 from tests.conftest import ROOT
@@ -13,7 +14,9 @@ RECIPES = sorted((ROOT / "recipes/train").glob("*.yaml"))
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "zero3_offload"])
 def test_recipes_parse_and_fit_every_deepspeed_file(recipe, stage):
-    config = parse(["--config", str(recipe), "--data", "d", "--out", "o", "--deepspeed", f"ds_configs/{stage}.json"])[0]
+    sources = yaml.safe_load(recipe.read_text())["loader"].get("sources", ["data"])
+    data = [word for name in sources for word in ("--data", f"{name}=d")]
+    config = parse(["--config", str(recipe), *data, "--out", "o", "--deepspeed", f"ds_configs/{stage}.json"])[0]
     settings = deepspeed_config(config, 2)
     assert settings["train_micro_batch_size_per_gpu"] * 2 == config.loader.batch
     assert settings["zero_optimization"]["stage"] == int(stage[4])

@@ -49,8 +49,9 @@ Chunk = dict[str, torch.Tensor]
 class Drawn:
     """A row of a chunk: `draw` = hash64(seed, epoch, uid), from which all that is random in it comes.
 
-    fields: "text" and "pixels" (uint8 [S, S, 3], moved and cropped, not normalised) where its kind has them; of `rows`
-    what the source gave · reason: why it is a hole, "" where it is none, "padding" for what only fills a rank's part.
+    fields: "text" and "pixels" (uint8 [S, S, 3], moved and cropped, not normalised) where its kind has them, "other"
+    (the text of the sample after it in its source, or None) of a mismatched pair; of `rows` what the source gave ·
+    reason: why it is a hole, "" where it is none, "padding" for what only fills a rank's part.
     """
 
     draw: int = 0
@@ -65,6 +66,7 @@ class Loader:
         sources: or one folder of pairs.
         encode_text: captions -> tensors of a chunk.
         extra: (kind, rows) -> more tensors of a chunk, such as masks; all of them for chunks of `rows`.
+        mismatched: (draw) -> whether that row of pairs is given another's text too, as "other".
         cache: where decoded pictures are kept, a file for each source, or None.
 
     A chunk has "valid" bool [c], and by its kind "pixel_values" [c, 3, S, S], what `encode_text` gives, and "patches"
@@ -84,9 +86,11 @@ class Loader:
         dtype: torch.dtype = torch.float32,
         cache: Path | None = None,
         extra: Callable[[str, Sequence[Drawn]], Chunk] | None = None,
+        mismatched: Callable[[int], bool] | None = None,
     ) -> None:
         self.sources = [Source(name=ONE, samples=sources)] if isinstance(sources, Shards) else list(sources)
         self.config, self.image, self.encode_text, self.extra = config, image, encode_text, extra
+        self.mismatched = mismatched
         self.seed, self.rank, self.world_size = seed, rank, world_size
         weights = {source.name: source.weight for source in self.sources}
         self.mixture = Mixture(weights, seed=seed, unit=config.unit, mixing=config.mixing)
@@ -183,6 +187,8 @@ class Loader:
             read: dict[str, Any] = {}
             if kind != "images":
                 read["text"] = drawn_text(fields, self.config.captions, rng)
+            if kind == "pairs" and self.mismatched is not None and self.mismatched(draw):
+                read["other"] = self._other(source, own + 1)
             if kind != "texts":
                 with self.timers("decode"):
                     read["pixels"] = self._pixels(source, i, fields, rng)
@@ -193,6 +199,18 @@ class Loader:
             return Drawn(reason=str(hole))
         except Exception:  # whatever a source's own reader raises; `max_error_rate` bounds what is forgiven
             return Drawn(reason="unreadable")
+
+    def _other(self, source: int, own: int) -> str | None:
+        """The text at another position of the source, as it is drawn there; None where that is a hole."""
+        epoch, i = self._sample(source, own)
+        try:
+            with self.timers("read"):
+                fields = self.sources[source].samples.sample(i)
+            return drawn_text(
+                fields, self.config.captions, np.random.default_rng(hash64(self.seed, epoch, fields["uid"]))
+            )
+        except Hole:
+            return None
 
     def _pixels(self, source: int, i: int, fields: Mapping[str, Any], rng: np.random.Generator) -> np.ndarray:
         """The picture as the model sees it but for normalising: uint8 [S, S, 3]."""

@@ -1,0 +1,130 @@
+"""What the families' sections of a recipe can say: `mmgem:`, `clip:` or `flava:`.
+
+A new family is a section here, a line in `LOSSES`, and a field of `TrainConfig`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from curation.errors import UserError
+
+LOSSES = {"mmgem": ("generate",), "clip": (), "flava": ("itm", "mim", "mlm", "mmm_image", "mmm_text")}
+"""The families, by the name of their section, and the losses of each beside the coupled one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """A ViT: an open_clip architecture by name (with weights), or sizes for one from scratch.
+
+    patch_dropout: share of patches left out while training (FLIP, arXiv 2212.00794).
+    """
+
+    arch: str | None = None
+    pretrained: str | None = None
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+    patch_dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """A causal LM: any `AutoModelForCausalLM` by name or path, or the sizes of a Llama from scratch."""
+
+    name_or_path: str | None = None
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 22
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 4
+    max_position_embeddings: int = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A tokenizer by name or folder, or a byte-level BPE of `vocab_size` trained on the captions of the data."""
+
+    name_or_path: str | None = None
+    vocab_size: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMGemRecipe:
+    """MM-GEM stage 1 (arXiv 2405.19333): ViT and one causal LLM that embeds and captions."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    embed_dim: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipRecipe:
+    """An open_clip dual encoder: an architecture by name (with weights), or its `model_cfg` (embed_dim,
+    vision_cfg, text_cfg as in open_clip's JSON files)."""
+
+    arch: str | None = None
+    pretrained: str | None = None
+    model_cfg: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookConfig:
+    """What FLAVA's masked patches are predicted as: a frozen image tokenizer by name or folder, or k-means codes of
+    patches, trained on the pictures of the data. `vocab_size` is how many codes it has."""
+
+    name_or_path: str | None = None
+    vocab_size: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """What is hidden (training/masks.py). patches: hidden in each picture, in blocks of at least `min_block` ·
+    tokens: share of tokens (or of words) · mismatched: share of pairs that get another's text, for matching."""
+
+    patches: int = 75
+    min_block: int = 16
+    min_aspect: float = 0.3
+    tokens: float = 0.15
+    whole_words: bool = False
+    mismatched: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlavaRecipe:
+    """FLAVA (arXiv 2112.04482): image, text and multimodal encoders of one width, five losses.
+
+    name_or_path: a transformers FLAVA checkpoint to start from; the sizes must be its own.
+    """
+
+    name_or_path: str | None = None
+    image_size: int = 224
+    patch_size: int = 16
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_attention_heads: int = 12
+    image_layers: int = 12
+    text_layers: int = 12
+    multimodal_layers: int = 6
+    max_position_embeddings: int = 512
+    embed_dim: int = 768
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: sizes that do not divide, masks that cannot be.
+        """
+        from training.masks import check_masks
+
+        if self.image_size % self.patch_size:
+            raise UserError(f"flava.patch_size: {self.patch_size} does not divide image_size {self.image_size}")
+        if self.hidden_size % self.num_attention_heads:
+            heads = self.num_attention_heads
+            raise UserError(f"flava.num_attention_heads: {heads} does not divide hidden_size {self.hidden_size}")
+        check_masks(self.masks, self.image_size // self.patch_size)
