@@ -1,6 +1,6 @@
 """What a training recipe can say, and nothing else: unknown keys are refused by jsonargparse.
 
-A recipe names one family by filling in its section (`mmgem:` or `clip:`). The
+A recipe names one family by filling in its section (`mmgem:`, `clip:` or `vlm2vec:`). The
 ZeRO stage lives in a plain DeepSpeed file (`deepspeed: ds_configs/zero3.json`);
 we fill in only what follows from the recipe (batch sizes, precision, clipping).
 """
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from curation.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+FAMILY_SECTIONS = ("mmgem", "clip", "vlm2vec")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,71 @@ class ClipRecipe:
     arch: str | None = None
     pretrained: str | None = None
     model_cfg: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vlm2VecRecipe:
+    """VLM2Vec (arXiv 2410.05160): a vision-language model as an embedder.
+
+    name_or_path: any `AutoModelForImageTextToText` · backbone: or the config of one from scratch (`model_type` and
+    sizes), with a tokenizer trained on the data · processor: where its processor is, if not with the backbone ·
+    processor_settings: passed to `AutoProcessor.from_pretrained` ({max_pixels: 1003520}, ...) ·
+    trust_remote_code: run the code that the model's repository brings · embed_dim: width of a projection, null = none ·
+    negatives: hard negatives that a row has room for · instruction: of picture-caption pairs.
+    """
+
+    name_or_path: str | None = None
+    backbone: dict[str, Any] | None = None
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    processor: str | None = None
+    processor_settings: dict[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
+    padding_side: Literal["left", "right"] = "left"
+    embed_dim: int | None = None
+    normalize: bool = True
+    learn_temperature: bool = False
+    negatives: int = 0
+    instruction: str = "Find an image caption describing the given everyday image."
+
+    def __post_init__(self) -> None:
+        if (self.name_or_path is None) == (self.backbone is None):
+            raise UserError("vlm2vec: exactly one of `name_or_path` and `backbone` (a config from scratch) is needed")
+        if self.negatives < 0:
+            raise UserError(f"vlm2vec.negatives: {self.negatives} is below 0; 0 takes none")
+        if self.embed_dim is not None and self.embed_dim < 1:
+            raise UserError(f"vlm2vec.embed_dim: {self.embed_dim} is below 1; null takes the backbone's width")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """A small part that trains in place of a frozen module, by peft.
+
+    kind: lora (arXiv 2106.09685), dora (2402.09353), vera (2310.11454), qlora (2305.14314), prompt (2104.08691) ·
+    module: the part of the model that is frozen and adapted (mmgem: llm, vlm2vec: backbone, clip: towers) ·
+    target_modules: regular expression that the names of its linear layers match in full, or "all-linear" ·
+    modules_to_save: parts of it that train whole · tokens: of a prompt · init_from: folder of an adapter to begin with ·
+    merge: export merged weights too, which need no peft.
+    """
+
+    kind: Literal["lora", "dora", "vera", "prompt", "qlora"] = "lora"
+    module: str
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    modules_to_save: list[str] = field(default_factory=list)
+    tokens: int = 16
+    init_from: str | None = None
+    merge: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in {"r": self.r, "alpha": self.alpha, "tokens": self.tokens}.items():
+            if value <= 0:
+                raise UserError(f"adapter.{name}: {value} is not above 0; give a positive value")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"adapter.dropout: {self.dropout} is not in [0, 1); 0 drops nothing")
+        if self.merge and self.kind in ("prompt", "qlora"):
+            raise UserError(f"adapter.merge: {self.kind} cannot be merged into the weights exactly; set it to false")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +217,16 @@ class TrainConfig:
     log_every: int = 10
     mmgem: MMGemRecipe | None = None
     clip: ClipRecipe | None = None
+    vlm2vec: Vlm2VecRecipe | None = None
+    adapter: AdapterConfig | None = None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        if (self.mmgem is None) == (self.clip is None):
-            raise UserError("recipe: exactly one family section is needed; fill in `mmgem:` or `clip:`")
+        if sum(getattr(self, name) is not None for name in FAMILY_SECTIONS) != 1:
+            named = ", ".join(f"`{name}:`" for name in FAMILY_SECTIONS)
+            raise UserError(f"recipe: exactly one family section is needed; fill in one of {named}")
         positive = {
             "loader.batch": self.loader.batch,
             "loader.chunk": self.loader.chunk,
@@ -184,7 +253,7 @@ class TrainConfig:
 
     @property
     def family(self) -> str:
-        return "mmgem" if self.mmgem is not None else "clip"
+        return next(name for name in FAMILY_SECTIONS if getattr(self, name) is not None)
 
     @property
     def steps(self) -> int:
@@ -225,6 +294,9 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     clash = sorted(set(ours) & set(settings))
     if clash:
         raise UserError(f"deepspeed: {path} sets {', '.join(clash)}, which the recipe decides; remove them there")
+    if config.adapter is not None and config.adapter.kind == "qlora":
+        if settings.get("zero_optimization", {}).get("stage", 0) == 3:
+            raise UserError("adapter.kind: qlora's packed weights cannot be cut up by ZeRO-3; take ds_configs/zero2.json")
     automatic = [key for key, value in settings.items() if value == "auto"]
     if automatic:
         raise UserError(f'deepspeed: {path} leaves {", ".join(automatic)} at "auto", which is dropped; write the value')
