@@ -41,12 +41,14 @@ def apply(model: nn.Module, config: AdapterConfig) -> None:
     if config.kind == "prompt":
         _put_prompt(module, config)
     else:
-        import peft
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
         if config.kind == "qlora":
             _quantise(module, config)
+        settings = _peft_config(module, config)
         try:
-            peft.inject_adapter_in_model(_peft_config(module, config), module)
+            # The tuner works in place. (`inject_adapter_in_model` does just this, but refuses VeRA.)
+            PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](module, settings, adapter_name="default")
         except ValueError as error:
             raise UserError(f"adapter.target_modules: {' '.join(str(error).split())[:300]}") from None
     if config.init_from is not None:
@@ -61,11 +63,19 @@ def _module(model: nn.Module, config: AdapterConfig) -> Any:
         raise UserError(f"adapter.module: the model has no {config.module!r}; it has {named}") from None
 
 
+def _origin(module: nn.Module) -> dict[str, Any]:
+    """What peft writes of the module that an adapter belongs to."""
+    return {
+        "base_model_name_or_path": getattr(module, "name_or_path", None) or None,
+        "auto_mapping": {"base_model_class": type(module).__name__, "parent_library": type(module).__module__},
+    }
+
+
 def _peft_config(module: nn.Module, config: AdapterConfig) -> Any:
     import peft
 
     shared: dict[str, Any] = {
-        "base_model_name_or_path": getattr(module, "name_or_path", None) or None,
+        **_origin(module),
         "target_modules": config.target_modules,
         "modules_to_save": config.modules_to_save or None,
         "r": config.r,
@@ -94,14 +104,16 @@ def _quantise(module: nn.Module, config: AdapterConfig) -> None:
         saved = any(part in config.modules_to_save for part in name.split("."))
         if type(layer) is not nn.Linear or layer is head or saved:
             continue
-        packed = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=layer.bias is not None, quant_type="nf4")
+        sizes = (layer.in_features, layer.out_features)
+        packed: Any = bnb.nn.Linear4bit(*sizes, bias=layer.bias is not None, quant_type="nf4", device="meta")
         packed.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
         packed.bias = layer.bias
         try:
             packed.to(device)
         except Exception as error:  # whatever a build without this device raises
             raise UserError(
-                f"adapter.kind: bitsandbytes cannot pack weights on this {device.type} ({' '.join(str(error).split())[:120]}); "
+                f"adapter.kind: bitsandbytes cannot pack weights on this {device.type} "
+                f"({' '.join(str(error).split())[:120]}); "
                 "take kind: lora"
             ) from None
         packed.register_load_state_dict_pre_hook(_keep_packed)
@@ -110,14 +122,15 @@ def _quantise(module: nn.Module, config: AdapterConfig) -> None:
         setattr(module.get_submodule(parent), last, packed)
 
 
-def _keep_packed(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+def _keep_packed(module: Any, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
     """Packed weights are made from the backbone again, bit for bit; those in a state are left aside."""
-    for name in [name for name in state if name.startswith(prefix + "weight")]:
+    module.left_aside = prefix + "weight"
+    for name in [name for name in state if name.startswith(module.left_aside)]:
         del state[name]
 
 
-def _not_missing(module: nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = [n for n in incompatible.missing_keys if not n.endswith("base_layer.weight")]
+def _not_missing(module: Any, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name != module.left_aside]
 
 
 def _put_prompt(module: Any, config: AdapterConfig) -> None:
@@ -128,8 +141,8 @@ def _put_prompt(module: Any, config: AdapterConfig) -> None:
     decoder = module.get_decoder()
     sizes = decoder.config.get_text_config()
     settings = PromptTuningConfig(
+        **_origin(module),
         task_type="FEATURE_EXTRACTION",
-        base_model_name_or_path=getattr(module, "name_or_path", None) or None,
         num_virtual_tokens=config.tokens,
         num_transformer_submodules=1,
         token_dim=sizes.hidden_size,
@@ -138,9 +151,6 @@ def _put_prompt(module: Any, config: AdapterConfig) -> None:
         prompt_tuning_init="SAMPLE_VOCAB",  # type: ignore[arg-type]
     )
     module.requires_grad_(False)
-    for name in config.modules_to_save:
-        for part in [part for path, part in module.named_modules() if path.split(".")[-1] == name]:
-            part.requires_grad_(True)
     decoder.prompt_encoder = PromptEmbedding(settings, decoder.get_input_embeddings())
     module.peft_config = {"default": settings}
     tokens = config.tokens
@@ -184,19 +194,24 @@ def _adapter_state(module: Any) -> dict[str, torch.Tensor]:
     from peft.utils import get_peft_model_state_dict
 
     if module.peft_config["default"].is_prompt_learning:
-        saved = {n: p for n, p in module.named_parameters() if p.requires_grad and "prompt_encoder" not in n}
-        prompt = module.get_decoder().prompt_encoder.embedding.weight
-        return {"prompt_embeddings": prompt.detach(), **{f"base_model.{n}": p.detach() for n, p in saved.items()}}
-    found = get_peft_model_state_dict(module, state_dict=module.state_dict(), save_embedding_layers=False)
-    return {PREFIX + name: tensor for name, tensor in found.items()}
+        return {"prompt_embeddings": module.get_decoder().prompt_encoder.embedding.weight.detach()}
+    state = module.state_dict()
+    for shared in ("vera_A", "vera_B"):  # VeRA's frozen matrices are one for all layers
+        name = next((name for name in state if name.endswith(f".{shared}.default")), None)
+        if name is not None:
+            state[f"base_model.{shared}.default"] = state[name]
+    found = get_peft_model_state_dict(module, state_dict=state, save_embedding_layers=False)
+    return {name if name.startswith("base_model.") else PREFIX + name: tensor for name, tensor in found.items()}
 
 
 def export(model: nn.Module, config: AdapterConfig, folder: Path) -> None:
-    """Write FOLDER as peft's `save_pretrained` does, and `trained.safetensors`: all that the recipe cannot make again."""
+    """Write FOLDER as peft's `save_pretrained` does, and TRAINED: all that the recipe cannot make again."""
     module = _module(model, config)
     target = folder / FOLDER
     target.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.contiguous().clone() for n, t in _adapter_state(module).items()}, target / "adapter_model.safetensors")
+    save_file(
+        {n: t.contiguous().clone() for n, t in _adapter_state(module).items()}, target / "adapter_model.safetensors"
+    )
     settings = module.peft_config["default"]
     training, settings.inference_mode = settings.inference_mode, True
     settings.save_pretrained(str(target))
@@ -223,13 +238,19 @@ def load(module: Any, folder: Path) -> None:
         UserError: no adapter there, or one of another kind, rank or backbone.
     """
     try:
-        kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
+        written = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
     except FileNotFoundError as error:
         raise UserError(f"adapter.init_from: {folder} holds no {Path(error.filename or str(error)).name}") from None
-    own = str(module.peft_config["default"].peft_type.value)
+    kind, own = written["peft_type"], module.peft_config["default"].peft_type.value
     if kind != own:
         raise UserError(f"adapter.init_from: {folder} is a {kind} adapter, the recipe's is {own}; make them one")
+    base = (written.get("auto_mapping") or {}).get("base_model_class", type(module).__name__)
+    if base != type(module).__name__:
+        raise UserError(
+            f"adapter.init_from: {folder} is of another backbone: it belongs to a {base}, not to a "
+            f"{type(module).__name__}; take the backbone that it was trained with"
+        )
     wanted = _adapter_state(module)
     _fits(tensors, wanted, folder)
     with torch.no_grad():

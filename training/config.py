@@ -80,8 +80,8 @@ class ClipRecipe:
 class Vlm2VecRecipe:
     """VLM2Vec (arXiv 2410.05160): a vision-language model as an embedder.
 
-    name_or_path: any `AutoModelForImageTextToText` · backbone: or the config of one from scratch (`model_type` and
-    sizes), with a tokenizer trained on the data · processor: where its processor is, if not with the backbone ·
+    name_or_path: any `AutoModelForImageTextToText` · backbone: or the config (`model_type` and sizes) of one from
+    scratch, with a tokenizer trained on the data · processor: where its processor is, if not with the backbone ·
     processor_settings: passed to `AutoProcessor.from_pretrained` ({max_pixels: 1003520}, ...) ·
     trust_remote_code: run the code that the model's repository brings · embed_dim: width of a projection, null = none ·
     negatives: hard negatives that a row has room for · instruction: of picture-caption pairs.
@@ -137,6 +137,8 @@ class AdapterConfig:
                 raise UserError(f"adapter.{name}: {value} is not above 0; give a positive value")
         if not 0 <= self.dropout < 1:
             raise UserError(f"adapter.dropout: {self.dropout} is not in [0, 1); 0 drops nothing")
+        if self.modules_to_save and self.kind == "prompt":
+            raise UserError("adapter.modules_to_save: with a prompt nothing else of the module trains; leave it out")
         if self.merge and self.kind in ("prompt", "qlora"):
             raise UserError(f"adapter.merge: {self.kind} cannot be merged into the weights exactly; set it to false")
 
@@ -294,9 +296,9 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     clash = sorted(set(ours) & set(settings))
     if clash:
         raise UserError(f"deepspeed: {path} sets {', '.join(clash)}, which the recipe decides; remove them there")
-    if config.adapter is not None and config.adapter.kind == "qlora":
-        if settings.get("zero_optimization", {}).get("stage", 0) == 3:
-            raise UserError("adapter.kind: qlora's packed weights cannot be cut up by ZeRO-3; take ds_configs/zero2.json")
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage == 3 and config.adapter is not None and config.adapter.kind == "qlora":
+        raise UserError("adapter.kind: qlora's packed weights cannot be cut up by ZeRO-3; take ds_configs/zero2.json")
     automatic = [key for key, value in settings.items() if value == "auto"]
     if automatic:
         raise UserError(f'deepspeed: {path} leaves {", ".join(automatic)} at "auto", which is dropped; write the value')

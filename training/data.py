@@ -169,6 +169,7 @@ class Loader:
     Args:
         encode_text: captions -> tensors of a chunk.
         cache: file for decoded pictures, or None.
+        collate: (picture uint8 [S, S, 3], caption) of each row, None for a hole -> a chunk, in place of `encode_text`.
     """
 
     def __init__(
@@ -183,8 +184,10 @@ class Loader:
         world_size: int,
         dtype: torch.dtype = torch.float32,
         cache: Path | None = None,
+        collate: Callable[[list[tuple[np.ndarray, str] | None]], dict[str, torch.Tensor]] | None = None,
     ) -> None:
         self.shards, self.config, self.image, self.encode_text = shards, config, image, encode_text
+        self.collate = collate
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.order = Order(shards.sizes, seed, config.window_shards)
         self.side = config.decode_size or image.size
@@ -239,6 +242,8 @@ class Loader:
         return pixels, caption, True
 
     def _collate(self, rows: list[tuple[np.ndarray, str, bool]]) -> dict[str, torch.Tensor]:
+        if self.collate is not None:
+            return self.collate([row[:2] if row[2] else None for row in rows])
         pixels = torch.from_numpy(np.stack([r[0] for r in rows])).permute(0, 3, 1, 2)  # [c, 3, S, S]
         return {
             "pixel_values": (pixels.float() * self._scale + self._shift).to(self.dtype),

@@ -4,7 +4,7 @@ Images go through open_clip's own evaluation transform (Pillow, bicubic,
 unscaled decoding), in fp32 on the device at hand.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,19 @@ class Model:
     transform: Any
     device: torch.device
 
-    def images(self, pictures: list[Image.Image]) -> torch.Tensor:
-        """[B, 3, S, S]"""
+    def images(self, pictures: list[Image.Image]) -> Any:
+        """[B, 3, S, S], or the tensors of a family whose pictures are not squares of one size."""
+        if self.family.encode_images is not None:
+            return self.family.encode_images(pictures)
         return torch.stack([self.transform(picture) for picture in pictures])
 
     @torch.no_grad()
-    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+    def embed_images(self, pixels: Any) -> torch.Tensor:
         """Unit embeddings, fp32 [B, D]."""
-        model, pixels = self.family.model, pixels.to(self.device)
+        model = self.family.model
+        if isinstance(pixels, dict):
+            return model.get_image_features(**{n: x.to(self.device) for n, x in pixels.items()}).pooler_output.cpu()
+        pixels = pixels.to(self.device)
         if hasattr(model, "get_image_features"):
             return model.get_image_features(pixels).pooler_output.cpu()
         return torch.nn.functional.normalize(model.towers.encode_image(pixels).float(), dim=-1).cpu()
@@ -59,7 +64,10 @@ class Model:
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """Unit embeddings, fp32 [B, D]."""
-        model, ids = self.family.model, self.family.encode_text(texts)["input_ids"].to(self.device)
+        model, inputs = self.family.model, self.family.encode_text(texts)
+        if "attention_mask" in inputs:
+            return model.get_text_features(**{n: x.to(self.device) for n, x in inputs.items()}).pooler_output.cpu()
+        ids = inputs["input_ids"].to(self.device)
         if hasattr(model, "get_text_features"):
             return model.get_text_features(ids).pooler_output.cpu()
         return torch.nn.functional.normalize(model.towers.encode_text(ids).float(), dim=-1).cpu()
@@ -120,7 +128,8 @@ def load(folder: Path) -> Model:
         resize_mode=config.loader.resize_mode,
         interpolation="bicubic",
     )
-    can_caption = hasattr(family.model, "generate")
+    # A query's prompt asks for an embedding, not for a caption.
+    can_caption = hasattr(family.model, "generate") and family.encode_images is None
     return Model(name, step, weights_hash, preprocess, can_caption, family, transform, device)
 
 
@@ -130,6 +139,8 @@ def _exported(folder: Path) -> tuple[Family, TrainConfig, int]:
     if record is None:
         raise UserError(f"--checkpoint {folder}: has no gemsmith.json; name an export that `gemsmith train` wrote")
     config = _config_from(record["config"])
+    if config.adapter is not None and config.adapter.merge:
+        config = replace(config, adapter=None)
     family = rebuild(config, folder)
     family.model.load_state_dict(family.read_export(folder))
     return family, config, record["steps"]

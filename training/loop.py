@@ -129,6 +129,7 @@ def make_trainer(config: TrainConfig, shards: Shards, run: Path) -> Trainer:
         world_size=world.size,
         dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
         cache=run / "decoded.u8" if config.loader.cache_decoded else None,
+        collate=family.collate,
     )
     return Trainer(engine, family, loader, config, world)
 

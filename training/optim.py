@@ -20,11 +20,13 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
     """Groups of equal learning rate and weight decay; frozen parameters get `requires_grad=False` and no group.
 
     Raises:
-        UserError: a pattern that matches no parameter.
+        UserError: a pattern that matches no parameter that trains.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     used = set()
     for name, parameter in named:
+        if not parameter.requires_grad:  # frozen by the family or under an adapter
+            continue
         rule = next((g for g in config.groups if re.search(g.pattern, name)), None)
         lr, decay = config.lr, config.weight_decay
         if rule is not None:

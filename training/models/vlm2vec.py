@@ -9,18 +9,28 @@ The head over the vocabulary takes no part in an embedding: it is never run,
 and frozen unless it shares its weights with the input embeddings.
 """
 
+import inspect
 import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from curation.errors import UserError
 from training.config import Vlm2VecRecipe
-from training.models.vlm_inputs import of_side
+from training.models.vlm_inputs import build_processor, build_tokenizer, of_side
 
 
 class Vlm2VecConfig(PretrainedConfig):
@@ -73,9 +83,10 @@ class Vlm2Vec(PreTrainedModel):
         if backbone is None:
             trust = config.trust_remote_code
             backbone = _loader(settings, trust).from_config(settings, trust_remote_code=trust)
+        else:
+            for module in backbone.modules():
+                module._is_hf_initialized = True  # else `post_init` would draw its weights again
         self.backbone = backbone
-        for module in backbone.modules():
-            module._is_hf_initialized = True  # else `post_init` would draw its weights again
         self.blocks = set().union(*(getattr(m, "_no_split_modules", None) or () for m in self.backbone.modules()))
         width = settings.get_text_config().hidden_size
         self.projection = nn.Linear(width, config.embed_dim, bias=False) if config.embed_dim else None
@@ -117,12 +128,14 @@ class Vlm2Vec(PreTrainedModel):
     def embed(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Embeddings, fp32 [n, D], of rows as `Inputs.side` makes them, padded on either side."""
         inputs = {k: v.to(self.backbone.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-        base = self.backbone.base_model
+        base, mask = self.backbone.base_model, inputs["attention_mask"]
+        if "mm_token_type_ids" not in inputs and "position_ids" in inspect.signature(base.forward).parameters:
+            # Positions count real tokens, so padding changes nothing. (With type ids, backbones count for themselves.)
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         if base is self.backbone:
             hidden = base(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]
         else:
             hidden = base(**inputs, use_cache=False).last_hidden_state  # [n, T, H], without the head
-        mask = inputs["attention_mask"]
         last = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # [n]
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
         if self.projection is not None:
@@ -132,7 +145,7 @@ class Vlm2Vec(PreTrainedModel):
     def forward(self, chunk: Any, separable: bool = False) -> dict[str, Any]:
         """One chunk of `Inputs.collate` -> the fields of `gradient_cache.Outputs`.
 
-        left: queries [c, D] · right: targets [c, m, D], the positive first, zeros where there is none ([c, D] at m = 1).
+        left: queries [c, D] · right: targets [c, m, D], the positive first, zeros where there is none; [c, D] at m = 1.
         """
         c, m = chunk["right_valid"].shape
         places = chunk["target.rows"]
@@ -201,7 +214,9 @@ def recipe_config(recipe: Vlm2VecRecipe, vocabulary: Any = None) -> Any:
     }
     kind = given.pop("model_type", None)
     if kind not in known:
-        raise UserError(f"vlm2vec.backbone.model_type: {kind!r} is not built from scratch here; take {', '.join(known)}")
+        raise UserError(
+            f"vlm2vec.backbone.model_type: {kind!r} is not built from scratch here; take {', '.join(known)}"
+        )
     text = {
         "vocab_size": len(vocabulary),
         "pad_token_id": vocabulary.pad_token_id,
@@ -213,14 +228,50 @@ def recipe_config(recipe: Vlm2VecRecipe, vocabulary: Any = None) -> Any:
     return AutoConfig.for_model(kind, text_config=text, **ids, **given)
 
 
+def recipe_processor(
+    recipe: Vlm2VecRecipe, kept: Path | None, captions: Callable[[], Iterable[str]]
+) -> tuple[Any, Any]:
+    """The backbone's processor and config.
+
+    Args:
+        kept: folder that the run keeps the processor in, or None at its beginning.
+        captions: texts that a tokenizer is trained on, for a backbone from scratch.
+
+    Raises:
+        UserError: see `recipe_config`; or no processor there.
+    """
+    where = str(kept) if kept else recipe.processor or recipe.name_or_path
+    if where is None:
+        assert recipe.backbone is not None
+        kind = str(recipe.backbone.get("model_type"))
+        tokenizer = build_tokenizer(list(captions()), recipe.tokenizer.vocab_size, kind)
+        settings = recipe_config(recipe, tokenizer)
+        processor = build_processor(settings, tokenizer)
+    else:
+        # Before the processor: a model whose code is not trusted is refused as that.
+        settings = recipe_config(recipe) if recipe.name_or_path else None
+        try:
+            processor = AutoProcessor.from_pretrained(
+                where, trust_remote_code=recipe.trust_remote_code, **recipe.processor_settings
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"vlm2vec.processor: {where} cannot be read ({_line(error)})") from None
+        settings = settings or recipe_config(recipe, processor.tokenizer)
+    if getattr(processor, "tokenizer", None) is not None:
+        processor.tokenizer.padding_side = recipe.padding_side
+    return processor, settings
+
+
 def _config_from(name: str, trust: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust)
     except OSError as error:
         raise UserError(f"vlm2vec.name_or_path: {name} cannot be read ({_line(error)})") from None
     except ValueError as error:
-        raise _untrusted(name) if "trust_remote_code" in str(error) else UserError(
-            f"vlm2vec.name_or_path: {name}: {_line(error)}"
+        raise (
+            _untrusted(name)
+            if "trust_remote_code" in str(error)
+            else UserError(f"vlm2vec.name_or_path: {name}: {_line(error)}")
         ) from None
 
 

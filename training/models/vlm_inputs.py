@@ -142,7 +142,9 @@ class Inputs:
 def of_side(chunk: Mapping[str, torch.Tensor], side: str) -> dict[str, torch.Tensor]:
     """The backbone's arguments of one side of a chunk."""
     start = f"{side}."
-    return {name.removeprefix(start): x for name, x in chunk.items() if name.startswith(start) and name != "target.rows"}
+    return {
+        name.removeprefix(start): x for name, x in chunk.items() if name.startswith(start) and name != "target.rows"
+    }
 
 
 def build_processor(config: Any, tokenizer: Any) -> Any:
@@ -156,7 +158,7 @@ def build_processor(config: Any, tokenizer: Any) -> Any:
     vision = config.vision_config
     if config.model_type == "qwen2_vl":
         side = vision.patch_size * vision.spatial_merge_size
-        images = transformers.Qwen2VLImageProcessorPil(
+        images: Any = transformers.Qwen2VLImageProcessor(
             patch_size=vision.patch_size,
             merge_size=vision.spatial_merge_size,
             temporal_patch_size=vision.temporal_patch_size,
@@ -165,7 +167,7 @@ def build_processor(config: Any, tokenizer: Any) -> Any:
         return transformers.Qwen2VLProcessor(images, tokenizer, transformers.Qwen2VLVideoProcessor())
     if config.model_type == "llava_next":
         tile = {"height": vision.image_size, "width": vision.image_size}
-        images = transformers.LlavaNextImageProcessorPil(
+        images = transformers.LlavaNextImageProcessor(
             size={"shortest_edge": vision.image_size},
             crop_size=tile,
             image_grid_pinpoints=config.image_grid_pinpoints,
@@ -177,7 +179,9 @@ def build_processor(config: Any, tokenizer: Any) -> Any:
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             num_additional_image_tokens=1,
         )
-    raise UserError(f"vlm2vec.backbone: no processor for {config.model_type!r} is built here; name one by vlm2vec.processor")
+    raise UserError(
+        f"vlm2vec.backbone: no processor for {config.model_type!r} is built here; name one by vlm2vec.processor"
+    )
 
 
 SPECIAL = {
