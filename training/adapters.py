@@ -90,7 +90,7 @@ def _peft_config(module: nn.Module, config: AdapterConfig) -> Any:
     )
 
 
-def _quantise(module: nn.Module, config: AdapterConfig) -> None:
+def _quantise(module: Any, config: AdapterConfig) -> None:
     """Linear layers of the module become NF4 with double quantisation (Dettmers 2023); the output head stays."""
     try:
         import bitsandbytes as bnb

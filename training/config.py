@@ -116,8 +116,8 @@ class AdapterConfig:
     kind: lora (arXiv 2106.09685), dora (2402.09353), vera (2310.11454), qlora (2305.14314), prompt (2104.08691) ·
     module: the part of the model that is frozen and adapted (mmgem: llm, vlm2vec: backbone, clip: towers) ·
     target_modules: regular expression that the names of its linear layers match in full, or "all-linear" ·
-    modules_to_save: parts of it that train whole · tokens: of a prompt · init_from: folder of an adapter to begin with ·
-    merge: export merged weights too, which need no peft.
+    modules_to_save: parts of it that train whole · tokens: of a prompt ·
+    init_from: folder of an adapter to begin with · merge: export merged weights too, which need no peft.
     """
 
     kind: Literal["lora", "dora", "vera", "prompt", "qlora"] = "lora"

@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from curation.errors import UserError
-from tests.training.vlm import mixed_rows, tiny
+from tests.training.vlm import ADAPTER, RECIPE, mixed_rows, picture, tiny
 from training import adapters
 from training.config import AdapterConfig, OptimConfig
 from training.optim import parameter_groups
@@ -217,3 +217,36 @@ def test_qlora_without_bitsandbytes_is_one_clear_line(monkeypatch):
 def test_bad_settings_are_named(changes, named):
     with pytest.raises(UserError, match=named):
         config(**changes)
+
+
+@pytest.mark.parametrize("kind", [None, "lora", "lora merged", "prompt"])
+def test_an_export_is_graded_as_the_trained_model(kind, shards, tmp_path):
+    from curation.manifest import write_manifest
+    from training.config import as_dict
+    from training.data import Shards
+    from training.families import build
+    from training.inference import load, rebuild
+    from training.train import parse
+
+    chosen = [*ADAPTER, f"--adapter.kind={kind.split()[0]}", f"--adapter.merge={'merged' in kind}"] if kind else []
+    config = parse([*RECIPE, *chosen])[0]
+    family = build(config, tmp_path / "tokenizer", Shards(shards).every_caption)
+    moved(family.model)
+    family.model.eval()
+    pictures, texts = [picture(i, (40, 30)) for i in range(3)], ["thing 3", "a much longer thing 4 of colour"]
+    with torch.no_grad():
+        images = family.model.embed(family.encode_images(pictures))
+        words = family.model.embed(family.encode_text(texts))
+    state = {name: tensor.clone() for name, tensor in family.model.state_dict().items()}
+    rebuild(config, tmp_path / "tokenizer").export(state, tmp_path / "export")
+    write_manifest(tmp_path / "export" / "gemsmith.json", {"config": as_dict(config), "steps": 7, "samples": 16})
+    graded = load(tmp_path / "export")
+    assert (graded.embed_images(graded.images(pictures)) - images).abs().max() < 1e-5
+    assert (graded.embed_texts(texts) - words).abs().max() < 1e-5
+    assert graded.step == 7 and not graded.can_caption
+    assert (tmp_path / "export" / adapters.FOLDER).exists() == bool(kind)
+    assert (tmp_path / "export" / adapters.TRAINED).exists() == (kind in ("lora", "prompt"))
+    if kind == "lora":
+        (tmp_path / "export" / adapters.TRAINED).unlink()
+        with pytest.raises(UserError):
+            load(tmp_path / "export")

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tests.conftest import ROOT
 from training.config import Vlm2VecRecipe
 from training.models.vlm2vec import Vlm2Vec, recipe_config
 from training.models.vlm_inputs import Inputs, Item, Row, build_processor, build_tokenizer, instruct
@@ -38,6 +39,11 @@ LLAVA = {
     "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]],
 }
 BACKBONES = {"qwen2_vl": QWEN, "llava_next": LLAVA}
+RECIPE = ["--config", str(ROOT / "recipes/train/tiny_vlm2vec.yaml"), "--data", ".", "--out", ".", "--precision", "fp32"]
+RECIPE += ["--loader.batch", "16", "--loader.chunk", "4", "--loader.retain", "0", "--loader.decode_size", "32"]
+RECIPE += ["--vlm2vec.tokenizer.vocab_size", "300"]
+RECIPE += ["--loader.cache_decoded", "false", "--samples", "16", "--deepspeed", str(ROOT / "ds_configs/zero3.json")]
+ADAPTER = ["--adapter.module", "backbone", "--adapter.r", "4"]
 CAPTIONS = ["a red cube left of a blue ball", "two green cones behind a table", "Instruct: Query: find the caption"]
 
 
