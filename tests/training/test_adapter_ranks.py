@@ -20,7 +20,7 @@ from training.families import build
 from training.train import parse
 
 
-@pytest.mark.parametrize("kind", ["lora", "vera", pytest.param("dora", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["lora", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("vera", "dora"))])
 def test_two_ranks_equal_one_plain_process(shards, tmp_path, kind):
     """Float32, real launcher; the adapter begins away from zero, so that every part of it has a gradient."""
     run, begin = tmp_path / "run", tmp_path / "begin"

@@ -87,8 +87,8 @@ class Vlm2Vec(PreTrainedModel):
             for module in backbone.modules():
                 module._is_hf_initialized = True  # else `post_init` would draw its weights again
         self.backbone = backbone
-        # No block is gathered whole: the backbone runs twice in a forward (queries, targets), and DeepSpeed takes a leaf
-        # module's parameters for unused when the first of its two backward passes is through.
+        # No block is gathered whole: the backbone runs twice in a forward (queries, targets), and DeepSpeed takes a
+        # leaf module's parameters for unused when the first of its two backward passes is through.
         self.blocks: set[str] = set()
         width = settings.get_text_config().hidden_size
         self.projection = nn.Linear(width, config.embed_dim, bias=False) if config.embed_dim else None
