@@ -21,7 +21,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import building_rows, cluster_rows, curation_rows, matching_rows, selection_rows, training_rows
+from benchmarks import (
+    building_rows,
+    cluster_rows,
+    curation_rows,
+    loader_rows,
+    loss_rows,
+    matching_rows,
+    selection_rows,
+    training_rows,
+)
 from benchmarks.case import Bench, Case
 from curation.errors import UserError, exit_code
 from curation.manifest import SCHEMA_VERSION, write_json
@@ -41,7 +50,11 @@ GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
     "spread": (matching_rows.spreading, ("ray_nothing",)),
     "build": (building_rows.building, ("build_keep_1.0", "build_keep_0.2", "build_tarwriter")),
     "step": (training_rows.steps, ("step_chunk_8_of_64", "step_chunk_32_of_256", "step_retained_256")),
-    "loss": (training_rows.losses, ("loss_8192_time", "loss_8192_products", "loss_8192_memory")),
+    "loss": (
+        loss_rows.losses,
+        ("loss_8192_time", "loss_8192_products", "loss_8192_memory", "loss_32768_memory", "loss_doubled_batch"),
+    ),
+    "load": (loader_rows.loading, ("loader_small", "loader_web", "loader_raw")),
 }
 """Cases that share what is set up for them, with their names, so that `--only` sets up nothing in vain."""
 

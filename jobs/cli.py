@@ -147,8 +147,8 @@ def train(arguments: list[str]) -> int:
     from training.train import parse, prepare
 
     ranks = a.ranks or _accelerators() or 2
-    config, shards, run, overwrite = parse(rest)
-    if not prepare(config, shards, run, world_size=ranks, overwrite=overwrite):
+    config, data, run, overwrite = parse(rest)
+    if not prepare(config, data, run, world_size=ranks, overwrite=overwrite):
         return 0
     return launch([word for word in rest if word != "--overwrite"], run, ranks)
 
@@ -157,6 +157,21 @@ def _accelerators() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+@command("export", "a checkpoint as a folder that others open, without a GPU")
+def export(arguments: list[str]) -> int:
+    parser = _parser("export")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step_*")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument("--merge", action="store_true", help="add the adapter into the weights; needs no peft to open")
+    parser.add_argument("--overwrite", action="store_true", help="discard what OUT holds")
+    a = parser.parse_args(arguments)
+    from training.export import export as run
+
+    run(a.checkpoint, a.out, a.dtype, merge=a.merge, overwrite=a.overwrite)
+    return 0
 
 
 def _grading(parser: argparse.ArgumentParser) -> None:

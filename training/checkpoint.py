@@ -1,23 +1,43 @@
-"""Checkpoints: sharded as the ranks hold them, complete only with a manifest, checked before they are trusted.
+"""Checkpoints by parameter: written by any number of ranks at any ZeRO stage, read by any other.
 
-    RUN/checkpoints/step_00000100/       DeepSpeed's files of every rank
-                                  manifest.json   written last: step, samples, recipe, every file's size,
-                                                  and the weights' hash that evaluation caches by
+    RUN/checkpoints/step_00000100/  rank_00000.safetensors   what this rank's shards hold, stretch after stretch:
+                                                             fp32 weights, both moments; frozen weights; buffers
+                                    manifest.json            written last: step, samples, recipe, shapes, every file's
+                                                             size, and the weights' hash that evaluation caches by
+
+A file's header says which stretch of which parameter lies where and how many
+steps the optimiser took with it (training/zero.py), so a rank finds what it
+needs by name, and no rank ever holds the whole. DeepSpeed's own format is tied
+to the number of ranks, and its universal one loses frozen parameters, the
+second learning rate and Adam's step count.
 
 The position in the data, the learning rate and the random state are functions
-of the step, so a checkpoint holds weights and optimiser moments, and no more.
+of the step, so nothing else has to be kept. Without a device, `consolidated`
+puts the whole weights together.
 """
 
+import json
 import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.manifest import read_manifest, write_manifest
+from training import zero
 from training.distributed import World
+from training.optim import MOMENTS, Sharded
+from training.zero import Stretch
+
+WEIGHTS = "weights"
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -29,30 +49,135 @@ def complete(run: Path) -> list[Path]:
     return sorted(m.parent for m in (run / "checkpoints").glob("step_*/manifest.json"))
 
 
-def save(engine: Any, run: Path, step: int, facts: dict[str, Any], keep_last: int) -> None:
-    """Write the checkpoint of `step`, its manifest last; then drop all but the last `keep_last`."""
-    world, folder = World.current(), step_folder(run, step)
-    if world.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # the remains of a save that was cut short
-    world.barrier()
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-    world.barrier()
-    if world.rank == 0:
-        files = sorted(f for f in folder.rglob("*.pt"))
-        write_manifest(
-            folder / "manifest.json",
-            {
-                "step": step,
-                "world_size": world.size,
-                "weights_hash": file_hash(files),
-                "files": {str(f.relative_to(folder)): f.stat().st_size for f in files},
-                **facts,
-            },
-        )
-        for old in complete(run)[:-keep_last]:
-            (old / "manifest.json").unlink()  # first, so that no reader takes the rest for complete
-            shutil.rmtree(old)
-    world.barrier()
+def rank_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank:05d}.safetensors"
+
+
+class Saver:
+    """Writes checkpoints; `wait` until the last one is complete.
+
+    Args:
+        background: copy what is to be written and write it beside the training (costs a copy in host memory).
+    """
+
+    def __init__(self, run: Path, keep_last: int, background: bool = False) -> None:
+        self.run, self.keep_last, self.background = run, keep_last, background
+        self._writing: threading.Thread | None = None
+        self._failure: OSError | None = None
+
+    def save(self, engine: Any, optimizer: Sharded, step: int, facts: dict[str, Any]) -> None:
+        """Write the checkpoint of `step`, its manifest last; then drop all but the last and the best ones.
+
+        Raises:
+            UserError: it could not be written (on every rank); the one before is still there.
+        """
+        self.wait()
+        world, folder = World.current(), step_folder(self.run, step)
+        if world.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # the remains of a save that was cut short
+        world.barrier()
+        tensors, table = _collect(engine, optimizer)
+        facts = {"step": step, "world_size": world.size, **facts, "shapes": zero.shapes(engine), **_names(engine)}
+
+        def write() -> None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = rank_file(folder, world.rank)
+                part = file.with_suffix(".part")
+                save_file(tensors, part, metadata={"table": json.dumps(table)})
+                part.rename(file)
+            except OSError as error:
+                self._failure = error
+                return
+            if world.rank == 0 and self.background:
+                while len(list(folder.glob("rank_*.safetensors"))) < world.size:
+                    time.sleep(0.1)
+                self._close(folder, facts)
+
+        if self.background:
+            self._writing = threading.Thread(target=write, name="checkpoint")
+            self._writing.start()
+            return
+        write()
+        self._agree(world)
+        if world.rank == 0:
+            self._close(folder, facts)
+        world.barrier()
+
+    def wait(self) -> None:
+        """Until what is being written is complete on all ranks.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._writing is not None:
+            world = World.current()
+            if world.rank > 0:
+                self._writing.join()
+            # Rank 0 waits for every rank's file, so it must know first that none of them failed.
+            failed = world.any(self._failure is not None)
+            if not failed:
+                self._writing.join()
+            self._writing = None
+            self._agree(world)
+
+    def _agree(self, world: World) -> None:
+        if world.any(self._failure is not None):
+            why = self._failure or "another rank could not write its part"
+            raise UserError(
+                f"--out {self.run}: the checkpoint could not be written ({why}); make room: "
+                "the one before is whole and the run resumes from it"
+            )
+
+    def _close(self, folder: Path, facts: dict[str, Any]) -> None:
+        files = sorted(folder.glob("rank_*.safetensors"))
+        sizes = {f.name: f.stat().st_size for f in files}
+        write_manifest(folder / "manifest.json", {"weights_hash": file_hash(files), "files": sizes, **facts})
+        for old in complete(self.run)[: -self.keep_last]:
+            if old.name != best(self.run):
+                (old / "manifest.json").unlink()  # first, so that no reader takes the rest for complete
+                shutil.rmtree(old)
+
+
+def best(run: Path) -> str | None:
+    """The folder name of the checkpoint that `gemsmith watch --best` found best so far: it is never dropped."""
+    record = read_manifest(run / "best.json")
+    return record["checkpoint"] if record else None
+
+
+def _collect(engine: Any, optimizer: Sharded) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Copies of this rank's tensors in host memory, and the table that names their stretches."""
+    tensors: dict[str, torch.Tensor] = {}
+    table: dict[str, list[Any]] = {}
+    for number, state in enumerate(optimizer.states.values()):
+        held = state.shard.stretches if state.shard.split or World.current().rank == 0 else []
+        if not held:
+            continue
+        flat = state.shard.flat.detach().view(-1)
+        for kind, whole in ((WEIGHTS, flat), *state.moments.items()):
+            tensors[f"{kind}.{number}"] = torch.cat([whole[s.start : s.start + s.size] for s in held]).cpu()
+        table[str(number)] = [[s.name, s.offset, s.size, taken] for s, taken in zip(held, state.steps)]
+    for number, (stretch, values) in enumerate(zero.frozen(engine).items()):
+        tensors[f"{WEIGHTS}.frozen{number}"] = values.clone().cpu()
+        table[f"frozen{number}"] = [[stretch.name, stretch.offset, stretch.size, 0]]
+    if World.current().rank == 0:
+        for name, value in _persistent_buffers(engine.module):
+            tensors[f"buffer.{name}"] = value.detach().clone().cpu()
+    return tensors, table
+
+
+def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for prefix, part in module.named_modules():
+        for name, value in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, value
+
+
+def _names(engine: Any) -> dict[str, Any]:
+    """Other names of shared parameters: an LLM's head is often its embedding."""
+    first = {id(p): name for name, p in engine.module.named_parameters()}
+    every = engine.module.named_parameters(remove_duplicate=False)
+    return {"shared": {name: first[id(p)] for name, p in every if first[id(p)] != name}}
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -80,36 +205,111 @@ def latest(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def check_resumable(folder: Path, world_size: int) -> dict[str, Any]:
-    """The manifest of a whole checkpoint of as many ranks.
+def check_resumable(folder: Path) -> dict[str, Any]:
+    """The manifest of a whole checkpoint.
 
     Raises:
-        UserError: it is cut short, or was written by another number of ranks.
+        UserError: it is cut short.
     """
     try:
-        manifest = check(folder)
+        return check(folder)
     except UserError as error:
         raise UserError(f"{error}: delete that folder and the run resumes from the one before") from None
-    if manifest["world_size"] != world_size:
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch as a file keeps it: elements [at, at + size) of its `KIND.part` tensors."""
+
+    file: Path
+    part: str
+    at: int
+    offset: int
+    size: int
+    steps: int
+
+
+class Reader:
+    """Finds stretches of parameters in the files of a checkpoint, whatever ranks wrote them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.manifest = folder, check(folder)
+        self.pieces: dict[str, list[Piece]] = {}
+        self._open: dict[Path, Any] = {}
+        for name in self.manifest["files"]:
+            file = folder / name
+            for part, stretches in json.loads(self._file(file).metadata()["table"]).items():
+                at = 0
+                for parameter, offset, size, steps in stretches:
+                    self.pieces.setdefault(parameter, []).append(Piece(file, part, at, offset, size, steps))
+                    at += size
+
+    def _file(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = safe_open(file, "pt")
+        return self._open[file]
+
+    def read(self, kind: str, stretch: Stretch, into: torch.Tensor) -> int:
+        """Fill `into` [stretch.size] with that stretch's weights or moment; the steps the optimiser took with it."""
+        found, steps = 0, 0
+        for piece in self.pieces.get(stretch.name, ()):
+            a = max(piece.offset, stretch.offset)
+            b = min(piece.offset + piece.size, stretch.offset + stretch.size)
+            if a < b:
+                first = piece.at + a - piece.offset
+                values = self._file(piece.file).get_slice(f"{kind}.{piece.part}")[first : first + b - a]
+                into[a - stretch.offset : b - stretch.offset].copy_(values)
+                found, steps = found + b - a, piece.steps
+        if found != stretch.size:
+            raise UserError(
+                f"--checkpoint {self.folder}: has {found} of {stretch.size} values of {stretch.name}; "
+                "it belongs to another model: name the recipe that it was trained with"
+            )
+        return steps
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        names = [(f, n) for f in sorted(self._open) for n in self._open[f].keys() if n.startswith("buffer.")]  # noqa: SIM118
+        return {name.removeprefix("buffer."): self._open[file].get_tensor(name) for file, name in names}
+
+
+@torch.no_grad()
+def resume(engine: Any, optimizer: Sharded, folder: Path) -> int:
+    """Load a checkpoint into the engine; the step that it was saved after.
+
+    Raises:
+        UserError: cut short, or of another model.
+    """
+    reader = Reader(folder)
+    shapes, theirs = zero.shapes(engine), reader.manifest["shapes"]
+    if shapes != theirs:
+        name = min(n for n in {*shapes, *theirs} if shapes.get(n) != theirs.get(n))
         raise UserError(
-            f"--ranks {world_size}: {folder} was written by {manifest['world_size']} ranks; resume with as many"
+            f"--out {folder}: {name} is {theirs.get(name)} there and {shapes.get(name)} in this recipe; "
+            "resume with the recipe that it was trained with"
         )
-    return manifest
-
-
-def resume(engine: Any, folder: Path) -> int:
-    """Load a checkpoint into the engine; the step that it was saved after."""
-    manifest = check_resumable(folder, World.current().size)
-    engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    return manifest["step"]
+    for state in optimizer.states.values():
+        flat = state.shard.flat.detach().view(-1)
+        for number, stretch in enumerate(state.shard.stretches):
+            part = slice(stretch.start, stretch.start + stretch.size)
+            state.steps[number] = reader.read(WEIGHTS, stretch, flat[part])
+            for kind in MOMENTS:
+                reader.read(kind, stretch, state.moments[kind][part])
+    for stretch, values in zero.frozen(engine).items():
+        reader.read(WEIGHTS, stretch, values)
+    buffers = dict(engine.module.named_buffers())
+    for name, value in reader.buffers().items():
+        buffers[name].copy_(value)
+    zero.publish(engine)
+    return reader.manifest["step"]
 
 
 def consolidated(folder: Path) -> dict[str, torch.Tensor]:
-    """The fp32 weights of a sharded checkpoint, on the CPU, by parameter name."""
-    manifest = check(folder)
-    if manifest["zero_stage"] == 0:
-        return torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["module"]
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    return {name: tensor.clone() for name, tensor in state.items()}
+    """The fp32 weights of a checkpoint, on the CPU, by parameter name, and its buffers."""
+    reader, state = Reader(folder), {}
+    for name, shape in reader.manifest["shapes"].items():
+        whole = torch.empty(torch.Size(shape).numel())
+        reader.read(WEIGHTS, Stretch(name, 0, 0, whole.numel()), whole)
+        state[name] = whole.view(shape)
+    for alias, name in reader.manifest["shared"].items():
+        state[alias] = state[name]
+    return {**state, **reader.buffers()}

@@ -1,12 +1,11 @@
 """What a training recipe can say, and nothing else: unknown keys are refused by jsonargparse.
 
 A recipe names one family by filling in its section (`mmgem:`, `clip:` or `vlm2vec:`). The
-ZeRO stage lives in a plain DeepSpeed file (`deepspeed: ds_configs/zero3.json`);
-we fill in only what follows from the recipe (batch sizes, precision, clipping).
+ZeRO stage lives in a plain DeepSpeed file (`deepspeed: ds_configs/zero3.json`),
+which training/deepspeed_config.py checks and completes.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,9 @@ from typing import Any, Literal
 from curation.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILY_SECTIONS = ("mmgem", "clip", "vlm2vec")
+
+LOSSES = {"mmgem": ("generate",), "clip": (), "vlm2vec": ()}
+"""The families, by the name of their section, and the losses of each beside the coupled one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,6 @@ class Vlm2VecRecipe:
     padding_side: Literal["left", "right"] = "left"
     embed_dim: int | None = None
     normalize: bool = True
-    learn_temperature: bool = False
     negatives: int = 0
     instruction: str = "Find an image caption describing the given everyday image."
 
@@ -145,13 +145,51 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Loss weights (1 where not named) and temperature. `reduction` sums (MM-GEM) or averages (CLIP) directions."""
+    """The coupled loss, the weights of the separable ones (1 where not named) and the temperature.
 
-    coupled: Literal["infonce"] = "infonce"
+    directions, reduction: of InfoNCE; `reduction` sums (MM-GEM) or averages (CLIP) its two directions ·
+    duplicates: pairs of rows that show the same thing are negatives, masked (neither), or positives ·
+    gather: every rank holds all right sides of the batch, or they go round in a ring, where they would not fit ·
+    tile: rows and columns of the logits that exist at once ·
+    temperature_schedule: learned between floor and ceiling, or from `temperature` to `temperature_end` over the run ·
+    logit_bias: where SigLIP's learned bias begins.
+    """
+
+    coupled: Literal["infonce", "siglip"] = "infonce"
+    directions: Literal["both", "left_to_right"] = "both"
     reduction: Literal["sum", "mean"] = "sum"
+    duplicates: Literal["negative", "masked", "positive"] = "negative"
+    gather: Literal["all", "ring"] = "all"
+    tile: int = 1024
     weights: dict[str, float] = field(default_factory=dict)
     temperature: float = 0.07
+    temperature_schedule: Literal["learned", "constant", "linear", "cosine"] = "learned"
+    temperature_end: float | None = None
     temperature_floor: float = 0.01
+    temperature_ceiling: float = 1.0
+    logit_bias: float = -10.0
+
+    def __post_init__(self) -> None:
+        if self.tile < 1:
+            raise UserError(f"objective.tile: {self.tile} is not above 0; give a positive value")
+        for name in ("temperature", "temperature_end", "temperature_floor", "temperature_ceiling"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"objective.{name}: {value} is not above 0; give a positive value")
+        moves = self.temperature_schedule in ("linear", "cosine")
+        if moves and self.temperature_end is None:
+            raise UserError(f"objective.temperature_end: {self.temperature_schedule} needs it; give the last one")
+        if not moves and self.temperature_end is not None:
+            raise UserError(
+                f"objective.temperature_end: temperature_schedule {self.temperature_schedule} has none; "
+                "take linear or cosine, or remove it"
+            )
+        if self.coupled == "siglip" and self.directions != "both":
+            raise UserError("objective.directions: siglip has pairs and no directions; remove it")
+        if self.temperature_floor > self.temperature_ceiling:
+            raise UserError(
+                f"objective.temperature_floor: {self.temperature_floor} is above "
+                f"temperature_ceiling {self.temperature_ceiling}; lower it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +204,13 @@ class GroupConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW. Biases, norms and the temperature are never decayed."""
+    """AdamW, or LAMB (its trust ratio over whole parameters). Biases, norms and the temperature are never decayed.
 
+    max_skipped: steps in a row that may be left out, for a loss or gradient that is not finite, before the run ends ·
+    max_loss_ratio: leave out a step whose loss is above so many times the median of the last hundred, or never.
+    """
+
+    name: Literal["adamw", "lamb"] = "adamw"
     lr: float = 5e-4
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
@@ -175,7 +218,26 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 100
     gradient_clipping: float = 1.0
+    max_skipped: int = 10
+    max_loss_ratio: float | None = None
     groups: list[GroupConfig] = field(default_factory=list)
+
+
+Kind = Literal["pairs", "images", "texts", "rows"]
+"""What a sample is to a step: a picture and a caption, one of them alone, or what a family reads of its own source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One of several sources: its shards (a folder or URL; `--data NAME=DIR` says it too), its weight in the mixture,
+    and what its chunks hold. Of kind rows: a subset's folder of MMEB-train, or one parquet file of it ·
+    limit: rows that are read of it, from the first on (null = all).
+    """
+
+    path: str = ""
+    weight: float = 1.0
+    kind: Kind = "pairs"
+    limit: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,32 +245,94 @@ class LoaderConfig:
     """What a batch is made of.
 
     batch: samples of a global batch · chunk: samples that a rank runs at a time · retain: samples whose activations
-    a rank keeps instead of computing them again; as many as memory has room for, since the step costs less ·
+    a rank keeps instead of computing them again, or "auto": as many as `retain_gib` of memory has room for (null: what
+    a GPU has free), measured before the first step ·
     captions: the caption that curation scored, or at each visit one of the json's `captions`, or one of several text
     members by weight, `{txt: 0.5, recaption.txt: 0.5}` (txt is the scored caption; what a sample lacks is not drawn) ·
     resize_mode: "squash" keeps the whole picture, "shortest" its centre square ·
     decode_size: side that decoded pictures are cached at (crops are cut from it; null = the model's) ·
-    crop_scale: area of the random crop · cache_decoded: keep decoded pictures in RUN/decoded.u8.
+    crop_scale: area of the random crop · color_jitter (brightness, contrast, saturation, hue), color_jitter_prob,
+    gray_scale_prob: as open_clip names them · cache_decoded: keep decoded pictures in RUN/decoded.*.u8 ·
+    sources: by name, where there are several · unit: samples in a row that one source gives · mixing: which source a
+    unit takes, by exact shares of the weights in every block, at random by weight, or in turn ·
+    window_shards: shards that samples are mixed over · prefetch: batches made ahead ·
+    cache_dir, cache_gib: where remote shards are kept (null = gemsmith-shards in the temporary folder), and how much
+    · max_error_rate: share of samples that may be unreadable, in any stretch of `error_window` samples.
     """
 
     batch: int = 256
     chunk: int = 64
-    retain: int = 0
+    retain: int | Literal["auto"] = 0
+    retain_gib: float | None = None
     captions: Literal["caption", "random"] | dict[str, float] = "caption"
     max_tokens: int = 48
     resize_mode: Literal["squash", "shortest"] = "squash"
     decode_size: int | None = None
     crop_scale: tuple[float, float] = (1.0, 1.0)
     flip: bool = False
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    color_jitter_prob: float = 0.0
+    gray_scale_prob: float = 0.0
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    unit: int = 1
+    mixing: Literal["shares", "random", "round_robin"] = "shares"
     window_shards: int = 8
     threads: int = 1
+    prefetch: int = 2
     cache_decoded: bool = False
+    cache_dir: str | None = None
+    cache_gib: float = 64.0
     max_error_rate: float = 0.01
+    error_window: int = 100_000
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: values that no batch can be made of.
+        """
+        positive = ("batch", "chunk", "threads", "window_shards", "unit", "cache_gib", "error_window")
+        for name in positive:
+            if (value := getattr(self, name)) <= 0:
+                raise UserError(f"loader.{name}: {value} is not above 0; give a positive value")
+        if self.prefetch < 0:
+            raise UserError(f"loader.prefetch: {self.prefetch} is below 0; 2 batches ahead are plenty")
+        if isinstance(self.captions, dict) and not all(w > 0 for w in self.captions.values() or [0]):
+            raise UserError(f"loader.captions: {self.captions} needs members with weights above 0")
+        for name, source in self.sources.items():
+            if not name.isidentifier():
+                raise UserError(f"loader.sources: {name!r} is no name; take letters, digits and _")
+            if source.weight <= 0:
+                raise UserError(f"loader.sources.{name}.weight: {source.weight:g} is not above 0; leave the source out")
+            if source.limit is not None and (source.limit < 1 or source.kind != "rows"):
+                raise UserError(f"loader.sources.{name}.limit: is a number of rows above 0, of kind rows; remove it")
+        if self.batch % self.unit:
+            raise UserError(
+                f"loader.unit: {self.unit} does not divide the batch of {self.batch}; take a divisor, or the batch"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run says of itself, beside metrics.jsonl and TensorBoard. Not part of what the run computes.
+
+    wandb: project of Weights & Biases, or none · hang_seconds: a run in which no step has ended for so long says where
+    it hangs and ends; above the slowest checkpoint · max_data_share: share of the time spent waiting for data above
+    which a warning names the cause · profile_steps: [first, last] step that torch's profiler records on rank 0.
+    """
+
+    wandb: str | None = None
+    hang_seconds: float = 600.0
+    max_data_share: float = 0.1
+    profile_steps: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. `samples` is what the run sees in all, repeats included."""
+    """One run. `samples` is what the run sees in all, repeats included.
+
+    activation_checkpointing: compute the activations of a block again in its backward pass · background_save: copy what
+    a checkpoint holds and write it beside the training.
+    """
 
     samples: int = 1_000_000
     seed: int = 0
@@ -216,7 +340,10 @@ class TrainConfig:
     deepspeed: str = "ds_configs/zero3.json"
     checkpoint_every: int = 500
     keep_last: int = 3
+    background_save: bool = False
+    activation_checkpointing: bool = False
     log_every: int = 10
+    log: LogConfig = field(default_factory=LogConfig)
     mmgem: MMGemRecipe | None = None
     clip: ClipRecipe | None = None
     vlm2vec: Vlm2VecRecipe | None = None
@@ -226,36 +353,43 @@ class TrainConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        if sum(getattr(self, name) is not None for name in FAMILY_SECTIONS) != 1:
-            named = ", ".join(f"`{name}:`" for name in FAMILY_SECTIONS)
-            raise UserError(f"recipe: exactly one family section is needed; fill in one of {named}")
+        if sum(getattr(self, name) is not None for name in LOSSES) != 1:
+            raise UserError(f"recipe: exactly one family section is needed; fill in one of {', '.join(LOSSES)}")
         positive = {
-            "loader.batch": self.loader.batch,
-            "loader.chunk": self.loader.chunk,
-            "loader.threads": self.loader.threads,
-            "loader.window_shards": self.loader.window_shards,
             "checkpoint_every": self.checkpoint_every,
             "keep_last": self.keep_last,
             "log_every": self.log_every,
-            "objective.temperature": self.objective.temperature,
-            "objective.temperature_floor": self.objective.temperature_floor,
+            "log.hang_seconds": self.log.hang_seconds,
+            "log.max_data_share": self.log.max_data_share,
         }
         for name, value in positive.items():
             if value <= 0:
                 raise UserError(f"{name}: {value} is not above 0; give a positive value")
-        if isinstance(self.loader.captions, dict) and not all(w > 0 for w in self.loader.captions.values() or [0]):
-            raise UserError(f"loader.captions: {self.loader.captions} needs members with weights above 0")
-        known = {"generate"} if self.mmgem is not None else set()
-        if unknown := sorted(set(self.objective.weights) - known):
-            raise UserError(
-                f"objective.weights: the family has no loss {unknown[0]!r}; it has {sorted(known) or 'none'}"
-            )
+        self.loader.check()
+        self._check_kinds()
+        if self.log.profile_steps is not None and not 1 <= self.log.profile_steps[0] <= self.log.profile_steps[1]:
+            raise UserError(f"log.profile_steps: {list(self.log.profile_steps)} are not [first, last], counted from 1")
+        if self.optim.max_loss_ratio is not None and self.optim.max_loss_ratio <= 1:
+            raise UserError(f"optim.max_loss_ratio: {self.optim.max_loss_ratio} would skip usual steps; take 2 or more")
+        known = LOSSES[self.family]
+        if unknown := sorted(set(self.objective.weights) - set(known)):
+            raise UserError(f"objective.weights: the family has no loss {unknown[0]!r}; it has {list(known) or 'none'}")
         if self.samples < self.loader.batch:
             raise UserError(f"samples: {self.samples} is less than one batch of {self.loader.batch}; raise it")
 
+    def _check_kinds(self) -> None:
+        known = {"vlm2vec": ("pairs", "rows")}.get(self.family, ("pairs",))
+        for name, source in self.loader.sources.items():
+            if source.kind not in known:
+                raise UserError(
+                    f"loader.sources.{name}.kind: {self.family} trains on {' and '.join(known)}, not {source.kind}"
+                )
+        if self.vlm2vec is not None and self.loader.retain == "auto":
+            raise UserError("loader.retain: auto measures pictures of one size; vlm2vec needs a number")
+
     @property
     def family(self) -> str:
-        return next(name for name in FAMILY_SECTIONS if getattr(self, name) is not None)
+        return next(name for name in LOSSES if getattr(self, name) is not None)
 
     @property
     def steps(self) -> int:
@@ -266,45 +400,6 @@ def as_dict(config: TrainConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The recipe's DeepSpeed file with what follows from the recipe filled in.
-
-    Raises:
-        UserError: no such file, no JSON, or a value that the recipe decides.
-    """
-    path = Path(config.deepspeed)
-    path = path if path.exists() else ROOT / config.deepspeed
-    try:
-        settings = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"deepspeed: {config.deepspeed} does not exist; ds_configs/ has zero1, zero2 and zero3"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"deepspeed: {path} is not JSON ({error}); mend it") from None
-    if config.loader.batch % world_size:
-        raise UserError(f"loader.batch: {config.loader.batch} does not divide over {world_size} ranks; take a multiple")
-    ours = {
-        "train_micro_batch_size_per_gpu": config.loader.batch // world_size,
-        "gradient_accumulation_steps": 1,
-        # backward() only accumulates and step() is the boundary: what a step of several chunks needs at any stage.
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.optim.gradient_clipping,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-    clash = sorted(set(ours) & set(settings))
-    if clash:
-        raise UserError(f"deepspeed: {path} sets {', '.join(clash)}, which the recipe decides; remove them there")
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage == 3 and config.adapter is not None and config.adapter.kind == "qlora":
-        raise UserError("adapter.kind: qlora's packed weights cannot be cut up by ZeRO-3; take ds_configs/zero2.json")
-    automatic = [key for key, value in settings.items() if value == "auto"]
-    if automatic:
-        raise UserError(f'deepspeed: {path} leaves {", ".join(automatic)} at "auto", which is dropped; write the value')
-    return settings | ours
-
-
 def make_parser() -> Any:
     """The parser of `training/train.py` and `gemsmith train`: a recipe file and dotted overrides."""
     from jsonargparse import ArgumentParser
@@ -312,7 +407,14 @@ def make_parser() -> Any:
     parser = ArgumentParser(description="Train a recipe under DeepSpeed.", exit_on_error=False)
     parser.add_argument("--config", action="config", help="recipe (YAML)")
     parser.add_class_arguments(TrainConfig, sub_configs=True)
-    parser.add_argument("--data", type=str, required=True, help="folder of webdataset shards")
+    parser.add_argument(
+        "--data",
+        action="append",
+        type=str,
+        default=[],
+        metavar="[NAME=]DIR",
+        help="folder or URL of webdataset shards; NAME=DIR for each of several sources",
+    )
     parser.add_argument("--out", type=str, required=True, help="folder of the run")
     parser.add_argument("--overwrite", action="store_true", help="discard what the folder holds")
     return parser

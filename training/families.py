@@ -12,17 +12,15 @@ from typing import Any
 import torch
 
 from training.config import AdapterConfig, TrainConfig
-from training.data import ImageSpec
+from training.data import Drawn, ImageSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """encode_text: captions -> tensors of a chunk · encode_query: captions -> input of `embed_texts` ·
-    export: (state dict, folder) writes what `from_pretrained` or open_clip reads · read_export: the state back.
-
-    A family whose pictures are not squares of one size has its own two instead of `image`'s pixels:
-    collate: rows of a chunk, None for a hole -> its tensors · encode_images: pictures -> input of `get_image_features`.
-    """
+    export: (state dict, folder) writes what `from_pretrained` or open_clip reads · read_export: the state back ·
+    extra: (kind, rows) -> more tensors of a chunk, drawn from each row's `draw` ·
+    encode_images: pictures -> input of `get_image_features`, where they are not squares of one size."""
 
     model: Any
     image: ImageSpec
@@ -30,7 +28,7 @@ class Family:
     export: Callable[[dict[str, torch.Tensor], Path], None]
     read_export: Callable[[Path], dict[str, torch.Tensor]]
     tokenizer: Any
-    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]] | None = None
+    extra: Callable[[str, Sequence[Drawn]], dict[str, torch.Tensor]] | None = None
     encode_images: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None
 
 
@@ -50,7 +48,7 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         recipe.language,
         tokenizer,
         embed_dim=recipe.embed_dim,
-        initial_temperature=config.objective.temperature,
+        objective={k: v for k, v in vars(config.objective).items() if k != "weights"},
         resize_mode=config.loader.resize_mode,
     )
     emb, eos, pad = tokenizer.convert_tokens_to_ids(EMB), tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -72,7 +70,13 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         tokenizer.save_pretrained(str(folder))
 
     side = int(model.vision.image_size[0])
-    spec = ImageSpec(size=side, mean=tuple(model.config.image_mean), std=tuple(model.config.image_std))
+    spec = ImageSpec.of_vit(
+        model.vision,
+        recipe.vision.patch_dropout,
+        size=side,
+        mean=tuple(model.config.image_mean),
+        std=tuple(model.config.image_std),
+    )
     return Family(
         model=model,
         image=spec,
@@ -90,9 +94,11 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
     from training.models.clip import Clip, export, read_export
 
     assert config.clip is not None
-    model = Clip.from_recipe(config.clip, config.objective.temperature)
+    model = Clip.from_recipe(config.clip, config.objective)
     side = model.model_cfg["vision_cfg"]["image_size"]
-    spec = ImageSpec(size=side, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
+    spec = ImageSpec.of_vit(
+        model.towers.visual, model.patch_dropout, size=side, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD
+    )
     tokenizer = SimpleTokenizer(context_length=model.model_cfg["text_cfg"].get("context_length", 77))
     preprocess = {
         "size": [side, side],
@@ -125,19 +131,17 @@ def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[],
     if kept is None:
         save_tokenizer(processor, tokenizer_folder)
     inputs = Inputs(processor, settings, max_tokens=config.loader.max_tokens, negatives=recipe.negatives)
-    model = Vlm2Vec.from_recipe(recipe, settings, config.objective.temperature)
+    model = Vlm2Vec.from_recipe(recipe, settings, config.objective)
     task = instruct(recipe.instruction, image=True)
 
-    def collate(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """Rows as they are; a picture (uint8 [S, S, 3]) with its caption is a query that should find the caption."""
-        return inputs.collate(
-            [
-                Row(query=Item(text=task, image=Image.fromarray(row[0])), positive=Item(text=row[1]))
-                if isinstance(row, tuple)
-                else row
-                for row in rows
-            ]
-        )
+    def row_of(drawn: Drawn) -> Row | None:
+        """A picture (uint8 [S, S, 3]) with its caption is a query that should find the caption."""
+        if drawn.reason:
+            return None
+        if "row" in drawn.fields:
+            return drawn.fields["row"]
+        picture = Image.fromarray(drawn.fields["pixels"])
+        return Row(query=Item(text=task, image=picture), positive=Item(text=drawn.fields["text"]))
 
     def export(state: dict[str, torch.Tensor], folder: Path) -> None:
         model.load_state_dict(state)
@@ -146,12 +150,12 @@ def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[],
 
     return Family(
         model=model,
-        image=ImageSpec(size=config.loader.decode_size or 224, mean=(0.0,) * 3, std=(1.0,) * 3),
+        image=ImageSpec(size=config.loader.decode_size or 224, mean=(0.0,) * 3, std=(1.0,) * 3, raw=True),
         encode_text=lambda texts: inputs.side([Item(text=text) for text in texts], picture=False),
         export=export,
         read_export=lambda folder: Vlm2Vec.from_pretrained(folder).state_dict(),
         tokenizer=processor,
-        collate=collate,
+        extra=lambda kind, rows: inputs.collate([row_of(drawn) for drawn in rows]),
         encode_images=lambda pictures: inputs.side([Item(text=task, image=picture) for picture in pictures]),
     )
 

@@ -30,26 +30,24 @@ from dataclasses import dataclass, field
 import torch
 
 from training.distributed import World
-from training.objectives.infonce import CoupledGradient
+from training.objectives.coupled import Coupled, CoupledGradient, Rows
 
 Chunk = Mapping[str, torch.Tensor]
 
 
 @dataclass(slots=True)
 class Outputs:
-    """What a model says of one chunk.
+    """What a model says of one chunk; without `left` the chunk has no coupled part (texts alone, say).
 
-    left, right: unit embeddings of the pair's sides, fp32 [c, D] · log_scale: [1] ·
-    sums: separable losses summed over their units (tokens, samples) [].
+    left [c, D], right [c, D] or [c, m, D]: unit embeddings of the pair's sides, fp32; right[:, 1:] are hard negatives ·
+    scalars {name: [1]}: what the coupled loss learns beside them, such as "log_scale" ·
+    sums {name: []}: separable losses summed over their units (tokens, samples).
     """
 
-    left: torch.Tensor
-    right: torch.Tensor
-    log_scale: torch.Tensor
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+    scalars: dict[str, torch.Tensor] = field(default_factory=dict)
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-Coupled = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, World], CoupledGradient]
 
 
 class Replay:
@@ -63,6 +61,16 @@ class Replay:
         torch.set_rng_state(self.cpu)
         if self.device is not None:
             torch.cuda.set_rng_state(self.device)
+
+
+def rows_of(chunks: Sequence[Chunk], m: int) -> Rows:
+    """What counts in the coupled loss, of chunks whose model embeds them: "coupled" [c] where it is less than "valid"
+    (pairs that do not belong together), "right_valid" [c, m] and "groups" [c] where the chunks have them."""
+    valid = torch.cat([c.get("coupled", c["valid"]) for c in chunks])
+    given = "right_valid" in chunks[0]
+    right_valid = torch.cat([c["right_valid"] for c in chunks]) if given else valid[:, None].expand(-1, m)
+    groups = torch.cat([c["groups"] for c in chunks]) if "groups" in chunks[0] else None
+    return Rows(valid, right_valid, groups)
 
 
 def gradient_cached_step(
@@ -81,15 +89,15 @@ def gradient_cached_step(
     Args:
         forward: (chunk, separable) -> Outputs; `separable` asks for the sums.
         backward: back-propagates a scalar, e.g. `engine.backward`.
-        chunks: this rank's part of the batch; every rank has as many chunks. `chunk["valid"]`
-            is bool [c]: rows that count.
+        chunks: this rank's part of the batch; every rank has chunks of the same kinds and sizes, in the same order.
+            `chunk["valid"]` is bool [c]: rows that count.
         counts: units of each separable sum on this rank (tokens to be predicted, ...).
-        weights: of the separable losses.
+        weights: of the separable losses, and of the coupled one as "embed" (1 where not named).
         retain: keep the first chunk's graph from the first pass.
 
     Returns:
-        The global "loss", "loss_embed", "loss_<separable>", the "temperature" that was used and
-        "gradient_log_scale", each [].
+        The global "loss", "loss_embed" and "temperature" (where a chunk has a coupled part), "loss_<separable>",
+        "gradient_<scalar>", each [].
     """
     states: list[Replay] = []
     embedded: list[Outputs] = []
@@ -99,37 +107,68 @@ def gradient_cached_step(
         with torch.set_grad_enabled(kept):
             embedded.append(forward(chunk, kept))
     after = Replay()
-    left = torch.cat([e.left.detach() for e in embedded])
-    right = torch.cat([e.right.detach() for e in embedded])
-    log_scale = embedded[0].log_scale.detach().float()
-    cached = coupled(left, right, log_scale, torch.cat([c["valid"] for c in chunks]), world)
+    ends, end = [], 0  # of each chunk's rows among those with a coupled part
+    for out in embedded:
+        end += 0 if out.left is None else len(out.left)
+        ends.append(end)
+    cached = _coupled(embedded, chunks, coupled, world)
+    embed_weight = weights.get("embed", 1.0)
     names = sorted(counts)
-    totals = world.sum(torch.tensor([float(counts[n]) for n in names], dtype=torch.float64))
-    total = {name: max(float(t), 1.0) for name, t in zip(names, totals)}
+    totals = world.sum(torch.tensor([float(counts[n]) for n in names], dtype=torch.float64)).tolist()
+    total = {name: max(t, 1.0) for name, t in zip(names, totals)}
     sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
-    ends = torch.tensor([len(c["valid"]) for c in chunks]).cumsum(0).tolist()
+    learned = next((number for number, out in enumerate(embedded) if out.left is not None), None)
 
     def surrogate(number: int, out: Outputs) -> torch.Tensor:
         """The scalar whose gradient is this chunk's part of the loss's."""
-        rows = slice(ends[number] - out.left.shape[0], ends[number])
-        scalar = ((out.left * cached.left[rows]).sum() + (out.right * cached.right[rows]).sum()) * world.size
-        # Once per step, and times 0 in other chunks, so that every backward meets the same parameters on every rank.
-        scalar = scalar + (out.log_scale * (cached.log_scale if number == 0 else 0.0)).sum()
+        terms = []
+        if out.left is not None and out.right is not None:
+            assert cached is not None
+            rows = slice(ends[number] - len(out.left), ends[number])
+            right = cached.right[rows].view_as(out.right)
+            both = (out.left * cached.left[rows]).sum() + (out.right * right).sum()
+            terms.append(both * (embed_weight * world.size))
+            for name, value in out.scalars.items():
+                # Once per step, and times 0 in other chunks, so that every backward meets the same parameters.
+                terms.append((value * (cached.scalars[name] * embed_weight if number == learned else 0.0)).sum())
         for name, value in out.sums.items():
-            scalar = scalar + value * (weights[name] * world.size / total[name])
+            terms.append(value * (weights.get(name, 1.0) * world.size / total[name]))
             sums[name] += value.detach().double().cpu()
-        return scalar
+        return torch.stack(terms).sum()
 
     if retain:
         backward(surrogate(0, embedded[0]))
+    scalars = embedded[learned].scalars if learned is not None else {}
+    temperature = (-scalars["log_scale"].detach()).exp() if "log_scale" in scalars else None
+    del scalars
     embedded.clear()
     for number in range(int(retain), len(chunks)):
         states[number].restore()
         backward(surrogate(number, forward(chunks[number], True)))
     after.restore()
 
-    metrics = {"loss_embed": cached.value, "gradient_log_scale": cached.log_scale, "temperature": (-log_scale).exp()}
-    means = world.sum(torch.stack([sums[n] / total[n] for n in names])) if names else ()
-    metrics |= {f"loss_{name}": mean for name, mean in zip(names, means)}
-    metrics["loss"] = cached.value + sum(weights[n] * float(metrics[f"loss_{n}"]) for n in names)
+    metrics: dict[str, torch.Tensor] = {"loss": torch.zeros((), dtype=torch.float64)}
+    if cached is not None:
+        metrics["loss_embed"] = cached.value
+        metrics["loss"] = metrics["loss"] + embed_weight * cached.value.double().cpu()
+        metrics |= {f"gradient_{name}": value.sum() for name, value in cached.scalars.items()}
+        metrics |= {"temperature": temperature.sum()} if temperature is not None else {}
+    if names:
+        for name, mean in zip(names, world.sum(torch.stack([sums[n] / total[n] for n in names]))):
+            metrics[f"loss_{name}"] = mean
+            metrics["loss"] = metrics["loss"] + weights.get(name, 1.0) * mean
     return metrics
+
+
+def _coupled(
+    embedded: Sequence[Outputs], chunks: Sequence[Chunk], coupled: Coupled, world: World
+) -> CoupledGradient | None:
+    """The coupled loss over the chunks that have such a part, without a graph."""
+    has = [(out, chunk) for out, chunk in zip(embedded, chunks) if out.left is not None]
+    if not has:
+        return None
+    left = torch.cat([out.left.detach() for out, _ in has])  # type: ignore[union-attr]  # [b, D]
+    right = torch.cat([out.right.detach() for out, _ in has])  # type: ignore[union-attr]
+    right = right.view(len(left), -1, left.shape[1])  # [b, m, D]
+    scalars = {name: value.detach() for name, value in has[0][0].scalars.items()}
+    return coupled(left, right, scalars, rows_of([chunk for _, chunk in has], right.shape[1]), world)

@@ -4,6 +4,7 @@ Images go through open_clip's own evaluation transform (Pillow, bicubic,
 unscaled decoding), in fp32 on the device at hand.
 """
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,12 @@ class Model:
         return [text.strip() for text in self.family.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def _config_from(record: dict[str, Any]) -> TrainConfig:
+def config_from(record: dict[str, Any]) -> TrainConfig:
     from training.config import make_parser
 
     parser = make_parser()
-    parsed = parser.instantiate(parser.parse_object({**record, "data": "", "out": ""}))
+    # A copy: jsonargparse writes its own objects into the lists that it is given.
+    parsed = parser.instantiate(parser.parse_object({**copy.deepcopy(record), "data": [], "out": ""}))
     return TrainConfig(**{name: getattr(parsed, name) for name in TrainConfig.__dataclass_fields__})
 
 
@@ -95,10 +97,11 @@ def load(folder: Path) -> Model:
     """
     from open_clip.transform import image_transform
 
-    run, words, exported = folder.parent, folder, sorted(folder.glob("*.safetensors"))
+    run, words = folder.parent, folder
+    exported = sorted(set(folder.glob("*.safetensors")) - set(folder.glob("rank_*")))  # those are a checkpoint's
     if not exported:
         manifest = checkpoint.check(folder)
-        config, run = _config_from(manifest["config"]), folder.parent.parent
+        config, run = config_from(manifest["config"]), folder.parent.parent
         words = run / "tokenizer"
         family = rebuild(config, words)
         family.model.load_state_dict(checkpoint.consolidated(folder))
@@ -138,7 +141,7 @@ def _exported(folder: Path) -> tuple[Family, TrainConfig, int]:
     record = read_manifest(folder / "gemsmith.json")
     if record is None:
         raise UserError(f"--checkpoint {folder}: has no gemsmith.json; name an export that `gemsmith train` wrote")
-    config = _config_from(record["config"])
+    config = config_from(record["config"])
     if config.adapter is not None and config.adapter.merge:
         config = replace(config, adapter=None)
     family = rebuild(config, folder)

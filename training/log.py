@@ -1,18 +1,46 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard and a line for people, from rank 0."""
+"""What a run says of itself: metrics.jsonl, TensorBoard, W&B where asked for and a line for people, from rank 0;
+and a log of each rank in RUN/logs, with what its libraries and warnings say."""
 
+import faulthandler
+import hashlib
+import importlib.util
 import json
+import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from curation.errors import UserError
 from curation.manifest import SCHEMA_VERSION
+
+LIBRARIES = ("", "DeepSpeed", "transformers")
+"""Loggers that do not pass on to the root, and the root."""
+
+
+def check_wandb(project: str | None) -> None:
+    """
+    Raises:
+        UserError: W&B is asked for and not installed.
+    """
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"log.wandb: {project} needs the wandb package; `pip install gemsmith[wandb]`, or leave log.wandb out"
+        )
 
 
 class RunLog:
     """One writer per run; on a resumed run the lines past the checkpoint are dropped first."""
 
-    def __init__(self, run: Path, start_step: int, total_steps: int) -> None:
+    def __init__(
+        self,
+        run: Path,
+        start_step: int,
+        total_steps: int,
+        *,
+        wandb: str | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
@@ -23,14 +51,19 @@ class RunLog:
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
+        self.wandb: Any = _wandb_run(wandb, run, config) if wandb else None
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step") if terminal else None
         self.total_steps, self.started, self.start_step = total_steps, time.monotonic(), start_step
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
+        """One line; nested figures (`errors: {reason: n}`) are `name/key` on the boards."""
         self.file.write(json.dumps({"schema_version": SCHEMA_VERSION, "step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
+        flat = dict(_flat(metrics))
+        for name, value in flat.items():
             self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(flat, step=step, commit=True)
         shown = " ".join(f"{k} {metrics[k]:.4g}" for k in ("loss", "temperature", "grad_norm", "samples_per_second"))
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
@@ -40,8 +73,46 @@ class RunLog:
             left = spent / max(1, step - self.start_step) * (self.total_steps - step)
             print(f"step {step}/{self.total_steps} {shown} left {left:.0f} s", flush=True)
 
+    def say(self, line: str) -> None:
+        """A line beside the progress bar."""
+        if self.bar is not None:
+            self.bar.clear()
+        print(line, file=sys.stderr, flush=True)
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish()
         self.file.close()
         self.board.close()
+
+
+def _flat(metrics: dict[str, Any]) -> Any:
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{key}", x) for key, x in value.items())
+        else:
+            yield name, value
+
+
+def _wandb_run(project: str, run: Path, config: dict[str, Any] | None) -> Any:
+    """The run's page, the same one after a resume; WANDB_MODE=offline keeps it in RUN/wandb."""
+    import wandb
+
+    name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=run.name, id=name, resume="allow", dir=str(run), config=config)
+
+
+def open_rank_log(run: Path, rank: int) -> TextIO:
+    """RUN/logs/rank_00000.log: logging and warnings of this rank from now on, and its stacks where it crashes."""
+    path = run / "logs" / f"rank_{rank:05d}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = open(path, "a", buffering=1)  # noqa: SIM115 (open to the end; a resumed run goes on below)
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in LIBRARIES:
+        logging.getLogger(name).addHandler(handler)
+    logging.captureWarnings(True)
+    faulthandler.enable(stream, all_threads=True)
+    return stream

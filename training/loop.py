@@ -8,37 +8,28 @@ save together, which a signal handler could not.
 
 import math
 import signal
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from curation.errors import UserError
 from curation.hashing import config_hash, hash64
 from curation.manifest import write_manifest
-from training import checkpoint
-from training.config import TrainConfig, as_dict, deepspeed_config
-from training.data import Loader, Shards
+from training import checkpoint, retention, zero
+from training.config import TrainConfig, as_dict
+from training.data import Budget, Loader, Shards, Source, every_caption, open_sources
+from training.deepspeed_config import deepspeed_config
 from training.distributed import World
 from training.families import Family, build
+from training.flops import FlopMeter
 from training.gradient_cache import Chunk, Outputs, gradient_cached_step
-from training.log import RunLog
-from training.objectives import COUPLED
-from training.optim import adamw, factor, parameter_groups, set_lr
-
-
-def bounded_scale(log_scale: torch.Tensor, floor: float) -> torch.Tensor:
-    """log(1/temperature) held at 1/floor; past it only gradients that lead back pass.
-
-    The parameter itself is never clamped in place, since ZeRO-3 holds it in parts.
-    """
-    ceiling = -math.log(floor)
-    if log_scale.requires_grad and float(log_scale.detach()) > ceiling:
-        log_scale.register_hook(lambda g: g.clamp(min=0.0))
-    return log_scale + (log_scale.clamp(max=ceiling) - log_scale).detach()
+from training.health import Health
+from training.objectives import build as build_objective
+from training.objectives.temperature import log_scale_at
+from training.optim import Sharded, factor, parameter_groups, set_lr
+from training.sight import Sight
 
 
 @dataclass(slots=True)
@@ -46,18 +37,30 @@ class Trainer:
     """An engine and what feeds it."""
 
     engine: Any
+    optimizer: Sharded
+    used: zero.Used
     family: Family
     loader: Loader
     config: TrainConfig
     world: World
+    health: Health
+    flops: FlopMeter = field(default_factory=FlopMeter)
+    number: int = 0
+    masters: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def forward(self, chunk: Chunk, separable: bool) -> Outputs:
-        out = Outputs(**self.engine(chunk, separable=separable))
-        out.log_scale = bounded_scale(out.log_scale, self.config.objective.temperature_floor)
+        out = Outputs(**self.flops.forward(lambda: self.engine(chunk, separable=separable), chunk, separable))
+        for name, value in out.scalars.items():
+            # The master's value with the parameter's gradient: bf16 would round a temperature to 1 %.
+            if name in self.masters:
+                value = value + (self.masters[name].to(value.device) - value).detach()
+            if name == "log_scale":
+                value = log_scale_at(value, self.config.objective, self.number, self.config.steps)
+            out.scalars[name] = value
         return out
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.engine.backward(loss, scale_wrt_gas=False)
+        self.flops.backward(lambda: self.engine.backward(loss, scale_wrt_gas=False))
 
     def accumulate(self, chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
         """The gradient of one global batch, left in the engine."""
@@ -71,56 +74,78 @@ class Trainer:
             backward=self.backward,
             chunks=chunks,
             counts=counts,
-            weights={name: objective.weights.get(name, 1.0) for name in counts},
-            coupled=COUPLED[objective.coupled](reduction=objective.reduction),
+            weights=objective.weights,
+            coupled=self.flops.coupled(build_objective(objective)),
             world=self.world,
-            retain=self.config.loader.retain > 0,
+            retain=self.loader.retain > 0,
         )
+
+    def begin(self, number: int) -> None:
+        """Make ready for the chunks of a step."""
+        self.number = number
+        zero.begin_step(self.engine)
+        shards = [state.shard for state in self.optimizer.states.values()]
+        learned = [name for name in self.family.model.scalars if name in self.used.names]
+        self.masters = zero.masters(shards, learned, self.world)
 
     def step(self, number: int, chunks: Sequence[Chunk]) -> dict[str, float]:
         set_lr(self.engine.optimizer, share := factor(number, self.config.steps, self.config.optim))
         torch.manual_seed(hash64(self.config.seed, "step", number, self.world.rank) >> 1)
+        self.begin(number)
         metrics = self.accumulate([_on(self.engine.device, chunk) for chunk in chunks])
-        if not math.isfinite(float(metrics["loss"])):
-            raise UserError(
-                f"step {number}: the loss is {float(metrics['loss'])}; lower optim.lr or raise warmup_steps"
-            )
+        loss, used = float(metrics["loss"]), self.used.agree(self.world)
+        self.optimizer.used = frozenset() if self.health.trouble(loss, None) or self._broken() else used
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
+        norm = math.nan if norm is None else float(norm)  # ZeRO itself drops a step whose gradient is not finite
+        why = self.health.skip(number, loss, norm)
+        if why is not None and self.world.rank == 0:
+            print(f"step {number + 1} is left out: {why}", flush=True)
         return {
             **{name: float(value) for name, value in metrics.items()},
-            "grad_norm": float(norm) if norm is not None else math.nan,
+            "grad_norm": norm,
             "lr": self.config.optim.lr * share,
+            "skipped_steps": self.health.skipped,
         }
+
+    def _broken(self) -> bool:
+        """Without ZeRO nobody else looks whether the gradient is finite."""
+        if self.engine.zero_optimization_stage() > 0:
+            return False
+        gradients = (p.grad for p in self.family.model.parameters() if p.grad is not None)
+        return self.world.any(not all(bool(g.isfinite().all()) for g in gradients))
 
 
 def _on(device: torch.device, chunk: Chunk) -> Chunk:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in chunk.items()}
 
 
-def make_trainer(config: TrainConfig, shards: Shards, run: Path) -> Trainer:
+def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path) -> Trainer:
     """Build the model, its engine and its loader; the process group is up already."""
     import deepspeed
 
     world = World.current()
     tokenizer = run / "tokenizer"
     members = config.loader.captions if isinstance(config.loader.captions, dict) else None
+    sources = [Source(name="data", samples=data)] if isinstance(data, Shards) else data
     if world.rank == 0:
-        family = build(config, tokenizer, lambda: shards.every_caption(members))
+        family = build(config, tokenizer, lambda: every_caption(sources, members))
     world.barrier()
     if world.rank > 0:
-        family = build(config, tokenizer, lambda: shards.every_caption(members))
+        family = build(config, tokenizer, lambda: every_caption(sources, members))
+    if config.activation_checkpointing:
+        family.model.checkpoint_activations()
     groups = parameter_groups(family.model.named_parameters(), config.optim)
+    optimizer, used = Sharded(groups, config.optim), zero.Used(family.model.named_parameters())
     # ZeRO-3 gathers a transformer block at a time: its hooks on every small module of a block cost more than they save.
     deepspeed.utils.set_z3_leaf_modules(family.model, sorted(family.model.blocks), raise_if_not_found=False)
     engine, *_ = deepspeed.initialize(
-        model=family.model,
-        optimizer=adamw(groups, config.optim),
-        config=deepspeed_config(config, world.size),
+        model=family.model, optimizer=optimizer, config=deepspeed_config(config, world.size)
     )
     engine.train()
+    optimizer.attach(zero.shards(engine), world)
     loader = Loader(
-        shards,
+        sources,
         config.loader,
         family.image,
         family.encode_text,
@@ -128,13 +153,14 @@ def make_trainer(config: TrainConfig, shards: Shards, run: Path) -> Trainer:
         rank=world.rank,
         world_size=world.size,
         dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-        cache=run / "decoded.u8" if config.loader.cache_decoded else None,
-        collate=family.collate,
+        cache=run / "decoded" if config.loader.cache_decoded else None,
+        extra=family.extra,
     )
-    return Trainer(engine, family, loader, config, world)
+    health = Health(max_ratio=config.optim.max_loss_ratio, max_skipped=config.optim.max_skipped)
+    return Trainer(engine, optimizer, used, family, loader, config, world, health)
 
 
-def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
+def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
     """Train to the end, or to a SIGTERM; whether the end was reached.
 
     Raises:
@@ -147,70 +173,75 @@ def train(config: TrainConfig, shards_folder: Path, run: Path) -> bool:
         stop = True
 
     signal.signal(signal.SIGTERM, ask_to_stop)
-    shards = Shards(shards_folder)
-    trainer = make_trainer(config, shards, run)
+    trainer = make_trainer(config, open_sources(config.loader, data), run)
+    budget = Budget(config.loader.max_error_rate, config.loader.error_window)
     world, recipe = trainer.world, as_dict(config)
     step, last = 0, checkpoint.latest(run)
     if last is not None:
-        step = checkpoint.resume(trainer.engine, last)
+        step = checkpoint.resume(trainer.engine, trainer.optimizer, last)
+        trainer.health.losses.extend(checkpoint.check(last)["losses"])
+    settle_retention(trainer, last)
+    saver = checkpoint.Saver(run, config.keep_last, config.background_save)
     facts = {
         "config": recipe,
         "config_hash": config_hash(recipe),
         "zero_stage": trainer.engine.zero_optimization_stage(),
+        "retain": trainer.loader.retain,
     }
-    log = RunLog(run, step, config.steps) if world.rank == 0 else None
     resumed = step
-    if log is not None and step:
-        print(f"resuming after step {step}", flush=True)
-    waited, since, begun, seen = 0.0, step, time.monotonic(), time.monotonic()
-    for chunks in trainer.loader.batches(step, config.steps):
-        waited += time.monotonic() - seen
-        metrics = trainer.step(step, chunks)
-        step += 1
-        if step % config.log_every == 0 or step == config.steps:
-            errors = int(world.sum(torch.tensor([trainer.loader.errors])))
-            drawn = (step - resumed) * config.loader.batch
-            if errors > config.loader.max_error_rate * drawn:
-                raise UserError(
-                    f"loader.max_error_rate: {errors} of {drawn} samples could not be read; "
-                    "look at the shards or raise it"
-                )
-            spent = time.monotonic() - begun
-            if log is not None:
-                log(
-                    step,
-                    {
-                        "samples": step * config.loader.batch,
-                        **metrics,
-                        "samples_per_second": (step - since) * config.loader.batch / spent,
-                        "data_share": waited / spent,
-                        "errors": errors,
-                    },
-                )
-            waited, since, begun = 0.0, step, time.monotonic()
-        stopping = world.any(stop)
-        if stopping or step % config.checkpoint_every == 0 or step == config.steps:
-            samples = {"samples": step * config.loader.batch}
-            checkpoint.save(trainer.engine, run, step, facts | samples, config.keep_last)
-        if stopping and step < config.steps:
-            break
-        seen = time.monotonic()
-    if log is not None:
-        log.close()
+    with Sight(config, run, world, trainer.engine.device, trainer.flops, start=step) as sight:
+        if world.rank == 0 and step:
+            print(f"resuming after step {step}", flush=True)
+        for chunks in sight.waiting(trainer.loader.batches(step, config.steps)):
+            metrics = trainer.step(step, chunks)
+            step += 1
+            line = sight.step(
+                step,
+                metrics,
+                errors=trainer.loader.holes,
+                seconds=trainer.loader.timers.seconds,
+                groups=trainer.engine.optimizer.param_groups,
+            )
+            if line is not None:
+                budget.check((step - resumed) * config.loader.batch, line["errors_by_reason"])
+            stopping = world.any(stop)
+            if stopping or step % config.checkpoint_every == 0 or step == config.steps:
+                now = {"samples": step * config.loader.batch, "losses": list(trainer.health.losses)}
+                saver.save(trainer.engine, trainer.optimizer, step, facts | now)
+            if stopping and step < config.steps:
+                break
+        saver.wait()
     if step == config.steps and world.rank == 0:
         finish(trainer.family, config, run, step)
     world.barrier()
     return step == config.steps
 
 
+def settle_retention(trainer: Trainer, last: Path | None) -> None:
+    """The retained samples: what the recipe says, what a first chunk shows to fit, or, resumed, what was chosen then.
+
+    A resumed run has to sum in the same order as before, unless its ranks hold other parts of the batch.
+    """
+    config, loader, world = trainer.config.loader, trainer.loader, trainer.world
+    if config.retain != "auto":
+        return
+    before = checkpoint.check(last) if last is not None else None
+    if before is not None and before["world_size"] == world.size:
+        loader.retain = before["retain"]
+        return
+    chunk = _on(trainer.engine.device, next(loader.batches(0, 1))[0])
+    parameters = list(trainer.family.model.parameters())
+    loader.retain = retention.choose(config, lambda c: trainer.forward(c, True), chunk, parameters, world)
+    trainer.flops.forget()
+
+
 def finish(family: Family, config: TrainConfig, run: Path, step: int) -> None:
     """Export the last checkpoint for people who take the model away, and close the run with its manifest."""
+    from training.export import write
     from training.inference import rebuild
 
-    last = checkpoint.step_folder(run, step)
-    rebuild(config, run / "tokenizer").export(checkpoint.consolidated(last), run / "export")
+    facts = {"steps": step, "samples": step * config.loader.batch, "config": as_dict(config)}
+    write(rebuild(config, run / "tokenizer"), checkpoint.step_folder(run, step), run / "export", facts)
     for cache in run.glob("decoded.*"):
         cache.unlink()
-    facts = {"steps": step, "samples": step * config.loader.batch, "config": as_dict(config)}
-    write_manifest(run / "export" / "gemsmith.json", facts)  # so that the export can be graded wherever it is taken
     write_manifest(run / "manifest.json", facts)

@@ -1,32 +1,39 @@
-"""Parameter groups by regular expression, and the learning rate as a pure function of the step.
+"""Optimisers that know which parameter each stretch of a ZeRO shard belongs to, parameter groups, and the schedule.
 
-A schedule that is a function needs no state in the checkpoint: step n has the
-same rate whether the run was resumed or not.
+AdamW and LAMB see a rank's flat shards (training/zero.py). They count steps per
+parameter and leave alone what a step did not use, as torch does with a
+parameter without gradient; LAMB takes its trust ratio over the whole
+parameter, by one small all-reduce of norms per shard.
+
+A schedule that is a function of the step needs no state in the checkpoint:
+step n has the same rate whether the run was resumed or not.
 """
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
 from curation.errors import UserError
 from training.config import OptimConfig
+from training.distributed import World
+from training.zero import Shard
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
     """Groups of equal learning rate and weight decay; frozen parameters get `requires_grad=False` and no group.
 
     Raises:
-        UserError: a pattern that matches no parameter that trains.
+        UserError: a pattern that matches no parameter, or nothing left to train.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     used = set()
     for name, parameter in named:
-        if not parameter.requires_grad:  # frozen by the family or under an adapter
-            continue
         rule = next((g for g in config.groups if re.search(g.pattern, name)), None)
         lr, decay = config.lr, config.weight_decay
         if rule is not None:
@@ -36,17 +43,126 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
                 continue
             lr = config.lr if rule.lr is None else rule.lr
             decay = config.weight_decay if rule.weight_decay is None else rule.weight_decay
+        if not parameter.requires_grad:
+            continue
         if parameter.ndim < 2:
             decay = 0.0
         groups.setdefault((lr, decay), []).append(parameter)
     for rule in config.groups:
         if rule.pattern not in used:
             raise UserError(f"optim.groups: the pattern {rule.pattern!r} matches no parameter; mend or remove it")
+    if not groups:
+        raise UserError("optim.groups: every parameter is frozen; leave one group to train")
     return [{"params": p, "lr": lr, "base_lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
 
 
-def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(slots=True)
+class State:
+    """What an optimiser keeps for a shard: fp32 moments as long as the shard, and steps taken by each stretch."""
+
+    shard: Shard
+    moments: dict[str, torch.Tensor]
+    steps: list[int] = field(default_factory=list)
+
+    @classmethod
+    def fresh(cls, shard: Shard) -> "State":
+        flat = shard.flat.detach().view(-1)
+        return cls(shard, {name: torch.zeros_like(flat) for name in MOMENTS}, [0] * len(shard.stretches))
+
+    def runs(self, used: frozenset[str] | None) -> Iterator[tuple[int, int, int]]:
+        """(start, end, steps taken) of neighbouring stretches in step with each other, of parameters in `used`."""
+        start = end = steps = -1
+        for stretch, taken in zip(self.shard.stretches, self.steps):
+            if used is not None and stretch.name not in used:
+                continue
+            if stretch.start == end and taken == steps:
+                end += stretch.size
+                continue
+            if end > start:
+                yield start, end, steps
+            start, end, steps = stretch.start, stretch.start + stretch.size, taken
+        if end > start:
+            yield start, end, steps
+
+    def count(self, used: frozenset[str] | None) -> None:
+        for number, stretch in enumerate(self.shard.stretches):
+            self.steps[number] += used is None or stretch.name in used
+
+
+class Sharded(torch.optim.Optimizer):
+    """AdamW or LAMB over ZeRO shards; does nothing until `attach` has told it what the shards hold.
+
+    (DeepSpeed steps an optimiser once with zero gradients while it starts, which must not count.)
+
+    Args:
+        groups: as `parameter_groups` gives them.
+        used: set before each step: the parameters to be stepped; None means all.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        super().__init__(groups, {"lr": config.lr, "weight_decay": config.weight_decay})
+        self.config = config
+        self.states: dict[int, State] = {}
+        self.used: frozenset[str] | None = None
+        self.world = World()
+
+    def attach(self, shards: list[Shard], world: World) -> None:
+        self.states = {id(shard.flat): State.fresh(shard) for shard in shards}
+        self.world = world
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        update = {"adamw": self._adamw, "lamb": self._lamb}[self.config.name]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if (state := self.states.get(id(p))) is not None and p.grad is not None:
+                    update(state, p.detach().view(-1), p.grad.detach().view(-1), group)
+                    state.count(self.used)
+
+    def _adamw(self, state: State, weights: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        """Loshchilov & Hutter 2019, by torch's own fused kernel."""
+        beta1, beta2 = self.config.betas
+        runs = list(state.runs(self.used))
+        w, g, m, v = ([x[a:b] for a, b, _ in runs] for x in (weights, gradient, *(state.moments[k] for k in MOMENTS)))
+        steps = [torch.tensor(float(taken), device=weights.device) for _, _, taken in runs]
+        settings: dict[str, Any] = {"lr": group["lr"], "weight_decay": group["weight_decay"], "eps": self.config.eps}
+        settings |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False, "fused": True}
+        if runs:
+            adamw(w, g, m, v, [], steps, **settings)
+
+    def _lamb(self, state: State, weights: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        """You et al. 2020, Algorithm 2, with phi the identity. As in its published code, parameters without weight
+        decay (biases, norms) keep a ratio of 1."""
+        beta1, beta2 = self.config.betas
+        update = torch.zeros_like(weights)
+        for a, b, taken in state.runs(self.used):
+            g, (m, v) = gradient[a:b], (state.moments[name][a:b] for name in MOMENTS)
+            m.lerp_(g, 1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            spread = (v / (1 - beta2 ** (taken + 1))).sqrt_().add_(self.config.eps)
+            torch.div(m, spread.mul_(1 - beta1 ** (taken + 1)), out=update[a:b])
+            update[a:b].add_(weights[a:b], alpha=group["weight_decay"])
+        ratio = self._trust_ratios(state.shard, weights, update) if group["weight_decay"] else None
+        for s in state.shard.stretches:
+            if self.used is None or s.name in self.used:
+                part = slice(s.start, s.start + s.size)
+                weights[part].add_(update[part], alpha=-group["lr"] * (ratio[s.name] if ratio else 1.0))
+
+    def _trust_ratios(self, shard: Shard, weights: torch.Tensor, update: torch.Tensor) -> dict[str, float]:
+        """|p| / |update| over each whole parameter, whatever ranks hold it; 1 where either is 0."""
+        row = {name: number for number, name in enumerate(shard.names)}
+        squares = torch.zeros(len(row), 2, dtype=torch.float64)
+        for s in shard.stretches:
+            part = slice(s.start, s.start + s.size)
+            squares[row[s.name]] += torch.stack([x[part].norm().double().cpu() ** 2 for x in (weights, update)])
+        if shard.split:
+            squares = self.world.sum(squares)
+        both = (squares > 0).all(1)
+        ratios = torch.where(both, (squares[:, 0] / squares[:, 1].clamp(min=1e-300)).sqrt(), 1.0)
+        return dict(zip(shard.names, ratios.tolist()))
 
 
 def factor(step: int, steps: int, config: OptimConfig) -> float:

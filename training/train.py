@@ -18,12 +18,14 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 from curation.errors import UserError, exit_code
 from curation.manifest import claim, read_manifest
 from training import checkpoint
-from training.config import TrainConfig, as_dict, deepspeed_config, make_parser
-from training.data import Shards
+from training.config import TrainConfig, as_dict, make_parser
+from training.data import Mixture, fingerprint, named, open_sources
+from training.deepspeed_config import deepspeed_config
+from training.log import check_wandb
 
 
-def parse(arguments: list[str]) -> tuple[TrainConfig, Path, Path, bool]:
-    """(config, shards, run, overwrite) from the command line; the launcher's `--local_rank` is accepted and ignored.
+def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, str], Path, bool]:
+    """(config, path of each source, run, overwrite) from the command line; the launcher's `--local_rank` is ignored.
 
     Raises:
         UserError: an unknown key, a value of the wrong kind, a recipe that does not exist.
@@ -38,20 +40,23 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Path, Path, bool]:
         raise UserError(" ".join(str(error).split())) from None
     names = TrainConfig.__dataclass_fields__
     config = TrainConfig(**{name: getattr(parsed, name) for name in names})
-    return config, Path(parsed.data), Path(parsed.out), parsed.overwrite
+    return config, named(config.loader, parsed.data), Path(parsed.out), parsed.overwrite
 
 
-def prepare(config: TrainConfig, shards: Path, run: Path, *, world_size: int, overwrite: bool) -> bool:
+def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size: int, overwrite: bool) -> bool:
     """Check what can be checked before launching and claim the folder; False where the run is complete already."""
     deepspeed_config(config, world_size)
-    files = [(path.name, path.stat()) for path in Shards(shards).paths]
-    data = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-    claim(run, {"config": as_dict(config), "data": data}, overwrite=overwrite)
+    sources = open_sources(config.loader, data)
+    weights = {source.name: source.weight for source in sources}
+    Mixture(weights, seed=config.seed, unit=config.loader.unit, mixing=config.loader.mixing)
+    check_wandb(config.log.wandb)
+    computed = {name: value for name, value in as_dict(config).items() if name != "log"}
+    claim(run, {"config": computed, "data": fingerprint(config.loader, data)}, overwrite=overwrite)
     if (done := read_manifest(run / "manifest.json")) is not None:
         print(f"{run} is already complete: {done['steps']} steps, {done['samples']} samples")
         return False
     if (last := checkpoint.latest(run)) is not None:
-        checkpoint.check_resumable(last, world_size)
+        checkpoint.check_resumable(last)
     return True
 
 
@@ -70,10 +75,10 @@ def _plain(value: Any) -> Any:
 
 def main(arguments: list[str]) -> int:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    config, shards, run, overwrite = parse(arguments)
+    config, data, run, overwrite = parse(arguments)
     if rank == 0:
         # The folder is claimed by one rank; the others meet it at the process group.
-        if not prepare(config, shards, run, world_size=world_size, overwrite=overwrite):
+        if not prepare(config, data, run, world_size=world_size, overwrite=overwrite):
             return 0
         save_config(config, run)
     elif not overwrite and read_manifest(run / "manifest.json") is not None:
@@ -82,13 +87,15 @@ def main(arguments: list[str]) -> int:
     import torch.distributed as dist
 
     from training.loop import train
+    from training.traffic import TRAFFIC
 
     tune_for_cpu()
+    TRAFFIC.install()  # before the process group is opened
     deepspeed.init_distributed(dist_backend=None, verbose=False)
     (run / "ranks").mkdir(parents=True, exist_ok=True)
     pid_file = run / "ranks" / f"{rank}.pid"
     pid_file.write_text(str(os.getpid()))  # `gemsmith train` passes SIGTERM on by these
-    finished = train(config, shards, run)
+    finished = train(config, data, run)
     dist.barrier()
     pid_file.unlink()
     return 0 if finished else 143

@@ -21,7 +21,7 @@ def plain_gradients(model, chunks, generate_weight=1.0):
     batch = whole_batch(chunks)
     out = model(batch, separable=True)
     valid = batch["valid"]
-    s = out["log_scale"].exp() * out["left"][valid] @ out["right"][valid].T
+    s = out["scalars"]["log_scale"].exp() * out["left"][valid] @ out["right"][valid].T
     target = torch.arange(len(s))
     loss = F.cross_entropy(s, target) + F.cross_entropy(s.T, target)
     tokens = (batch["labels"][valid] >= 0).sum()

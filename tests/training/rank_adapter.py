@@ -1,38 +1,18 @@
-"""One rank of two: a gradient-cached ZeRO-3 step of a VLM with an adapter, whose gradients rank 0 saves."""
+"""One rank of two: a gradient-cached ZeRO-3 step of a VLM with an adapter, whose gradients rank 0 saves.
 
-import os
+deepspeed --num_accelerators 2 rank_adapter.py SHARDS RUN OVERRIDE...
+"""
+
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import deepspeed
-import torch
-from deepspeed.utils import safe_get_full_grad
-
+from tests.training.rank_gradients import arguments, save_gradients
 from tests.training.vlm import ADAPTER, RECIPE
-from training.data import Shards
-from training.loop import make_trainer
 from training.train import parse
 
-
-def main() -> None:
-    shards, run, *overrides = sys.argv[-5:]
-    deepspeed.init_distributed()
-    trainer = make_trainer(parse([*RECIPE, *ADAPTER, *overrides])[0], Shards(Path(shards)), Path(run))
-    (chunks,) = list(trainer.loader.batches(0, 1))
-    metrics = trainer.accumulate(chunks)
-    trainer.engine.optimizer.finalize_gradient_accumulation_boundary()  # what step() does first
-    moving = {name: p for name, p in trainer.engine.module.named_parameters() if p.requires_grad}
-    gradients = {name: safe_get_full_grad(p) for name, p in moving.items()}
-    if trainer.world.rank == 0:
-        gradients = {name: g.clone() for name, g in gradients.items()}
-        torch.save({"loss": metrics["loss"], "gradients": gradients}, Path(run) / "gradients.pt")
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    shards, run, *overrides = arguments()
+    config = parse([*RECIPE, *ADAPTER, "--optim.gradient_clipping", "0", *overrides])[0]
+    save_gradients(config, Path(shards), Path(run))

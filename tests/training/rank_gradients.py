@@ -1,4 +1,9 @@
-"""One rank of the two that a test launches: a single gradient-cached step, whose gradients rank 0 saves."""
+"""One rank of the two that a test launches: a single gradient-cached step, whose gradients rank 0 saves.
+
+    deepspeed --num_accelerators 2 rank_gradients.py SHARDS RUN STAGE OVERRIDE...
+
+The gradients are those that DeepSpeed hands to the optimiser, put together from all ranks' shards.
+"""
 
 import os
 import sys
@@ -9,28 +14,61 @@ sys.path[0] = str(ROOT)
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_grad
 
 from tests.training.conftest import tiny_config
+from training.config import TrainConfig
 from training.data import Shards
-from training.loop import make_trainer
+from training.loop import make_trainer, settle_retention
+
+
+def arguments() -> list[str]:
+    return [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
 
 
 def main() -> None:
-    shards, run, (stage, retain) = Path(sys.argv[-4]), Path(sys.argv[-3]), sys.argv[-2:]
+    shards, run, stage, *overrides = arguments()
+    path = str(ROOT / f"ds_configs/zero{stage}.json")
+    config = tiny_config("--deepspeed", path, "--optim.gradient_clipping", "0", *overrides)
+    save_gradients(config, Path(shards), Path(run))
+
+
+def save_gradients(config: TrainConfig, shards: Path, run: Path) -> None:
+    """Make a step of the recipe on these shards; the process ends here."""
     deepspeed.init_distributed()
-    config = tiny_config("--deepspeed", str(ROOT / f"ds_configs/zero{stage}.json"), "--loader.retain", retain)
     trainer = make_trainer(config, Shards(shards), run)
+    settle_retention(trainer, None)
+    whole = {name: torch.zeros(0) for name in trainer.used.names}
+
+    def record(*_) -> None:
+        """Before the optimiser steps a shard: add this rank's part of its gradients."""
+        for group in trainer.optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                for s in trainer.optimizer.states[id(p)].shard.stretches:
+                    whole[s.name] = torch.zeros(sizes[s.name]) if not whole[s.name].numel() else whole[s.name]
+                    whole[s.name][s.offset : s.offset + s.size] = p.grad.view(-1)[s.start : s.start + s.size]
+
+    from training import zero
+
+    shapes = {name: torch.Size(shape) for name, shape in zero.shapes(trainer.engine).items()}
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    trainer.optimizer.register_step_pre_hook(record)
     (chunks,) = list(trainer.loader.batches(0, 1))
-    metrics = trainer.accumulate(chunks)
-    trainer.engine.optimizer.finalize_gradient_accumulation_boundary()  # what step() does first
-    gradients = {name: safe_get_full_grad(p) for name, p in trainer.engine.module.named_parameters()}
+    metrics = trainer.step(0, chunks)
+    gradients = {}
+    for name in trainer.used.names:
+        part = whole[name] if whole[name].numel() else torch.zeros(sizes[name])
+        gradients[name] = (trainer.world.sum(part) if trainer.engine.zero_optimization_stage() else part).view(
+            shapes[name]
+        )
     if trainer.world.rank == 0:
-        gradients = {name: g.clone() for name, g in gradients.items()}
-        torch.save({"loss": metrics["loss"], "gradients": gradients}, run / "gradients.pt")
+        loss = torch.tensor(metrics["loss"])
+        torch.save({"loss": loss, "gradients": gradients, "retain": trainer.loader.retain}, run / "gradients.pt")
     torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -42,12 +42,12 @@ def test_two_ranks_equal_one_plain_process(shards, tmp_path, kind):
 
     config = parse([*RECIPE, *ADAPTER, *chosen])[0]
     family = build(config, run / "tokenizer", captions)
-    settings = {"seed": 0, "rank": 0, "world_size": 1, "collate": family.collate}
+    settings = {"seed": 0, "rank": 0, "world_size": 1, "extra": family.extra}
     loader = Loader(Shards(shards), config.loader, family.image, family.encode_text, **settings)
     (chunks,) = list(loader.batches(0, 1))
     outs = [family.model(chunk) for chunk in chunks]
     left, right = (torch.cat([out[side] for out in outs]) for side in ("left", "right"))
-    s = outs[0]["log_scale"].exp() * left @ right.T
+    s = outs[0]["scalars"]["log_scale"].exp() * left @ right[:, 0].T
     own = torch.arange(len(s))
     loss = (F.cross_entropy(s, own) + F.cross_entropy(s.T, own)) / 2
     loss.backward()

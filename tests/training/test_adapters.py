@@ -39,6 +39,11 @@ def moved(model):
                 p.add_(torch.randn_like(p) * 0.1)
 
 
+def trained(model):
+    """What trains of the adapted model, beside the loss's scalars."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and n not in model.scalars}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backbone", ["llava_next", "qwen2_vl"])
 def test_only_the_adapter_trains(kind, backbone):
@@ -46,14 +51,14 @@ def test_only_the_adapter_trains(kind, backbone):
     model, inputs = adapted(config(kind, modules_to_save=saved), backbone)
     model.train()
     model(inputs.collate(mixed_rows(0)))["left"].square().mul(torch.arange(32.0)).sum().backward()
-    moving = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    moving = trained(model)
     part = {"lora": "lora_", "dora": "lora_", "vera": "vera_lambda", "prompt": "prompt_encoder"}[kind]
     assert moving and all(part in n or "modules_to_save" in n for n in moving)
     assert any("modules_to_save" in n for n in moving) == bool(saved)
     assert all(p.ndim >= 1 and p.grad is not None and p.grad.any() for p in moving.values())
     assert all(p.grad is None for n, p in model.named_parameters() if n not in moving)
     grouped = [p for g in parameter_groups(model.named_parameters(), OptimConfig()) for p in g["params"]]
-    assert {id(p) for p in grouped} == {id(p) for p in moving.values()}
+    assert {id(p) for p in grouped} == {id(p) for p in moving.values()} | {id(model.log_scale)}
 
 
 @pytest.mark.parametrize("kind", LAYERED)
@@ -182,7 +187,7 @@ def test_qlora_trains_on_packed_weights(tmp_path):
     assert type(model.backbone.lm_head) is torch.nn.Linear
     chunk = inputs.collate(mixed_rows(0))
     model(chunk)["left"].square().mul(torch.arange(32.0)).sum().backward()
-    moving = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    moving = trained(model)
     assert all(("lora_" in n or "modules_to_save" in n) and p.grad.any() for n, p in moving.items())
     plain, _ = adapted(config("lora", modules_to_save=["multi_modal_projector"]))  # with what the packed weights say
     for name, part in model.named_modules():

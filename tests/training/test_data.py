@@ -143,4 +143,4 @@ def test_bad_shards_are_one_clear_line(shards, tmp_path, trouble):
         (folder / "00000000.tar").write_bytes((shards / "00000000.tar").read_bytes())
         (folder / "sizes.json").write_text(json.dumps({"00000000.tar": 41}))
     with pytest.raises(UserError, match=str(folder)):
-        Shards(folder)
+        Shards(folder).key(0)

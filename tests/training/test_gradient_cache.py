@@ -118,16 +118,34 @@ def test_dropout_falls_the_same_way_in_both_passes(shards, tmp_path):
     assert not torch.equal(first[0], seen[1])
 
 
-@pytest.mark.parametrize(("stage", "retain"), [(2, 0), (3, 0), (3, 6), (3, 16)])
-def test_two_ranks_equal_one_plain_process(shards, tmp_path, stage, retain):
+SIGLIP = ("--objective.coupled", "siglip")
+AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.0011")
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("0", ()),
+        ("1", ()),
+        ("2", ("--loader.retain", "6")),
+        ("3", ()),
+        ("3", ("--loader.retain", "16")),
+        ("3", AUTO),
+        ("3", ("--activation_checkpointing", "true")),
+        ("3_offload", ()),
+    ],
+    ids=["zero0", "zero1", "zero2-retain6", "zero3", "zero3-retain16", "zero3-auto", "zero3-checkpointing", "offload"],
+)
+def test_two_ranks_equal_one_plain_process(shards, tmp_path, stage, overrides):
     """Float32, real launcher: the whole vector, each parameter and the temperature within 1e-6."""
     run = tmp_path / "run"
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "0"]
-    command[4] = str(free_port())
-    command += [str(ROOT / "tests/training/rank_gradients.py"), str(shards), str(run), str(stage), str(retain)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port"]
+    command += [str(free_port()), str(ROOT / "tests/training/rank_gradients.py"), str(shards), str(run), stage]
+    done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert (run / "gradients.pt").exists(), done.stdout[-3000:] + done.stderr[-5000:]
     saved = torch.load(run / "gradients.pt", weights_only=True)
+    if overrides == AUTO:
+        assert 8 < saved["retain"] < 16 and f"{saved['retain']} of 16 samples" in done.stdout
 
     config = tiny_config()
     family = build(config, run / "tokenizer", Shards(shards).every_caption)
@@ -141,7 +159,7 @@ def test_two_ranks_equal_one_plain_process(shards, tmp_path, stage, retain):
         _, exact = plain_gradients(double, exact_chunks)
     ours, plains = differences(saved["gradients"], exact)[0], differences(expected, exact)[0]
     figures = {"whole": whole, "worst_parameter": worst, "temperature": temperature, "ours_to_float64": ours}
-    print(json.dumps({"stage": stage, "retain": retain, **figures, "plain_to_float64": plains}))
+    print(json.dumps({"stage": stage, "overrides": overrides, **figures, "plain_to_float64": plains}))
     assert whole < 1e-6 and worst < 1e-6 and temperature < 1e-6, (whole, worst, temperature)
     assert abs(float(saved["loss"] - loss)) < 1e-5
     assert ours < 2 * plains + 1e-8, (ours, plains)

@@ -6,8 +6,9 @@ import pytest
 
 from curation.errors import UserError
 from tests.training.vlm import picture, tiny
-from training.mmeb import Subset, read_folder
-from training.models.vlm_inputs import IMAGE, Item
+from training.data import Hole
+from training.data.mmeb import Subset
+from training.models.vlm_inputs import IMAGE
 
 I2T = {
     "qry": [f"{IMAGE}\nFind an image caption describing the given everyday image.\n"] * 3,
@@ -44,6 +45,10 @@ def folder(tmp_path):
     return tmp_path
 
 
+def subsets(folder):
+    return {file.parent.name: Subset(file.parent) for file in sorted(folder.glob("*/*.parquet"))}
+
+
 def same(item, text, number):
     assert item.text == text
     assert (item.image is None) == (number is None)
@@ -53,33 +58,39 @@ def same(item, text, number):
 
 
 def test_subsets_are_read_as_published(folder):
-    found = read_folder(folder)
+    found = subsets(folder)
     assert {name: len(subset) for name, subset in found.items()} == {"CIRR": 1, "Lists": 1, "MSCOCO_i2t": 3}
-    row = found["MSCOCO_i2t"].sample(0)
+    row = found["MSCOCO_i2t"].sample(0)["row"]
     assert same(row.query, I2T["qry"][0], 0) and same(row.positive, "a man", None)
     assert len(row.negatives) == 1 and same(row.negatives[0], "a cat", None)
-    assert found["MSCOCO_i2t"].sample(1).negatives == [], "an empty text without a picture is no negative"
-    row = found["CIRR"].sample(0)
+    assert found["MSCOCO_i2t"].sample(1)["row"].negatives == [], "an empty text without a picture is no negative"
+    row = found["CIRR"].sample(0)["row"]
     assert same(row.query, CIRR["qry"][0], 2) and same(row.positive, CIRR["pos_text"][0], 0) and not row.negatives
-    row = found["Lists"].sample(0)
+    row = found["Lists"].sample(0)["row"]
     assert same(row.query, "Find the picture: a dog", None) and same(row.positive, LISTS["pos_text"][0], 1)
     assert [n.text for n in row.negatives] == ["one", "", f"{IMAGE} two"]
     assert same(row.negatives[1], "", 0) and same(row.negatives[2], f"{IMAGE} two", 2)
+    assert found["Lists"].sample(0)["uid"] == "Lists/00000000"
     keys = {subset.key(i) for subset in found.values() for i in range(len(subset))}
     assert len(keys) == 5 and "MSCOCO_i2t/00000002" in keys
     assert "a dog" in found["MSCOCO_i2t"].texts() and "one" in found["Lists"].texts()
 
 
 def test_rows_become_chunks_and_a_lost_picture_a_hole(folder):
-    found, rows, lost = read_folder(folder), [], []
-    for subset in found.values():
+    (folder / "images/COCO/torn.png").write_bytes((folder / "images/COCO/b.png").read_bytes()[:60])
+    torn = {name: value[:1] for name, value in I2T.items()} | {"qry_image_path": ["images/COCO/torn.png"]}
+    (folder / "Torn").mkdir()
+    pq.write_table(pa.table(torn), folder / "Torn" / "x.parquet")
+    rows, lost = [], []
+    for subset in subsets(folder).values():
         for number in range(len(subset)):
             try:
-                rows.append(subset.sample(number))
-            except OSError as error:
+                rows.append(subset.sample(number)["row"])
+            except Hole as hole:
                 rows.append(None)
-                lost.append((subset.key(number), str(error)))
-    assert [key for key, _ in lost] == ["MSCOCO_i2t/00000002"] and "lost.png" in lost[0][1]
+                lost.append((subset.key(number), str(hole)))
+    assert lost == [("MSCOCO_i2t/00000002", "image_missing"), ("Torn/00000000", "image_broken")]
+    rows.pop()
     model, inputs, processor = tiny("qwen2_vl", negatives=2)
     chunk = inputs.collate(rows)
     assert chunk["valid"].tolist() == [True, True, True, True, False]
@@ -97,12 +108,11 @@ def test_rows_become_chunks_and_a_lost_picture_a_hole(folder):
     assert model(chunk)["right"].shape == (5, 3, 32)
 
 
-def test_a_part_of_the_folder(folder):
-    (only,) = read_folder(folder, ["MSCOCO_i2t"], limit=2).values()
-    assert len(only) == 2 and only.sample(1).query.text == I2T["qry"][1]
+def test_a_part_of_a_subset(folder):
+    only = Subset(folder / "MSCOCO_i2t", limit=2)
+    assert len(only) == 2 and only.sizes.tolist() == [2] and only.sample(1)["row"].query.text == I2T["qry"][1]
     file = folder / "CIRR" / "original-00000-of-00001.parquet"
-    assert Subset(file, images=folder).sample(0).query.image.size == picture(2).size
-    assert Subset(file).images == folder
+    assert Subset(file).images == folder and Subset(file).sample(0)["row"].query.image.size == picture(2).size
 
 
 def test_what_cannot_be_read_is_one_clear_line(folder, tmp_path):
@@ -113,23 +123,20 @@ def test_what_cannot_be_read_is_one_clear_line(folder, tmp_path):
     pq.write_table(pa.table(far), folder / "Far" / "x.parquet")
     (folder / "Empty").mkdir()
     pq.write_table(pa.table(I2T).slice(0, 0), folder / "Empty" / "x.parquet")
-    for call, named in [
-        (lambda: read_folder(folder / "absent"), "no such folder"),
-        (lambda: read_folder(folder / "images"), "no SUBSET"),
-        (lambda: read_folder(folder, ["VOC"]), "no subset 'VOC'"),
-        (lambda: read_folder(folder, ["Odd"]), "no column 'qry'"),
-        (lambda: read_folder(folder, ["Far"]), "images/far/x.png is in none of"),
-        (lambda: read_folder(folder, ["Empty"]), "hold no row"),
-        (lambda: Subset(folder / "images"), r"no \*.parquet"),
+    for name, named in [
+        ("absent", "no such folder"),
+        ("images", r"no \*.parquet"),
+        ("Odd", "no column 'qry'"),
+        ("Far", "images/far/x.png is in none of"),
+        ("Empty", "hold no row"),
     ]:
         with pytest.raises(UserError, match=named) as error:
-            call()
+            Subset(folder / name)
         assert "\n" not in str(error.value)
 
 
-def test_a_row_without_a_query_is_refused(folder):
+def test_a_row_without_a_query_is_a_hole(folder):
     nothing = {**{k: v[:1] for k, v in I2T.items()}, "qry": [""], "qry_image_path": [""]}
     pq.write_table(pa.table(nothing), folder / "nothing.parquet")
-    with pytest.raises(ValueError, match="no query"):
+    with pytest.raises(Hole, match="caption_missing"):
         Subset(folder / "nothing.parquet").sample(0)
-    assert Item().text == ""

@@ -4,7 +4,7 @@ import pytest
 
 from curation.errors import UserError
 from tests.conftest import ROOT
-from training.config import deepspeed_config
+from training.deepspeed_config import deepspeed_config
 from training.train import parse
 
 RECIPES = sorted((ROOT / "recipes/train").glob("*.yaml"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from curation.errors import UserError
 from tests.conftest import ROOT, gemsmith
@@ -48,16 +49,10 @@ def family_of(pid: int) -> list[psutil.Process]:
 
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:
-    """Weights and both moments of every parameter, from the last checkpoint's files of all ranks."""
+    """Everything in the files of all ranks of the last checkpoint: weights, both moments."""
     folder = checkpoint.latest(run)
     assert folder is not None
-    tensors: dict[str, torch.Tensor] = {}
-    tensors |= checkpoint.consolidated(folder)  # by parameter: the flat files end in unused memory
-    for file in sorted(folder.glob("*optim_states.pt")):
-        state = torch.load(file, weights_only=False)["optimizer_state_dict"]
-        for group, moments in state["optimizer_state_dict"]["state"].items():
-            tensors |= {f"{file.name}/{group}/{k}": v for k, v in moments.items() if torch.is_tensor(v)}
-    return tensors
+    return {f"{f.name}/{k}": v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +69,11 @@ def test_a_run_leaves_what_the_contract_says(finished, shards):
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert {"temperature", "grad_norm", "lr", "samples_per_second", "data_share", "samples"} <= set(lines[0])
     assert [p.name for p in checkpoint.complete(finished)] == ["step_00000016", "step_00000020", "step_00000024"]
+    assert {"mfu", "hfu", "memory_mib", "all_gather_mib", "reduce_scatter_mib", "lr_0", "errors_by_reason"} <= set(
+        lines[0]
+    )
+    assert all(0 < line["mfu"] < line["hfu"] < 1 for line in lines)
+    assert len(list((finished / "logs").glob("rank_*.log"))) == 2
     assert list((finished / "tensorboard").glob("events*"))
     done = gemsmith("train", *arguments(shards, finished), "--ranks", 2)
     assert "already complete" in done.stdout
@@ -156,7 +156,7 @@ def test_a_checkpoint_cut_short_is_named(finished, tmp_path):
     shutil.copytree(finished, copy)
     folder = checkpoint.latest(copy)
     assert folder is not None
-    file = max(folder.glob("*.pt"), key=lambda p: p.stat().st_size)
+    file = max(folder.glob("*.safetensors"), key=lambda p: p.stat().st_size)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=file.name):
         load(folder)

@@ -11,12 +11,12 @@ from curation.errors import UserError
 from tests.training.plain import differences
 from tests.training.test_gradient_cache import patched_float
 from tests.training.vlm import BACKBONES, mixed_rows, picture, tiny
-from training.config import Vlm2VecRecipe
+from training.config import ObjectiveConfig, Vlm2VecRecipe
 from training.distributed import World
 from training.gradient_cache import Outputs, gradient_cached_step
 from training.models.vlm2vec import Vlm2Vec, recipe_processor
 from training.models.vlm_inputs import IMAGE, Inputs, Item, Row, instruct, of_side
-from training.objectives.infonce import CoupledGradient
+from training.objectives.infonce import InfoNCE
 
 KINDS = pytest.mark.parametrize("kind", sorted(BACKBONES))
 
@@ -31,19 +31,6 @@ def textbook(left, right, scale, valid, right_valid):
             logits = torch.stack([scale * (left[i] @ c) for c in candidates])
             loss = loss + logits.logsumexp(0) - logits[places.index((i, 0))]
     return loss / int(valid.sum())
-
-
-def coupled_by_autograd(right_valid):
-    """The textbook loss as the engine calls it."""
-
-    def coupled(left, right, log_scale, valid, world):
-        left, right, log_scale = (x.detach().clone().requires_grad_() for x in (left, right, log_scale))
-        with torch.enable_grad():
-            loss = textbook(left, right.view(*right_valid.shape, -1), log_scale.exp(), valid, right_valid)
-            loss.backward()
-        return CoupledGradient(loss.detach(), left.grad, right.grad, log_scale.grad)
-
-    return coupled
 
 
 def double(chunk):
@@ -78,9 +65,9 @@ def test_the_embedding_is_the_backbones_own_last_state(kind):
 
 @KINDS
 @pytest.mark.parametrize("chunk", [1, 3, 7])
-@pytest.mark.parametrize("negatives", [0, 2])
-def test_cached_gradients_equal_one_full_batch_pass(kind, chunk, negatives):
-    model, inputs, _ = tiny(kind, negatives=negatives, learn_temperature=True)
+@pytest.mark.parametrize(("negatives", "tile"), [(0, 1024), (2, 1024), (2, 2)])
+def test_cached_gradients_equal_one_full_batch_pass(kind, chunk, negatives, tile):
+    model, inputs, _ = tiny(kind, negatives=negatives)
     model, rows = model.double(), mixed_rows(negatives)
     whole = double(inputs.collate(rows))
     chunks = [double(inputs.collate(list(part))) for part in batched(rows, chunk)]
@@ -88,8 +75,8 @@ def test_cached_gradients_equal_one_full_batch_pass(kind, chunk, negatives):
     assert negatives == 0 or int(right_valid[:, 1:].sum()) > 3
     with patched_float():
         out = model(whole)
-        right = out["right"].view(*right_valid.shape, -1)
-        loss = textbook(out["left"], right, out["log_scale"].exp(), whole["valid"], right_valid)
+        scale = out["scalars"]["log_scale"].exp()
+        loss = textbook(out["left"], out["right"], scale, whole["valid"], right_valid)
         loss.backward()
         expected = gradients(model)
         model.zero_grad()
@@ -99,7 +86,7 @@ def test_cached_gradients_equal_one_full_batch_pass(kind, chunk, negatives):
             chunks=chunks,
             counts={},
             weights={},
-            coupled=coupled_by_autograd(right_valid),
+            coupled=InfoNCE(directions="left_to_right", tile=tile),
             world=World(),
         )
         found = gradients(model)
@@ -176,9 +163,9 @@ def test_a_pretrained_backbone_keeps_its_weights_and_its_processor(kind, tmp_pat
     processor.save_pretrained(tmp_path / "vlm")
     recipe = Vlm2VecRecipe(name_or_path=str(tmp_path / "vlm"), padding_side="right")
     found, settings = recipe_processor(recipe, None, list)
-    loaded = Vlm2Vec.from_recipe(recipe, settings, 0.05).eval()
+    loaded = Vlm2Vec.from_recipe(recipe, settings, ObjectiveConfig(temperature=0.05)).eval()
     assert all(torch.equal(p, loaded.state_dict()[n]) for n, p in model.state_dict().items() if n != "log_scale")
-    assert not loaded.log_scale.requires_grad and float(loaded.log_scale.exp()) == pytest.approx(20)
+    assert loaded.scalars == ("log_scale",) and float(loaded.log_scale.exp()) == pytest.approx(20)
     chunk = Inputs(found, settings, max_tokens=40).collate(mixed_rows(0))
     assert not chunk["query.attention_mask"][:, -1].all()
     assert (loaded(chunk)["left"] - model(inputs.collate(mixed_rows(0)))["left"]).abs().max() < 1e-5
@@ -249,7 +236,7 @@ def test_code_from_a_repository_runs_only_where_the_user_says_so(tmp_path, monke
     assert "\n" not in str(error.value)
     recipe = Vlm2VecRecipe(name_or_path=str(folder), trust_remote_code=True)
     _, settings = recipe_processor(recipe, None, list)
-    far = Vlm2Vec.from_recipe(recipe, settings, 0.02).eval()
+    far = Vlm2Vec.from_recipe(recipe, settings, ObjectiveConfig()).eval()
     assert type(far.backbone).__name__ == "FarForCausalLM"
     chunk = inputs.collate(mixed_rows(0))
     assert (far(chunk)["left"] - model(chunk)["left"]).abs().max() < 1e-6

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT
-from training.config import Vlm2VecRecipe
+from training.config import ObjectiveConfig, Vlm2VecRecipe
 from training.models.vlm2vec import Vlm2Vec, recipe_config
 from training.models.vlm_inputs import Inputs, Item, Row, build_processor, build_tokenizer, instruct
 
@@ -55,7 +55,7 @@ def tiny(kind, padding_side="left", negatives=0, seed=0, **recipe):
     config = recipe_config(settings, tokenizer)
     processor = build_processor(config, tokenizer)
     processor.tokenizer.padding_side = padding_side
-    model = Vlm2Vec.from_recipe(settings, config, 0.02)
+    model = Vlm2Vec.from_recipe(settings, config, ObjectiveConfig(temperature=0.02))
     with torch.no_grad():  # from scratch all states are nearly one: embeddings that differ make a test sharp
         for name, p in model.named_parameters():
             if p.ndim > 1:

@@ -12,7 +12,6 @@ for, so that ZeRO-3 gathers each layer once. Captions are padded on the right:
 under a causal mask no real token sees padding, so no mask is built.
 """
 
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -22,7 +21,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from training.config import LanguageConfig, VisionConfig
+from training.config import LanguageConfig, ObjectiveConfig, VisionConfig
+from training.models.patches import only, take_over
+from training.models.scalars import add_scalars, read_scalars
 from training.tokenizer import CAP, EMB
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -30,7 +31,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class MMGemConfig(PretrainedConfig):
-    """vision_config: open_clip's vision_cfg · text_config: the LLM's own config, as a dict."""
+    """vision_config: open_clip's vision_cfg · text_config: the LLM's own config, as a dict ·
+    objective: the coupled loss's section of the recipe (which scalars there are, and where they begin)."""
 
     model_type = "mmgem"
 
@@ -43,7 +45,7 @@ class MMGemConfig(PretrainedConfig):
         cap_token_id: int = 0,
         eos_token_id: int = 0,
         pad_token_id: int = 0,
-        initial_temperature: float = 0.07,
+        objective: dict[str, Any] | None = None,
         image_mean: tuple[float, ...] = MEAN,
         image_std: tuple[float, ...] = STD,
         resize_mode: str = "squash",
@@ -53,7 +55,7 @@ class MMGemConfig(PretrainedConfig):
         self.text_config = text_config or {}
         self.embed_dim = embed_dim
         self.emb_token_id, self.cap_token_id = emb_token_id, cap_token_id
-        self.initial_temperature = initial_temperature
+        self.objective = objective or {}
         self.image_mean, self.image_std, self.resize_mode = list(image_mean), list(image_std), resize_mode
         super().__init__(**{"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, **kwargs})
 
@@ -74,6 +76,7 @@ def _vision_tower(settings: dict[str, Any], weights: str | None = None) -> Any:
 
         known = {k: v for k, v in settings.items() if k in CLIPVisionCfg.__dataclass_fields__}
         visual = _build_vision_tower(embed_dim=settings["width"], vision_cfg=CLIPVisionCfg(**known))
+    take_over(visual, settings.get("patch_dropout") or 0.0)
     visual.proj = None
     visual.output_tokens = True
     return visual
@@ -104,9 +107,13 @@ class MMGem(PreTrainedModel):
         self.h1 = nn.Linear(width, config.embed_dim)
         self.h2 = nn.Linear(hidden, config.embed_dim)
         self.h3 = nn.Linear(config.embed_dim, hidden)
-        # Shape [1]: ZeRO-3 cannot partition a parameter without dimensions.
-        self.log_scale = nn.Parameter(torch.tensor([-math.log(config.initial_temperature)]))
+        self.scalars = add_scalars(self, ObjectiveConfig(**config.objective))
         self.post_init()
+
+    def checkpoint_activations(self) -> None:
+        """Keep the blocks' inputs alone, and compute the rest again in the backward pass."""
+        self.vision.set_grad_checkpointing()
+        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _init_weights(self, module: nn.Module) -> None:
         """The towers have initialised themselves as their own libraries do; only h1, h2, h3 are ours."""
@@ -146,9 +153,10 @@ class MMGem(PreTrainedModel):
             model.vision.load_state_dict(_vision_tower(config.vision_config, vision.pretrained).state_dict())
         return model
 
-    def _pooled(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """mean_N h1(V): [B, 3, S, S] -> [B, E]."""
-        _, patches = self.vision(pixel_values.to(self.h1.weight.dtype))
+    def _pooled(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """mean_N h1(V): [B, 3, S, S] -> [B, E]; over the patches of `kept` [B, keep] alone where it is given."""
+        with only(self.vision, kept):
+            _, patches = self.vision(pixel_values.to(self.h1.weight.dtype))
         return self.h1(patches).mean(1)
 
     def _at_emb(self, hidden: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
@@ -160,16 +168,17 @@ class MMGem(PreTrainedModel):
         """One chunk of pairs -> the fields of `gradient_cache.Outputs`, as a dict: ZeRO-3's hooks look into no other.
 
         chunk: pixel_values [B, 3, S, S] · input_ids [B, T] caption, [EMB], padding ·
-        length [B] of the caption · labels [B, T] caption, </s>, then -100 · valid [B].
+        length [B] of the caption · labels [B, T] caption, </s>, then -100 · valid [B] ·
+        patches [B, keep] that the ViT sees, all without it.
         """
-        pooled = self._pooled(chunk["pixel_values"])
+        pooled = self._pooled(chunk["pixel_values"], chunk.get("patches"))
         embed = self.llm.get_input_embeddings()
         tokens = embed(chunk["input_ids"])  # [B, T, H]
         image = F.normalize(pooled.float(), dim=-1)
         if not separable:
             hidden = self.llm.base_model(inputs_embeds=tokens, use_cache=False).last_hidden_state
             text = self._at_emb(hidden, chunk["length"])
-            return {"left": image, "right": text, "log_scale": 1.0 * self.log_scale.float()}
+            return {"left": image, "right": text, "scalars": read_scalars(self)}
 
         b = len(tokens)
         visual = self.h3(pooled)[:, None]  # [B, 1, H]
@@ -182,7 +191,7 @@ class MMGem(PreTrainedModel):
         logits = self.llm.lm_head(hidden[b:, 1:][counted])  # [tokens, vocabulary]
         total = F.cross_entropy(logits.float(), labels[counted], reduction="sum")
         text = self._at_emb(hidden[:b], chunk["length"])
-        return {"left": image, "right": text, "log_scale": 1.0 * self.log_scale.float(), "sums": {"generate": total}}
+        return {"left": image, "right": text, "scalars": read_scalars(self), "sums": {"generate": total}}
 
     @staticmethod
     def counts(chunk: Any) -> dict[str, float]:

@@ -10,7 +10,6 @@ and frozen unless it shares its weights with the input embeddings.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,15 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from curation.errors import UserError
-from training.config import Vlm2VecRecipe
+from training.config import ObjectiveConfig, Vlm2VecRecipe
+from training.models.scalars import add_scalars, read_scalars
 from training.models.vlm_inputs import build_processor, build_tokenizer, of_side
 
 
 class Vlm2VecConfig(PretrainedConfig):
     """backbone: the VLM's own config, as a dict · backbone_name: where its code is, for one with remote code ·
-    embed_dim: width of a projection, None for the backbone's own states.
+    embed_dim: width of a projection, None for the backbone's own states · objective: the coupled loss's section of the
+    recipe (which scalars there are, and where they begin).
 
     Whether remote code may run is never written down: who opens the folder says so again.
     """
@@ -48,14 +49,13 @@ class Vlm2VecConfig(PretrainedConfig):
         backbone_name: str | None = None,
         embed_dim: int | None = None,
         normalize: bool = True,
-        initial_temperature: float = 0.02,
-        learn_temperature: bool = False,
+        objective: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> None:
         self.backbone, self.backbone_name = backbone or {}, backbone_name
         self.embed_dim, self.normalize = embed_dim, normalize
-        self.initial_temperature, self.learn_temperature = initial_temperature, learn_temperature
+        self.objective = objective or {}
         self.trust_remote_code = trust_remote_code
         super().__init__(**kwargs)
 
@@ -92,9 +92,7 @@ class Vlm2Vec(PreTrainedModel):
         self.blocks: set[str] = set()
         width = settings.get_text_config().hidden_size
         self.projection = nn.Linear(width, config.embed_dim, bias=False) if config.embed_dim else None
-        # Shape [1]: ZeRO-3 cannot partition a parameter without dimensions.
-        start = torch.tensor([-math.log(config.initial_temperature)])
-        self.log_scale = nn.Parameter(start, requires_grad=config.learn_temperature)
+        self.scalars = add_scalars(self, ObjectiveConfig(**config.objective))
         self.post_init()
         head, words = backbone.get_output_embeddings(), backbone.get_input_embeddings()
         if head is not None and head.weight is not words.weight:
@@ -106,7 +104,7 @@ class Vlm2Vec(PreTrainedModel):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
     @classmethod
-    def from_recipe(cls, recipe: Vlm2VecRecipe, settings: Any, initial_temperature: float) -> "Vlm2Vec":
+    def from_recipe(cls, recipe: Vlm2VecRecipe, settings: Any, objective: ObjectiveConfig) -> "Vlm2Vec":
         """Around the recipe's backbone: pretrained where it names one, else from scratch.
 
         Args:
@@ -118,14 +116,24 @@ class Vlm2Vec(PreTrainedModel):
             backbone_name=name if remote else None,
             embed_dim=recipe.embed_dim,
             normalize=recipe.normalize,
-            initial_temperature=initial_temperature,
-            learn_temperature=recipe.learn_temperature,
+            objective={k: v for k, v in vars(objective).items() if k != "weights"},
             trust_remote_code=remote,
         )
         if name is None:
             return cls(config)
         auto = _loader(settings, remote)
         return cls(config, auto.from_pretrained(name, trust_remote_code=remote, dtype=torch.float32))
+
+    def checkpoint_activations(self) -> None:
+        """Keep the blocks' inputs alone, and compute the rest again in the backward pass.
+
+        Raises:
+            UserError: the backbone's code cannot.
+        """
+        try:
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"activation_checkpointing: {_line(error)}; set it to false") from None
 
     def embed(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Embeddings, fp32 [n, D], of rows as `Inputs.side` makes them, padded on either side."""
@@ -147,15 +155,14 @@ class Vlm2Vec(PreTrainedModel):
     def forward(self, chunk: Any, separable: bool = False) -> dict[str, Any]:
         """One chunk of `Inputs.collate` -> the fields of `gradient_cache.Outputs`.
 
-        left: queries [c, D] · right: targets [c, m, D], the positive first, zeros where there is none; [c, D] at m = 1.
+        left: queries [c, D] · right: targets [c, m, D], the positive first, zeros where there is none.
         """
         c, m = chunk["right_valid"].shape
         places = chunk["target.rows"]
         left = self.embed(of_side(chunk, "query"))
         targets = self.embed(of_side(chunk, "target"))
         right = targets.new_zeros(c * m, targets.shape[1]).index_copy(0, places, targets[: len(places)])
-        right = right if m == 1 else right.view(c, m, -1)
-        return {"left": left[:c], "right": right, "log_scale": 1.0 * self.log_scale.float()}
+        return {"left": left[:c], "right": right.view(c, m, -1), "scalars": read_scalars(self)}
 
     @staticmethod
     def counts(chunk: Any) -> dict[str, float]:

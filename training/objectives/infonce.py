@@ -1,108 +1,149 @@
-"""Symmetric InfoNCE over all ranks, with its gradient in closed form and half of the usual work.
+"""InfoNCE over all ranks in closed form: one exponential a pair, one side gathered, four products.
 
-With S = scale * L @ R^T over the global batch, the loss needs the log-sum-exp
-of every row and of every column. A rank that holds its own rows of L and all
-of R completes its rows alone; its columns are partial, and one (max, sum)
-reduction of B floats completes them. Then
+With E = exp(S - shift), the softmax of row i is E[i] / its row sum and that of
+column j is E[:, j] / its column sum, so
 
-    G = w * (softmax over rows + softmax over columns - 2 * identity)
+    G = E * (w / row sums + w / column sums) - 2 w * positives
 
-gives dL = scale * G @ R for the local rows, a partial dR = scale * G^T @ L for
-one reduce-scatter, and <L, dL> for log(scale). So only one side is gathered, no
-autograd graph is held, and S exists one tile of rows at a time.
+serves both directions with one exponential; dL = scale * G @ R is this rank's,
+scale * G^T @ L is summed over ranks, and <L, dL> is the gradient of log(scale).
+One sweep over S takes the sums, a second the gradient; what `keep` has room
+for is not computed twice.
 
-Where every tile was kept from the first pass (the local part of S fits in one
-tile) it is not computed again: three products instead of four.
+Stability. Logits of unit embeddings lie within +-scale. One shift for all of
+them keeps every sum finite in fp32, and every row and column whose sum did not
+sink to where fp32 loses terms is exact to rounding: all of them, at scale 100,
+unless some row fits nothing. If one did sink, on any rank, both sweeps are
+taken with exponentials in fp64, which holds e^+-700: slower, same code.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from training.distributed import World
-
-
-@dataclass(frozen=True, slots=True)
-class CoupledGradient:
-    """A coupled loss over the global batch and its gradients.
-
-    value: global loss [] · left, right: gradients of the local rows [b, D] ·
-    log_scale: global gradient [] (the same on every rank).
-    """
-
-    value: torch.Tensor
-    left: torch.Tensor
-    right: torch.Tensor
-    log_scale: torch.Tensor
+from training.objectives.coupled import CoupledGradient, Rows
+from training.objectives.tiles import Pairs, Tensors, Tile, Tiling
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoNCE:
-    """L_left->right + L_right->left, each a mean over the global batch (van den Oord 2018; Radford 2021).
+class InfoNCE(Tiling):
+    """Softmax cross-entropy of each row over all columns, and of each positive column over all rows.
+
+    Each direction is a mean over the rows that count of the global batch, and for a row of several positives the
+    mean of their log-probabilities, all of them in the denominator (SupCon's L_out, arXiv 2004.11362 eq. 2; UniCL,
+    arXiv 2204.03610). Hard negatives stand in the denominator of every row; they have no row of their own, so
+    right -> left has none.
 
     Args:
-        reduction: "sum" adds the two directions (MM-GEM, arXiv 2405.19333), "mean" halves that (CLIP).
-        tile: rows of S that exist at once.
+        directions: "both" (van den Oord 2018; CLIP) or "left_to_right" alone (VLM2Vec, arXiv 2410.05160).
+        reduction: "sum" adds two directions (MM-GEM, arXiv 2405.19333), "mean" halves that (CLIP).
     """
 
-    reduction: str = "mean"
-    tile: int = 1024
+    directions: Literal["both", "left_to_right"] = "both"
+    reduction: Literal["sum", "mean"] = "mean"
 
+    @torch.no_grad()
     def __call__(
-        self, left: torch.Tensor, right: torch.Tensor, log_scale: torch.Tensor, valid: torch.Tensor, world: World
+        self,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        scalars: Mapping[str, torch.Tensor],
+        rows: Rows,
+        world: World,
     ) -> CoupledGradient:
-        """
-        Args:
-            left, right: unit rows of this rank, paired by position [b, D]; b is the same on all ranks.
-            log_scale: natural logarithm of the inverse temperature, [] or [1].
-            valid: rows that count, bool [b]; the others are holes without weight on either side.
-        """
-        b = left.shape[0]
-        scale = log_scale.detach().exp().reshape(()).to(left.dtype)
-        all_right = world.gather(right)  # [B, D]
-        all_valid = world.gather(valid.to(left.dtype)) > 0  # [B]
-        total = int(all_valid.sum())
-        holes = total < all_valid.numel()
-        first = world.rank * b  # the column of this rank's first row
+        """See `coupled`; scalars: log_scale, the natural logarithm of the inverse temperature."""
+        pairs = Pairs(left, right, rows, world, self)
+        both = self.directions == "both"
+        weight = (0.5 if both and self.reduction == "mean" else 1.0) / max(pairs.total, 1)
+        sweep = _Sweeps(pairs, float(scalars["log_scale"].exp()), both)
+        if not sweep.fits() and pairs.left.dtype != torch.float64:
+            sweep = _Sweeps(pairs, sweep.scale, both, torch.float64)
 
-        def logits(rows: slice) -> torch.Tensor:
-            s = (left[rows] @ all_right.T).mul_(scale)  # [t, B]
-            return s.masked_fill_(~all_valid, -torch.inf) if holes else s
+        valid, each = pairs.valid, weight * (1 + both)  # of a row in the loss, directions together
+        d_left, d_right = sweep.gradient(weight)
+        target = torch.where(valid, sweep.target_sum / sweep.targets, 0.0)
+        log_sums = torch.where(valid, sweep.row_sum.log() + sweep.shift, 0.0)
+        if both:
+            log_sums += torch.where(valid, sweep.column_sum.log() + sweep.shift, 0.0)
+        value = log_sums.sum() * weight - target.sum() * each
+        value, d_log_scale = world.sum(torch.stack([value.to(d_left.dtype), pairs.with_left(d_left)]))
+        return CoupledGradient(value, d_left, d_right, {"log_scale": d_log_scale.reshape(1)})
 
-        tiles = [slice(i, min(i + self.tile, b)) for i in range(0, b, self.tile)]
-        kept = logits(tiles[0]) if len(tiles) == 1 else None
-        row_lse = left.new_empty(b)
-        column_max = left.new_full((all_right.shape[0],), -torch.inf)
-        column_sum = torch.zeros_like(column_max)
-        for rows in tiles:
-            s = logits(rows) if kept is None else kept
-            row_lse[rows] = s.logsumexp(1)
-            if holes:
-                s = s.masked_fill(~valid[rows, None], -torch.inf)
-            top = torch.maximum(column_max, s.amax(0)).clamp_(min=torch.finfo(s.dtype).min)
-            column_sum.mul_((column_max - top).exp_()).add_((s - top).exp_().sum(0))
-            column_max = top
-        top = world.max(column_max.clone())
-        column_lse = world.sum(column_sum.mul_((column_max - top).exp_())).log_() + top  # [B]
 
-        weight = (0.5 if self.reduction == "mean" else 1.0) / max(total, 1)
-        d_left, d_right = torch.empty_like(left), torch.zeros_like(all_right)
-        diagonal_sum = left.new_zeros(())
-        for rows in tiles:
-            s = logits(rows) if kept is None else kept  # [t, B]
-            own = torch.arange(rows.start, rows.stop, device=s.device)
-            diagonal = s[own - rows.start, first + own]
-            diagonal_sum += torch.where(valid[rows], diagonal, 0.0).sum()
-            g = (s - row_lse[rows, None]).exp_().add_((s - column_lse).exp_())  # [t, B]
-            g[own - rows.start, first + own] -= 2.0
-            if holes:
-                g.masked_fill_(~(valid[rows, None] & all_valid), 0.0)
-            g.mul_(weight)
-            d_left[rows] = (g @ all_right).mul_(scale)
-            d_right.addmm_(g.T, left[rows])
-        d_right = world.scatter_sum(d_right.mul_(scale))
+class _Sweeps:
+    """The first sweep's sums, with exponentials in `dtype`, and the second sweep."""
 
-        lse_sum = torch.where(valid, row_lse + column_lse[first : first + b], 0.0).sum() - 2 * diagonal_sum
-        # The gradient of log(scale) is the sum of G * S; as S = scale * L @ R^T, that is <L, scale * G @ R>.
-        value, d_log_scale = world.sum(torch.stack([lse_sum * weight, (left * d_left).sum()]))
-        return CoupledGradient(value, d_left, d_right, d_log_scale)
+    def __init__(self, pairs: Pairs, scale: float, both: bool, dtype: torch.dtype | None = None) -> None:
+        self.pairs, self.scale, self.both = pairs, scale, both
+        self.dtype = dtype or pairs.left.dtype
+        self.shift = max(0.0, scale + math.log(pairs.widest) - math.log(torch.finfo(self.dtype).max) + 1)
+        self.kept: dict[tuple[int, str, int, int], torch.Tensor] = {}
+        self.room = pairs.tiling.keep
+        b = len(pairs.left)
+        self.row_sum, self.target_sum, self.targets = (
+            pairs.left.new_zeros(b, dtype=t) for t in (self.dtype, pairs.left.dtype, pairs.left.dtype)
+        )
+        columns = {"sum": pairs.left.new_zeros(b, dtype=self.dtype)} if both else {}
+        self.column_sum = pairs.sweep(self._add, columns, {}).get("sum", self.row_sum)
+
+    def _exponentials(self, tile: Tile, s: torch.Tensor) -> torch.Tensor:
+        s = s.to(self.dtype)
+        return tile.drop_((s.sub_(self.shift) if self.shift else s).exp_())
+
+    def _add(self, tile: Tile, _: Tensors, sums: Tensors) -> None:
+        size = len(tile.left) * len(tile.right)
+        keeps = size <= self.room
+        s = tile.logits(self.scale, None if keeps else self.pairs.buffer)  # [t, u]
+        if tile.targets is not None:
+            self.target_sum[tile.rows] += torch.where(tile.targets, s, 0.0).sum(1)
+            self.targets[tile.rows] += tile.targets.sum(1)
+        else:
+            own = self.target_sum[tile.rows][tile.diagonal[0]]
+            own += tile.own(s)
+            self.targets[tile.rows][tile.diagonal[0]] += 1.0
+        e = self._exponentials(tile, s)
+        self.row_sum[tile.rows] += e.sum(1)
+        if self.both and tile.side == "positive":
+            sums["sum"][tile.columns] += e.sum(0)
+        if keeps:
+            self.kept[tile.key] = e
+            self.room -= size
+
+    def fits(self) -> bool:
+        """Whether no sum, of any rank, sank to where terms are lost (or is no number)."""
+        info = torch.finfo(self.dtype)
+        sums = torch.stack([self.row_sum, self.column_sum])[:, self.pairs.valid]
+        return not self.pairs.world.any(bool(((sums < info.tiny / info.eps**2) | ~sums.isfinite()).any()))
+
+    def gradient(self, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(dL [b, D], dR [b, m, D]), each softmax and each direction's positives weighted by `weight`."""
+        pairs, scale = self.pairs, self.scale
+        d_left = torch.zeros_like(pairs.left)
+        row = torch.where(pairs.valid, weight / self.row_sum, 0.0)  # [b]
+        column = torch.where(pairs.valid, weight / self.column_sum, 0.0)
+        target = torch.where(pairs.valid, -weight * (1 + self.both) / self.targets, 0.0)
+        factors = torch.empty_like(pairs.buffer, dtype=self.dtype) if self.both else None
+
+        def add(tile: Tile, fixed: Tensors, sums: Tensors) -> None:
+            e = self.kept.pop(tile.key, None)
+            if e is None:
+                e = self._exponentials(tile, tile.logits(scale, pairs.buffer))
+            if factors is not None and tile.side == "positive":
+                out = factors[: e.numel()].view(e.shape)
+                g = e.mul_(torch.add(row[tile.rows, None], fixed["column"][tile.columns], out=out))
+            else:
+                g = e.mul_(row[tile.rows, None])
+            if tile.targets is not None:
+                g.addcmul_(tile.targets.to(g.dtype), target[tile.rows, None].to(g.dtype))
+            else:
+                tile.own(g).add_(target[tile.rows][tile.diagonal[0]])
+            g = g.to(pairs.left.dtype)
+            d_left[tile.rows].addmm_(g, tile.right, alpha=scale)
+            sums[tile.side][tile.columns].addmm_(g.T, tile.left, alpha=scale)
+
+        sums = pairs.sweep(add, pairs.zeros(), {"column": column} if self.both else {})
+        return d_left, pairs.joined(sums)

@@ -10,11 +10,12 @@ A row has `qry, qry_image_path, pos_text, pos_image_path` and, in most subsets,
 `qry_img_path`, `pos_img_path`. An empty path is a side without a picture; an
 empty text and path together are no side at all.
 
-Texts are read with the row, pictures when the row is drawn. A row that names a
-picture which is not there is a hole: `sample` raises, the loader counts it.
+Each subset is a source of the mixture (`loader.sources`, kind rows). Texts and
+pictures are read when the row is drawn, in the loader's threads. A row that
+names a picture which is not there, or broken, is a hole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from curation.errors import UserError
+from training.data.shards import Hole
 from training.models.vlm_inputs import Item, Row
 
 SIDES = ("qry", "pos", "neg")
@@ -32,18 +34,23 @@ class Subset:
 
     Args:
         folder: the subset's own folder of parquet files, or one such file.
-        images: what the image paths are relative to; by default the first of the folder and its parents (and their
-            `images`) that the first path leads to something from.
         limit: read no more rows than this (the paper takes at most 50,000 to 100,000 of each).
     """
 
-    def __init__(self, folder: Path, *, images: Path | None = None, limit: int | None = None) -> None:
+    def __init__(self, folder: Path, *, limit: int | None = None) -> None:
+        """The pictures' paths begin at the first of the folder and its parents, or their `images`, that the first path
+        leads to something from.
+
+        Raises:
+            UserError: no parquet files, none with such columns or rows, or pictures that are nowhere near.
+        """
         import pyarrow.parquet as pq
 
         self.name = folder.stem if folder.is_file() else folder.name
         self._files = [folder] if folder.is_file() else sorted(folder.glob("*.parquet"))
         if not self._files:
-            raise UserError(f"--data {folder}: holds no *.parquet; name a subset's folder of MMEB-train")
+            there = "holds no *.parquet" if folder.is_dir() else "no such folder"
+            raise UserError(f"--data {folder}: {there}; name a subset's folder of MMEB-train")
         self._columns = _columns(pq.read_schema(self._files[0]).names, self._files[0])
         try:
             tables = [
@@ -57,7 +64,7 @@ class Subset:
         self._table = table if limit is None else table.slice(0, limit)
         if not len(self):
             raise UserError(f"--data {folder}: its files hold no row; fetch it again")
-        self.images = images if images is not None else self._find_images(folder if folder.is_dir() else folder.parent)
+        self.images = self._find_images(folder if folder.is_dir() else folder.parent)
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -66,27 +73,31 @@ class Subset:
         """What names a row whatever else is mixed in."""
         return f"{self.name}/{number:08d}"
 
+    @property
     def sizes(self) -> np.ndarray:
-        """Rows of each part that an order permutes: here one, int64 [1]."""
+        """int64 [1]: all rows are one part."""
         return np.array([len(self)])
+
+    def ahead(self, parts: Sequence[int]) -> None:
+        """All of it is here."""
 
     def texts(self) -> list[str]:
         """Every text of every side, for a tokenizer that is trained on them."""
         names = [self._columns[f"{side}_text"] for side in SIDES if f"{side}_text" in self._columns]
         return [text for name in names for value in self._table[name].to_pylist() for text in _many(value) if text]
 
-    def sample(self, number: int) -> Row:
-        """A row with its pictures decoded.
+    def sample(self, number: int) -> Mapping[str, Any]:
+        """{"uid", "row"}: a row with its pictures decoded.
 
         Raises:
-            ValueError: neither text nor picture in the query or the positive.
-            Exception: a picture is missing or broken; Pillow's decoders raise almost anything.
+            Hole: a picture is missing or broken, or neither text nor picture in the query or the positive.
         """
         record = self._table.slice(number, 1).to_pylist()[0]
         query, positive = (self._items(record, side) for side in ("qry", "pos"))
         if not query or not positive:
-            raise ValueError(f"{self.key(number)}: no {'positive' if query else 'query'}")
-        return Row(query=query[0], positive=positive[0], negatives=self._items(record, "neg"))
+            raise Hole("caption_missing")
+        row = Row(query=query[0], positive=positive[0], negatives=self._items(record, "neg"))
+        return {"uid": self.key(number), "row": row}
 
     def _items(self, record: dict[str, Any], side: str) -> list[Item]:
         """The side's items: one, or as many negatives as its lists hold."""
@@ -96,8 +107,13 @@ class Subset:
         return [Item(text=text, image=self._picture(path) if path else None) for text, path in pairs if text or path]
 
     def _picture(self, path: str) -> Image.Image:
-        with Image.open(self.images / path) as opened:
-            return opened.convert("RGB")
+        try:
+            with Image.open(self.images / path) as opened:
+                return opened.convert("RGB")
+        except FileNotFoundError:
+            raise Hole("image_missing") from None
+        except Exception:  # Pillow's decoders raise almost anything
+            raise Hole("image_broken") from None
 
     def _find_images(self, folder: Path) -> Path:
         named = next(
@@ -137,20 +153,3 @@ def _columns(names: Sequence[str], file: Path) -> dict[str, str]:
                 f"--data {file}: has no column {spellings[part][0]!r} but {', '.join(names)}; is this MMEB-train?"
             )
     return found
-
-
-def read_folder(folder: Path, subsets: Sequence[str] = (), *, limit: int | None = None) -> dict[str, Subset]:
-    """The subsets of an MMEB-train folder by name: the named ones, or all that hold parquet files.
-
-    Raises:
-        UserError: no such folder or subset, or a subset that cannot be read.
-    """
-    if not folder.is_dir():
-        raise UserError(f"--data {folder}: no such folder; name an MMEB-train folder")
-    there = sorted({file.parent.name for file in folder.glob("*/*.parquet")})
-    for name in subsets:
-        if name not in there:
-            raise UserError(f"--data {folder}: has no subset {name!r}; it has {', '.join(there) or 'none'}")
-    if not there:
-        raise UserError(f"--data {folder}: holds no SUBSET/*.parquet; name an MMEB-train folder")
-    return {name: Subset(folder / name, limit=limit) for name in (subsets or there)}

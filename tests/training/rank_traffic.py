@@ -1,0 +1,59 @@
+"""One rank of the two that a test launches: known collectives, then steps of a known model, counted."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from training.distributed import World
+from training.traffic import TRAFFIC
+
+
+def known(world: World) -> None:
+    world.sum(torch.zeros(10, dtype=torch.float64))
+    world.gather(torch.zeros(3, 4))
+    world.scatter_sum(torch.zeros(6, 2))
+    dist.all_gather([torch.zeros(5) for _ in range(2)], torch.zeros(5))
+    deepspeed.comm.all_gather_into_tensor(torch.zeros(8), torch.zeros(4))
+    deepspeed.comm.reduce_scatter_fn(torch.zeros(4), torch.zeros(8))
+    deepspeed.comm.broadcast(torch.zeros(7, dtype=torch.bfloat16), 0)
+    world.barrier()
+
+
+def step_of(stage: int) -> dict[str, float]:
+    """Two layers of 64 x 64 and one step with one forward and one backward."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False))
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "overlap_comm": False}
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), config=settings
+    )
+    TRAFFIC.take()
+    loss = engine(torch.randn(4, 64)).square().mean()
+    engine.backward(loss)
+    engine.step()
+    return TRAFFIC.take()
+
+
+def main() -> None:
+    out = Path(sys.argv[-1])
+    TRAFFIC.install()
+    deepspeed.init_distributed(verbose=False)
+    world = World.current()
+    TRAFFIC.take()
+    known(world)
+    found = {"known": TRAFFIC.take(), **{f"zero{stage}": step_of(stage) for stage in (2, 3)}}
+    (out / f"rank_{world.rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+main()

@@ -1,0 +1,131 @@
+"""One rank of those that tests/training/test_zero.py starts: a small model stepped at every stage it is told.
+
+    python rank_zero.py FOLDER STAGE,STAGE... OPTIMISER ACTION
+
+The gradient of step n is the same on every rank, and step n uses the parameters that `uses` says; so one plain process
+can say what must come out. ACTION: `whole` takes all the steps and
+saves at HALF; `resume` goes on from there.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+import torch
+from torch import nn
+
+from training.config import OptimConfig
+
+STEPS, HALF = 7, 4
+CLIP = 0.5
+
+
+class Toy(nn.Module):
+    """Odd sizes, so that stretches end anywhere; two learning rates, a frozen part, a buffer, a shared weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = nn.Linear(7, 5), nn.Linear(5, 3, bias=False)
+        self.rarely, self.frozen = nn.Linear(3, 11), nn.Linear(3, 3)
+        self.same = self.second
+        self.scale = nn.Parameter(torch.tensor([0.7]))
+        self.register_buffer("seen", torch.arange(3.0))
+
+    def forward(self, step: int) -> torch.Tensor:
+        """A scalar whose gradient of each weight in use is `direction(step, name)`."""
+        total = (self.scale * direction(step, "scale", (1,)).to(self.scale.dtype)).sum()
+        for name, module in (("first", self.first), ("second", self.second), ("rarely", self.rarely)):
+            if uses(step, name):
+                wide, deep = module.in_features, module.out_features
+                out = module(torch.eye(wide, dtype=self.scale.dtype))  # the weight itself, and the bias
+                total = total + (out * direction(step, name, (wide, deep)).to(out.dtype)).sum()
+        return total
+
+
+def uses(step: int, name: str) -> bool:
+    return name != "rarely" or step in (1, 2, 5)
+
+
+def direction(step: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(map(ord, name)) * 100 + step)
+    return torch.randn(shape, generator=generator)
+
+
+def optim(name: str) -> OptimConfig:
+    from training.config import GroupConfig
+
+    groups = [GroupConfig(pattern="^first", lr=3e-2), GroupConfig(pattern="^frozen", frozen=True)]
+    return OptimConfig(name=name, lr=1e-2, weight_decay=0.1, groups=groups, schedule="constant", warmup_steps=3)
+
+
+def settings(stage: str) -> dict:
+    zero = {"stage": int(stage[0]), "overlap_comm": False, "reduce_bucket_size": 1000}
+    if stage[0] == "3":
+        zero |= {"stage3_param_persistence_threshold": 10, "sub_group_size": 40}
+    if "offload" in stage:
+        zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    return {
+        "train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": False, "gradient_clipping": CLIP,
+        "zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": "bf16" in stage, "check_grad_overflow": "bf16" in stage},
+        "data_types": {"grad_accum_dtype": "fp32"}, "steps_per_print": 10**9,
+    }  # fmt: skip
+
+
+def run(folder: Path, stage: str, name: str, action: str) -> None:
+    import deepspeed
+
+    from training import checkpoint, zero
+    from training.distributed import World
+    from training.optim import Sharded, factor, parameter_groups, set_lr
+
+    world, model, config = World.current(), Toy(), optim(name)
+    optimizer = Sharded(parameter_groups(model.named_parameters(), config), config)
+    used = zero.Used(model.named_parameters())
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(stage))
+    optimizer.attach(zero.shards(engine), world)
+    here = folder / f"{name}-{stage}"
+    saver, first = checkpoint.Saver(here, keep_last=9, background="bf16" in stage), 0
+    if action.startswith("resume"):
+        saver = checkpoint.Saver(folder / f"{action}-{name}-{stage}", keep_last=9)
+        first = checkpoint.resume(engine, optimizer, checkpoint.step_folder(here, HALF))
+    for step in range(first, STEPS):
+        set_lr(engine.optimizer, factor(step, STEPS, config))
+        zero.begin_step(engine)
+        for part in (0.25, 0.75):  # as two chunks
+            engine.backward(engine(step) * part, scale_wrt_gas=False)
+        optimizer.used = used.agree(world)
+        engine.step()
+        if step + 1 in (HALF, STEPS):
+            norm = float(engine.get_global_grad_norm() or 0.0)
+            saver.save(engine, optimizer, step + 1, {"norm": norm, "zero_stage": int(stage[0])})
+    saver.wait()
+    if int(stage[0]) == 3:  # what the model computes with, against the masters that the checkpoint holds
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+            state = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+    else:
+        state = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+    if world.rank == 0:
+        torch.save(state, saver.run / "gathered.pt")
+    world.barrier()
+    engine.destroy()
+
+
+def main() -> None:
+    import deepspeed
+
+    folder, stages, name, action = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3], sys.argv[4]
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(verbose=False)
+    for stage in stages:
+        run(folder, stage, name, action)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The cause of slow data, from timers."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from training.bottleneck import MENDS, Timers, warning
+
+
+@pytest.mark.parametrize("part", sorted(MENDS))
+def test_the_slowest_part_is_named_with_its_mend(part):
+    seconds = {name: 1.0 for name in MENDS} | {part: 6.0}
+    line = warning(3.0, 10.0, seconds, threads=4, bound=0.1)
+    assert line is not None and "30% of the time" in line and f"60% of the loader's time is {part}" in line
+    assert MENDS[part].format(threads=4) in line and "\n" not in line
+
+
+def test_below_the_bound_nothing_is_said_and_without_timers_no_cause_is_made_up():
+    assert warning(1.0, 10.0, {"decode": 9.0}, threads=1, bound=0.1) is None
+    line = warning(5.0, 10.0, {}, threads=1, bound=0.1)
+    assert line is not None and "keeps no timers" in line and "decod" not in line
+
+
+def test_timers_add_up_over_threads():
+    timers = Timers()
+
+    def work(part):
+        with timers(part):
+            time.sleep(0.05)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, ["decode", "decode", "decode", "read"]))
+    found = timers.seconds
+    assert found["decode"] >= 0.15 and 0.05 <= found["read"] < found["decode"]

@@ -1,0 +1,32 @@
+"""How many samples may be holes: a share of any stretch of the run, so that a bad shard is not lost in a long past."""
+
+from collections import deque
+from collections.abc import Mapping
+
+from curation.errors import UserError
+
+
+class Budget:
+    """Bounds the share of holes over the last `over` samples, seen where the loop looks at the counts."""
+
+    def __init__(self, rate: float, over: int) -> None:
+        self.rate, self.over = rate, over
+        self._past: deque[tuple[int, dict[str, int]]] = deque([(0, {})])
+
+    def check(self, drawn: int, holes: Mapping[str, int]) -> None:
+        """drawn: samples of the run so far, over all ranks · holes: by reason, of these.
+
+        Raises:
+            UserError: too many, with their reasons.
+        """
+        while len(self._past) > 1 and self._past[1][0] <= drawn - self.over:
+            self._past.popleft()
+        since, before = self._past[0]
+        new = {reason: n - before.get(reason, 0) for reason, n in holes.items() if n > before.get(reason, 0)}
+        if sum(new.values()) > self.rate * (drawn - since):
+            said = ", ".join(f"{reason} {n}" for reason, n in sorted(new.items(), key=lambda item: -item[1]))
+            raise UserError(
+                f"loader.max_error_rate: {sum(new.values())} of the last {drawn - since} samples could not be read "
+                f"({said}); look at the shards or raise it"
+            )
+        self._past.append((drawn, dict(holes)))

@@ -1,0 +1,136 @@
+"""Pictures for training: decoded scaled, cropped and resized in one step, moved by draws of (seed, epoch, uid).
+
+JPEGs that are twice the model's size or more are scaled while they are decoded,
+in the DCT, to what still covers it; Pillow takes over from simplejpeg for
+whatever that refuses (CMYK, PNG, WebP, ...). Never for measuring: the pixels
+differ by a few levels from those of an unscaled decode. Decoders and resizing
+release the GIL.
+"""
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageEnhance
+
+from curation.errors import UserError
+
+Box = tuple[float, float, float, float]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """Side of the model's input and its statistics.
+
+    patches: those of the ViT · keep: how many of them a training step sees (FLIP, arXiv 2212.00794); 0 = all ·
+    raw: the family makes its tensors of pictures and texts itself, by `extra`.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    patches: int = 0
+    keep: int = 0
+    raw: bool = False
+
+    @classmethod
+    def of_vit(
+        cls, visual: Any, dropped: float, *, size: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> "ImageSpec":
+        """Of a tower of open_clip's that drops a share of its patches, rounded as open_clip does."""
+        if not 0 <= dropped < 1:
+            raise UserError(f"patch_dropout: {dropped} is no share of patches; give one from 0 to below 1")
+        if not dropped:
+            return cls(size=size, mean=mean, std=std)
+        patches = int(np.prod(visual.grid_size))
+        return cls(size=size, mean=mean, std=std, patches=patches, keep=max(1, int(patches * (1 - dropped))))
+
+
+def decode(payload: bytes, side: int, resize_mode: str, box: Box = WHOLE) -> np.ndarray:
+    """uint8 [side, side, 3]: a box of the picture, resized (bicubic).
+
+    Args:
+        resize_mode: "squash": the box is of the whole picture; "shortest": of its centre square.
+        box: (left, top, right, bottom), in parts of that.
+
+    Raises:
+        Exception: Pillow's decoders raise almost anything.
+    """
+    wide, high = (math.ceil(side / (box[i + 2] - box[i])) for i in (0, 1))
+    if resize_mode == "shortest":
+        wide = high = max(wide, high)
+    image = Image.fromarray(pixels) if (pixels := _jpeg(payload, wide, high)) is not None else None
+    if image is None:
+        opened = Image.open(io.BytesIO(payload))
+        opened.draft("RGB", (wide, high))
+        image = opened.convert("RGB")
+    left, top, w, h = 0.0, 0.0, float(image.width), float(image.height)
+    if resize_mode == "shortest":
+        left, top, w, h = (w - min(w, h)) / 2, (h - min(w, h)) / 2, min(w, h), min(w, h)
+    return _resized(image, side, (left + box[0] * w, top + box[1] * h, left + box[2] * w, top + box[3] * h))
+
+
+def _jpeg(payload: bytes, wide: int, high: int) -> np.ndarray | None:
+    """uint8 [h, w, 3] of at least this size where the picture has it; None where simplejpeg refuses it."""
+    if payload[:3] != b"\xff\xd8\xff":
+        return None
+    try:
+        # A half or less: what lies between is slower than an unscaled decode, and sharper than its resizing.
+        return simplejpeg.decode_jpeg(payload, "RGB", min_width=wide, min_height=high, min_factor=2)
+    except ValueError:
+        return None
+
+
+def cut(pixels: np.ndarray, size: int, box: Box) -> np.ndarray:
+    """A box of a square picture that is decoded already: uint8 [S, S, 3] -> [size, size, 3]."""
+    side = pixels.shape[0]
+    left, top, right, bottom = (edge * side for edge in box)
+    return _resized(Image.fromarray(pixels), size, (left, top, right, bottom))
+
+
+def _resized(image: Image.Image, side: int, box: Box) -> np.ndarray:
+    if image.size != (side, side) or box != (0, 0, side, side):
+        image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image)
+
+
+def draw_box(rng: np.random.Generator, low: float, high: float) -> Box:
+    """A box of `low`..`high` of the area and an aspect of 3/4..4/3, as far as it fits."""
+    area, aspect = rng.uniform(low, high), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    w, h = (min(1.0, float(np.sqrt(area * a))) for a in (aspect, 1 / aspect))
+    x, y = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
+    return x, y, x + w, y + h
+
+
+def jitter(pixels: np.ndarray, strength: tuple[float, float, float, float], rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast, saturation and hue moved in an order of chance, as torchvision's ColorJitter does.
+
+    strength: of each: factors from 1 - s to 1 + s, the hue by -s to s of its circle. pixels uint8 [S, S, 3].
+    """
+    image = Image.fromarray(pixels)
+    *factors, turn = (rng.uniform(-s, s) for s in strength)
+    moves: list[Callable[[Image.Image], Image.Image]] = [
+        lambda x: ImageEnhance.Brightness(x).enhance(max(0.0, 1 + factors[0])),
+        lambda x: ImageEnhance.Contrast(x).enhance(max(0.0, 1 + factors[1])),
+        lambda x: ImageEnhance.Color(x).enhance(max(0.0, 1 + factors[2])),
+        lambda x: _turned(x, turn),
+    ]
+    for number in rng.permutation(4):
+        if strength[number]:
+            image = moves[number](image)
+    return np.asarray(image)
+
+
+def _turned(image: Image.Image, turn: float) -> Image.Image:
+    hue, *rest = image.convert("HSV").split()
+    return Image.merge("HSV", (hue.point([(i + int(turn * 255)) % 256 for i in range(256)]), *rest)).convert("RGB")
+
+
+def grey(pixels: np.ndarray) -> np.ndarray:
+    """Without colour: uint8 [S, S, 3]."""
+    return np.asarray(Image.fromarray(pixels).convert("L").convert("RGB"))

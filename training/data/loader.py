@@ -1,0 +1,312 @@
+"""This rank's chunks of every global batch, in one order that is a function of (seed, epoch) alone.
+
+A run is a line of positions 0, 1, 2, ...; the mixture says of which source each
+is, and that source's order which sample. Global batch b holds positions
+[b * B, (b + 1) * B) whatever the number of ranks or threads, and resuming is
+starting at another position. What is random in a sample (its caption, crop,
+colours, kept patches) is drawn from (seed, epoch, uid).
+
+A chunk holds one kind of sample. Each rank takes an equal part of every kind in
+the batch, holes filling it up, so that all ranks run chunks of the same kinds
+and sizes in the same order. A sample that cannot be read stays in its place as
+a hole without weight, so later positions do not shift; holes are counted by reason.
+
+Chunks are read in pieces by threads (decoders and tokenizers release the GIL);
+the thread that reads the last piece of a chunk closes it. Pixels are written
+normalised into the chunk's tensor, pinned where there is a GPU, some batches
+ahead of the step. Pictures may be kept decoded in one memory-mapped file that
+all ranks of a host share: later epochs then cost a copy.
+"""
+
+import itertools
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from curation.errors import UserError
+from curation.hashing import hash64
+from training.bottleneck import Timers
+from training.config import LoaderConfig
+from training.data import images
+from training.data.images import ImageSpec
+from training.data.mixture import Mixture
+from training.data.order import Order
+from training.data.shards import REASONS, Hole, Shards, drawn_text, picture
+from training.data.sources import ONE, Source
+
+PIECE = 16  # rows that a thread reads at a time
+Chunk = dict[str, torch.Tensor]
+
+
+@dataclass(slots=True)
+class Drawn:
+    """A row of a chunk: `draw` = hash64(seed, epoch, uid), from which all that is random in it comes.
+
+    fields: "text" and "pixels" (uint8 [S, S, 3], moved and cropped, not normalised) where its kind has them; of `rows`
+    what the source gave · reason: why it is a hole, "" where it is none, "padding" for what only fills a rank's part.
+    """
+
+    draw: int = 0
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+
+class Loader:
+    """Chunks by batch, from any batch on.
+
+    Args:
+        sources: or one folder of pairs.
+        encode_text: captions -> tensors of a chunk.
+        extra: (kind, rows) -> more tensors of a chunk, such as masks; all of them for chunks of `rows`, and of any kind
+            where `image.raw` is set.
+        cache: where decoded pictures are kept, a file for each source, or None.
+
+    A chunk has "valid" bool [c], and by its kind "pixel_values" [c, 3, S, S], what `encode_text` gives, and "patches"
+    int64 [c, keep] (numbers of the patches that the step sees, ascending) where `image.keep` is set.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source] | Shards,
+        config: LoaderConfig,
+        image: ImageSpec,
+        encode_text: Callable[[list[str]], Chunk],
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        dtype: torch.dtype = torch.float32,
+        cache: Path | None = None,
+        extra: Callable[[str, Sequence[Drawn]], Chunk] | None = None,
+    ) -> None:
+        self.sources = [Source(name=ONE, samples=sources)] if isinstance(sources, Shards) else list(sources)
+        self.config, self.image, self.encode_text, self.extra = config, image, encode_text, extra
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        weights = {source.name: source.weight for source in self.sources}
+        self.mixture = Mixture(weights, seed=seed, unit=config.unit, mixing=config.mixing)
+        self.orders = [Order(s.samples.sizes, hash64(seed, s.name), config.window_shards) for s in self.sources]
+        self.first = [np.concatenate([[0], np.cumsum(s.samples.sizes)]) for s in self.sources]
+        self.side = config.decode_size or image.size
+        std = np.array(image.std, np.float32)
+        self._scale = torch.from_numpy(1 / (255 * std))[:, None, None]
+        self._shift = torch.from_numpy(-np.array(image.mean, np.float32) / std)[:, None, None]
+        self.dtype, self.pinned = dtype, torch.cuda.is_available()
+        self.retain = config.retain if isinstance(config.retain, int) else 0
+        self.holes: Counter[str] = Counter()
+        self.timers = Timers()
+        self._encoding = threading.Lock()  # Hugging Face's fast tokenizers refuse two threads at once
+        pictures = [source.kind in ("pairs", "images") for source in self.sources]
+        self._decoded = [_Decoded(cache, s, self.side) if cache and p else None for s, p in zip(self.sources, pictures)]
+
+    @property
+    def errors(self) -> int:
+        """Holes in the batches given so far, on this rank."""
+        return self.holes.total()
+
+    def hole_counts(self) -> torch.Tensor:
+        """The same by reason: int64 [REASONS]."""
+        return torch.tensor([self.holes[reason] for reason in REASONS])
+
+    def batches(self, step: int, steps: int) -> Iterator[list[Chunk]]:
+        """The chunks of this rank for the batches `step` .. `steps` - 1."""
+        pool = ThreadPoolExecutor(self.config.threads, "loader")
+        begun: deque[list[Future]] = deque()
+        following = iter(range(step, steps))
+        try:
+            while True:
+                for batch in itertools.islice(following, 1 + self.config.prefetch - len(begun)):
+                    begun.append(self._begin(pool, batch))
+                if not begun:
+                    return
+                made = [future.result() for future in begun.popleft()]
+                for _, holes in made:
+                    self.holes += holes
+                yield [chunk for chunk, _ in made]
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for source in self.sources:
+                source.samples.ahead(())
+
+    def ids(self, batch: int) -> list[str]:
+        """Keys of the whole global batch, in order."""
+        return [self.sources[s].samples.key(self._sample(s, own)[1]) for _, s, own in self._drawn(batch)]
+
+    def _drawn(self, batch: int) -> list[tuple[int, int, int]]:
+        """(position, source, position in that source) of every sample of a global batch."""
+        positions = np.arange(batch * self.config.batch, (batch + 1) * self.config.batch)
+        return list(zip(positions.tolist(), *(a.tolist() for a in self.mixture(positions))))
+
+    def _sample(self, source: int, own: int) -> tuple[int, int]:
+        """(epoch, number of the sample) at a position of a source."""
+        epoch, part, index = self.orders[source](own)
+        return epoch, int(self.first[source][part]) + index
+
+    def _begin(self, pool: ThreadPoolExecutor, batch: int) -> list[Future]:
+        """Have this rank's chunks of a batch made; each future gives (chunk, its holes by reason)."""
+        places: dict[str, list[tuple[int, int]]] = {}  # by kind, in the order of the sources
+        drawn = self._drawn(batch)
+        for number, source in enumerate(self.sources):
+            mine = [own for _, s, own in drawn if s == number]
+            if mine:
+                source.samples.ahead(self.orders[number].ahead(mine[0]))
+                places.setdefault(source.kind, [])
+        for _, s, own in drawn:
+            places[self.sources[s].kind].append((s, own))
+        chunks = []
+        for group, (kind, all_of_it) in enumerate(places.items()):
+            local = -(-len(all_of_it) // self.world_size)
+            rows: list[tuple[int, int] | None] = list(all_of_it[self.rank * local : (self.rank + 1) * local])
+            rows += [None] * (local - len(rows))
+            kept = min(self.retain, local) if group == 0 else 0
+            bounds = [*([0] if kept else []), *range(kept, local, self.config.chunk), local]
+            chunks += [_Making(self, kind, rows[a:b]).begin(pool) for a, b in itertools.pairwise(bounds)]
+        return chunks
+
+    def row(self, kind: str, place: tuple[int, int] | None) -> Drawn:
+        """Read one row; what cannot be read is a hole, with its reason."""
+        if place is None:
+            return Drawn(reason="padding")
+        source, own = place
+        epoch, i = self._sample(source, own)
+        try:
+            with self.timers("read"):
+                fields = self.sources[source].samples.sample(i)
+            draw = hash64(self.seed, epoch, fields["uid"])
+            if kind == "rows":
+                return Drawn(draw, fields)
+            rng = np.random.default_rng(draw)
+            read: dict[str, Any] = {}
+            if kind != "images":
+                read["text"] = drawn_text(fields, self.config.captions, rng)
+            if kind != "texts":
+                with self.timers("decode"):
+                    read["pixels"] = self._pixels(source, i, fields, rng)
+            return Drawn(draw, read)
+        except UserError:
+            raise
+        except Hole as hole:
+            return Drawn(reason=str(hole))
+        except Exception:  # whatever a source's own reader raises; `max_error_rate` bounds what is forgiven
+            return Drawn(reason="unreadable")
+
+    def _pixels(self, source: int, i: int, fields: Mapping[str, Any], rng: np.random.Generator) -> np.ndarray:
+        """The picture as the model sees it but for normalising: uint8 [S, S, 3]."""
+        config, size = self.config, self.image.size
+        low, high = config.crop_scale
+        box = images.draw_box(rng, low, high) if low < 1.0 else images.WHOLE
+        decoded = self._decoded[source]
+        payload = picture(fields)
+        try:
+            if decoded is None:
+                pixels = images.decode(payload, size, config.resize_mode, box)
+            else:
+                pixels = images.cut(decoded(i, payload, config.resize_mode), size, box)
+        except Exception:  # Pillow's decoders raise almost anything
+            raise Hole("image_broken") from None
+        if config.flip and rng.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        if config.color_jitter_prob and rng.random() < config.color_jitter_prob:
+            pixels = images.jitter(np.ascontiguousarray(pixels), config.color_jitter, rng)
+        if config.gray_scale_prob and rng.random() < config.gray_scale_prob:
+            pixels = images.grey(np.ascontiguousarray(pixels))
+        return pixels
+
+    def normalise(self, pixels: np.ndarray, out: torch.Tensor) -> None:
+        """uint8 [S, S, 3] -> out [3, S, S]"""
+        planes = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        if out.dtype == torch.float32:
+            torch.mul(planes, self._scale, out=out).add_(self._shift)
+        else:
+            out.copy_((planes * self._scale).add_(self._shift))
+
+    def close(self, kind: str, rows: Sequence[Drawn], pixels: torch.Tensor | None) -> Chunk:
+        """The tensors of a chunk whose rows are all read."""
+        chunk: Chunk = {"valid": torch.tensor([not row.reason for row in rows])}
+        if kind in ("pairs", "texts") and not self.image.raw:
+            with self._encoding, self.timers("tokenise"):
+                chunk |= self.encode_text([row.fields.get("text", "") for row in rows])
+        if pixels is not None and self.image.keep:
+            chunk["patches"] = torch.from_numpy(np.stack([self._patches(row.draw) for row in rows]))
+        if self.extra is not None:
+            with self._encoding, self.timers("tokenise"):
+                chunk |= self.extra(kind, rows)
+        if self.pinned:
+            chunk = {name: tensor.pin_memory() for name, tensor in chunk.items()}
+        return chunk if pixels is None else {"pixel_values": pixels, **chunk}
+
+    def _patches(self, draw: int) -> np.ndarray:
+        """int64 [keep] of `image.patches`, ascending."""
+        rng = np.random.default_rng(hash64(draw, "patches"))
+        return np.sort(rng.choice(self.image.patches, self.image.keep, replace=False))
+
+
+class _Making:
+    """A chunk in the making: its rows are read in pieces, and the thread that reads the last one closes it."""
+
+    def __init__(self, loader: Loader, kind: str, places: Sequence[tuple[int, int] | None]) -> None:
+        self.loader, self.kind, self.places = loader, kind, places
+        self.rows: list[Drawn] = [Drawn()] * len(places)
+        self.pixels: torch.Tensor | None = None
+        self.lock, self.left, self.done = threading.Lock(), len(places), Future[tuple[Chunk, Counter[str]]]()
+
+    def begin(self, pool: ThreadPoolExecutor) -> Future:
+        for start in range(0, len(self.places), PIECE):
+            pool.submit(self._read, start, min(start + PIECE, len(self.places)))
+        return self.done
+
+    def _read(self, start: int, stop: int) -> None:
+        loader = self.loader
+        try:
+            with self.lock:
+                if self.pixels is None and self.kind in ("pairs", "images") and not loader.image.raw:
+                    shape = (len(self.places), 3, loader.image.size, loader.image.size)
+                    self.pixels = torch.empty(shape, dtype=loader.dtype, pin_memory=loader.pinned)
+            for i in range(start, stop):
+                row = self.rows[i] = loader.row(self.kind, self.places[i])
+                if self.pixels is not None:
+                    if row.reason:
+                        self.pixels[i].zero_()
+                    else:
+                        with loader.timers("collate"):
+                            loader.normalise(row.fields["pixels"], self.pixels[i])
+            with self.lock:
+                self.left -= stop - start
+                last = self.left == 0
+            if last:
+                holes = Counter(row.reason for row in self.rows if row.reason in REASONS)
+                self.done.set_result((loader.close(self.kind, self.rows, self.pixels), holes))
+        except BaseException as error:  # handed to the training thread, which raises it
+            with self.lock:
+                if not self.done.done():
+                    self.done.set_exception(error)
+
+
+class _Decoded:
+    """Decoded pictures of a source in a sparse file that every rank of the host maps: uint8 [n, S, S, 3]."""
+
+    def __init__(self, cache: Path, source: Source, side: int) -> None:
+        n = int(source.samples.sizes.sum())
+        self.side = side
+        self.pixels = _shared_array(cache.with_suffix(f".{source.name}.u8"), (n, side, side, 3))
+        self.known = _shared_array(cache.with_suffix(f".{source.name}.known"), (n,))
+
+    def __call__(self, i: int, payload: bytes, resize_mode: str) -> np.ndarray:
+        if not self.known[i]:
+            self.pixels[i] = images.decode(payload, self.side, resize_mode)
+            self.known[i] = 1
+        return self.pixels[i]
+
+
+def _shared_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A zeroed uint8 array in a sparse file that every rank of the host maps."""
+    size = int(np.prod(shape))
+    with open(path, "ab") as f:
+        f.truncate(size)
+    return np.memmap(path, np.uint8, "r+", shape=shape)

@@ -1,0 +1,134 @@
+"""What a run reads: named sources, each with its samples, its weight in the mixture and its kind.
+
+Whatever has `Samples`' four members is a source: shards of pairs, or subsets of
+MMEB-train, whose rows are queries and their targets. The recipe names sources (`loader.sources`), and
+`--data NAME=DIR` says or replaces where they lie; `--data DIR` is one source of pairs.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from curation import files
+from curation.errors import UserError
+from training.config import Kind, LoaderConfig, SourceConfig
+from training.data.cache import ShardCache
+from training.data.mmeb import Subset
+from training.data.shards import Shards
+
+ONE = "data"  # the name of the source that `--data DIR` means
+
+
+class Samples(Protocol):
+    """Samples by number, 0 .. sum(sizes) - 1."""
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64 [parts]: samples of each part; a part is what is read together (a shard). One part where it is all
+        the same."""
+
+    def key(self, i: int) -> str:
+        """The id of sample i."""
+
+    def sample(self, i: int) -> Mapping[str, Any]:
+        """The fields of sample i, read by several threads at once: "uid", of which its random draws are made, and for
+        pairs, images and texts the members as webdataset names them, for rows the "row". A `Hole` where it cannot be
+        had."""
+
+    def ahead(self, parts: Sequence[int]) -> None:
+        """These parts will be read soon, in this order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Samples in the mixture. kind: what a chunk of them holds; chunks are of one kind."""
+
+    name: str
+    samples: Samples
+    weight: float = 1.0
+    kind: Kind = "pairs"
+
+
+def named(config: LoaderConfig, data: Sequence[str]) -> dict[str, str]:
+    """The path or URL of each source, from the recipe and the words of `--data`.
+
+    Raises:
+        UserError: a name that the recipe does not have, a folder without a name where there are several sources, a
+            source without a path, or none at all.
+    """
+    paths = {name: source.path for name, source in config.sources.items()}
+    for word in data:
+        name, equals, path = word.partition("=")
+        if not equals or not name.isidentifier():  # a folder may have a "=" of its own
+            name, path = next(iter(paths), ONE) if len(paths) < 2 else "", word
+            if not name or len(data) > 1:
+                raise UserError(f"--data {word}: one of several sources; write NAME={word}")
+        elif config.sources and name not in config.sources:
+            raise UserError(f"--data {word}: the recipe has no source {name}; it has {', '.join(config.sources)}")
+        elif sum(other.startswith(f"{name}=") for other in data) > 1:
+            raise UserError(f"--data {word}: a second folder for {name}; give one, or another name")
+        paths[name] = path
+    if not paths:
+        raise UserError("--data: is missing; name a folder of webdataset shards, or NAME=DIR for each of several")
+    for name, path in paths.items():
+        if not path:
+            raise UserError(f"loader.sources.{name}.path: is missing; write it there or add --data {name}=DIR")
+    return paths
+
+
+def open_sources(config: LoaderConfig, paths: Mapping[str, str]) -> list[Source]:
+    """Open every source's shards or subset; remote shards share one cache on this host.
+
+    Raises:
+        UserError: what `Shards` or `Subset` finds, or a cache too small for two windows of the remote shards.
+    """
+    cache = None
+    if any(files.is_remote(files.full_name(path)) for path in paths.values()):
+        folder = Path(config.cache_dir) if config.cache_dir else Path(tempfile.gettempdir()) / "gemsmith-shards"
+        cache = ShardCache(folder, int(config.cache_gib * 2**30))
+    keep, sources, need = 2 * config.window_shards, [], 0
+    for name, path in paths.items():
+        settings = config.sources.get(name, SourceConfig())
+        if settings.kind == "rows":
+            rows = Subset(Path(path), limit=settings.limit)
+            sources.append(Source(name=name, samples=rows, weight=settings.weight, kind="rows"))
+            continue
+        full = files.full_name(path)
+        remote = files.is_remote(full)
+        shards = Shards(full if remote else Path(path), cache=cache if remote else None, keep=keep)
+        if remote:
+            need += sum(sorted(file.size for file in shards.files)[-keep:])
+        sources.append(Source(name=name, samples=shards, weight=settings.weight, kind=settings.kind))
+    if cache is not None and cache.limit < need:
+        raise UserError(
+            f"loader.cache_gib: {config.cache_gib:g} does not hold two windows of {config.window_shards} shards "
+            f"({need / 2**30:.3g} GiB); raise it or lower loader.window_shards"
+        )
+    return sources
+
+
+def fingerprint(config: LoaderConfig, paths: Mapping[str, str]) -> list[Any]:
+    """What tells these data from others: name, size and stamp of every file of shards or rows, by source where there
+    are several."""
+    found = []
+    for name, path in paths.items():
+        rows = config.sources.get(name, SourceConfig()).kind == "rows"
+        folder, _, only = path.rpartition("/") if path.endswith(".parquet") else (path, "", "")
+        for file in files.listed(folder or ".") or []:
+            if file.name.endswith(only or (".parquet" if rows else ".tar")):
+                entry = (file.name.rpartition("/")[2], file.size, file.stamp)
+                found.append(entry if len(paths) == 1 else (name, *entry))
+    return found
+
+
+def every_caption(sources: Sequence[Source], members: Mapping[str, float] | None = None) -> Iterator[str]:
+    """Every caption of all shards that have captions and every text of rows, for training a tokenizer."""
+    for source in sources:
+        if source.kind != "images" and isinstance(source.samples, Shards):
+            yield from source.samples.every_caption(members)
+        elif isinstance(source.samples, Subset):
+            yield from source.samples.texts()

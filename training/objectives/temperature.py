@@ -1,0 +1,44 @@
+"""The temperature: learned between a floor and a ceiling, or a function of the step.
+
+Both give the log(1/temperature) that the loss uses from the model's parameter.
+The parameter itself is never written, since ZeRO-3 holds it in parts.
+"""
+
+import math
+
+import torch
+
+from training.config import ObjectiveConfig
+
+
+def bounded(log_scale: torch.Tensor, floor: float, ceiling: float) -> torch.Tensor:
+    """log(1/temperature) [1], held within the bounds; outside them, only gradients that lead back pass."""
+    low, high = -math.log(ceiling), -math.log(floor)
+    held = log_scale + (log_scale.clamp(low, high) - log_scale).detach()
+    if held.requires_grad:
+        above, below = log_scale.detach() > high, log_scale.detach() < low
+
+        def lead_back(g: torch.Tensor) -> torch.Tensor:
+            g = torch.where(above, g.clamp(min=0.0), g)  # descent lowers what has a positive gradient
+            return torch.where(below, g.clamp(max=0.0), g)
+
+        held.register_hook(lead_back)
+    return held
+
+
+def scheduled(config: ObjectiveConfig, step: int, steps: int) -> float:
+    """The temperature at a step: from `temperature` at the first of `steps` to `temperature_end` at the last."""
+    begin, end = config.temperature, config.temperature_end
+    if end is None:  # constant
+        return begin
+    share = step / max(steps - 1, 1)
+    if config.temperature_schedule == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return begin + (end - begin) * share
+
+
+def log_scale_at(log_scale: torch.Tensor, config: ObjectiveConfig, step: int, steps: int) -> torch.Tensor:
+    """What the loss uses [1]: the parameter within its bounds, or the schedule's value, which passes gradients of 0."""
+    if config.temperature_schedule == "learned":
+        return bounded(log_scale, config.temperature_floor, config.temperature_ceiling)
+    return 0.0 * log_scale - math.log(scheduled(config, step, steps))
