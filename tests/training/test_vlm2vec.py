@@ -96,6 +96,20 @@ def test_cached_gradients_equal_one_full_batch_pass(kind, chunk, negatives, tile
     assert abs(float(metrics["loss"] - loss)) < 1e-12
 
 
+@KINDS
+def test_activations_computed_again_give_the_same_gradients(kind):
+    model, inputs, _ = tiny(kind)
+    chunk, found = inputs.collate(mixed_rows(0)), []
+    model.train()
+    for _ in range(2):
+        model(chunk)["left"].square().mul(torch.arange(32.0)).sum().backward()
+        found.append(gradients(model))
+        model.zero_grad()
+        model.checkpoint_activations()
+    assert model.backbone.is_gradient_checkpointing
+    assert found[0].keys() == found[1].keys() and max(differences(found[1], found[0])) < 1e-6
+
+
 def batched(rows, size):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
