@@ -193,8 +193,8 @@ def tokenizer(story: Story) -> Path:
     """One tokenizer for the three arms, trained on the pool's own captions: the same model everywhere."""
     folder = story.out / "tokenizer"
     if not folder.exists():
-        from training.config import TokenizerConfig
         from training.data import Shards
+        from training.family_config import TokenizerConfig
         from training.tokenizer import load_tokenizer, save_tokenizer
         from training.train import parse
 

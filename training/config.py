@@ -1,6 +1,6 @@
 """What a training recipe can say, and nothing else: unknown keys are refused by jsonargparse.
 
-A recipe names one family by filling in its section (`mmgem:`, `clip:` or `vlm2vec:`). The
+A recipe names one family by filling in its section (training/family_config.py). The
 ZeRO stage lives in a plain DeepSpeed file (`deepspeed: ds_configs/zero3.json`),
 which training/deepspeed_config.py checks and completes.
 """
@@ -11,102 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from curation.errors import UserError
+from training.family_config import KINDS, LOSSES, ClipRecipe, MMGemRecipe, Vlm2VecRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
-
-LOSSES = {"mmgem": ("generate",), "clip": (), "vlm2vec": ()}
-"""The families, by the name of their section, and the losses of each beside the coupled one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """A ViT: an open_clip architecture by name (with weights), or sizes for one from scratch.
-
-    patch_dropout: share of patches left out while training (FLIP, arXiv 2212.00794).
-    """
-
-    arch: str | None = None
-    pretrained: str | None = None
-    image_size: int = 224
-    patch_size: int = 16
-    width: int = 768
-    layers: int = 12
-    head_width: int = 64
-    mlp_ratio: float = 4.0
-    patch_dropout: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageConfig:
-    """A causal LM: any `AutoModelForCausalLM` by name or path, or the sizes of a Llama from scratch."""
-
-    name_or_path: str | None = None
-    hidden_size: int = 2048
-    intermediate_size: int = 5632
-    num_hidden_layers: int = 22
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 4
-    max_position_embeddings: int = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """A tokenizer by name or folder, or a byte-level BPE of `vocab_size` trained on the captions of the data."""
-
-    name_or_path: str | None = None
-    vocab_size: int = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class MMGemRecipe:
-    """MM-GEM stage 1 (arXiv 2405.19333): ViT and one causal LLM that embeds and captions."""
-
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    language: LanguageConfig = field(default_factory=LanguageConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    embed_dim: int = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipRecipe:
-    """An open_clip dual encoder: an architecture by name (with weights), or its `model_cfg` (embed_dim,
-    vision_cfg, text_cfg as in open_clip's JSON files)."""
-
-    arch: str | None = None
-    pretrained: str | None = None
-    model_cfg: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Vlm2VecRecipe:
-    """VLM2Vec (arXiv 2410.05160): a vision-language model as an embedder.
-
-    name_or_path: any `AutoModelForImageTextToText` · backbone: or the config (`model_type` and sizes) of one from
-    scratch, with a tokenizer trained on the data · processor: where its processor is, if not with the backbone ·
-    processor_settings: passed to `AutoProcessor.from_pretrained` ({max_pixels: 1003520}, ...) ·
-    trust_remote_code: run the code that the model's repository brings · embed_dim: width of a projection, null = none ·
-    negatives: hard negatives that a row has room for · instruction: of picture-caption pairs.
-    """
-
-    name_or_path: str | None = None
-    backbone: dict[str, Any] | None = None
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    processor: str | None = None
-    processor_settings: dict[str, Any] = field(default_factory=dict)
-    trust_remote_code: bool = False
-    padding_side: Literal["left", "right"] = "left"
-    embed_dim: int | None = None
-    normalize: bool = True
-    negatives: int = 0
-    instruction: str = "Find an image caption describing the given everyday image."
-
-    def __post_init__(self) -> None:
-        if (self.name_or_path is None) == (self.backbone is None):
-            raise UserError("vlm2vec: exactly one of `name_or_path` and `backbone` (a config from scratch) is needed")
-        if self.negatives < 0:
-            raise UserError(f"vlm2vec.negatives: {self.negatives} is below 0; 0 takes none")
-        if self.embed_dim is not None and self.embed_dim < 1:
-            raise UserError(f"vlm2vec.embed_dim: {self.embed_dim} is below 1; null takes the backbone's width")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,14 +278,14 @@ class TrainConfig:
             raise UserError(f"log.profile_steps: {list(self.log.profile_steps)} are not [first, last], counted from 1")
         if self.optim.max_loss_ratio is not None and self.optim.max_loss_ratio <= 1:
             raise UserError(f"optim.max_loss_ratio: {self.optim.max_loss_ratio} would skip usual steps; take 2 or more")
-        known = LOSSES[self.family]
+        known = ["embed", *LOSSES[self.family]]
         if unknown := sorted(set(self.objective.weights) - set(known)):
-            raise UserError(f"objective.weights: the family has no loss {unknown[0]!r}; it has {list(known) or 'none'}")
+            raise UserError(f"objective.weights: the family has no loss {unknown[0]!r}; it has {', '.join(known)}")
         if self.samples < self.loader.batch:
             raise UserError(f"samples: {self.samples} is less than one batch of {self.loader.batch}; raise it")
 
     def _check_kinds(self) -> None:
-        known = {"vlm2vec": ("pairs", "rows")}.get(self.family, ("pairs",))
+        known = KINDS[self.family]
         for name, source in self.loader.sources.items():
             if source.kind not in known:
                 raise UserError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.hashing import hash64
-from training.config import TokenizerConfig
+from training.family_config import TokenizerConfig
 
 EMB, CAP = "[EMB]", "[CAP]"
 TRAINED_ON = 50_000

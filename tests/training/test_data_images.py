@@ -11,9 +11,9 @@ from torchvision.transforms import functional as TF
 
 from curation.errors import UserError
 from tests.training.conftest import tiny_config, write_shards
-from training.config import ClipRecipe
 from training.data import ImageSpec, Loader, Shards, images
 from training.families import build
+from training.family_config import ClipRecipe
 from training.models.clip import Clip
 from training.models.patches import take_over
 

@@ -11,8 +11,9 @@ from curation.errors import UserError
 from tests.training.plain import differences
 from tests.training.test_gradient_cache import patched_float
 from tests.training.vlm import BACKBONES, mixed_rows, picture, tiny
-from training.config import ObjectiveConfig, Vlm2VecRecipe
+from training.config import ObjectiveConfig
 from training.distributed import World
+from training.family_config import Vlm2VecRecipe
 from training.gradient_cache import Outputs, gradient_cached_step
 from training.models.vlm2vec import Vlm2Vec, recipe_processor
 from training.models.vlm_inputs import IMAGE, Inputs, Item, Row, instruct, of_side

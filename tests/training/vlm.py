@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT
-from training.config import ObjectiveConfig, Vlm2VecRecipe
+from training.config import ObjectiveConfig
+from training.family_config import Vlm2VecRecipe
 from training.models.vlm2vec import Vlm2Vec, recipe_config
 from training.models.vlm_inputs import Inputs, Item, Row, build_processor, build_tokenizer, instruct
 

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from curation.errors import UserError
-from training.config import ClipRecipe, ObjectiveConfig
+from training.config import ObjectiveConfig
+from training.family_config import ClipRecipe
 from training.models.patches import only, take_over
 from training.models.scalars import add_scalars, read_scalars
 

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from training.config import LanguageConfig, ObjectiveConfig, VisionConfig
+from training.config import ObjectiveConfig
+from training.family_config import LanguageConfig, VisionConfig
 from training.models.patches import only, take_over
 from training.models.scalars import add_scalars, read_scalars
 from training.tokenizer import CAP, EMB

@@ -28,7 +28,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from curation.errors import UserError
-from training.config import ObjectiveConfig, Vlm2VecRecipe
+from training.config import ObjectiveConfig
+from training.family_config import Vlm2VecRecipe
 from training.models.scalars import add_scalars, read_scalars
 from training.models.vlm_inputs import build_processor, build_tokenizer, of_side
 

@@ -1,0 +1,106 @@
+"""What the families' sections of a recipe can say: `mmgem:`, `clip:` or `vlm2vec:`.
+
+A new family is a section here, a line in `LOSSES` and in `KINDS`, and a field of `TrainConfig`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from curation.errors import UserError
+
+LOSSES = {"mmgem": ("generate",), "clip": (), "vlm2vec": ()}
+"""The families, by the name of their section, and the losses of each beside the coupled one."""
+
+KINDS = {"mmgem": ("pairs",), "clip": ("pairs",), "flava": ("pairs", "images", "texts"), "vlm2vec": ("pairs", "rows")}
+"""What a source of each may hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """A ViT: an open_clip architecture by name (with weights), or sizes for one from scratch.
+
+    patch_dropout: share of patches left out while training (FLIP, arXiv 2212.00794).
+    """
+
+    arch: str | None = None
+    pretrained: str | None = None
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+    patch_dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """A causal LM: any `AutoModelForCausalLM` by name or path, or the sizes of a Llama from scratch."""
+
+    name_or_path: str | None = None
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 22
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 4
+    max_position_embeddings: int = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A tokenizer by name or folder, or a byte-level BPE of `vocab_size` trained on the captions of the data."""
+
+    name_or_path: str | None = None
+    vocab_size: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMGemRecipe:
+    """MM-GEM stage 1 (arXiv 2405.19333): ViT and one causal LLM that embeds and captions."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    embed_dim: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipRecipe:
+    """An open_clip dual encoder: an architecture by name (with weights), or its `model_cfg` (embed_dim,
+    vision_cfg, text_cfg as in open_clip's JSON files)."""
+
+    arch: str | None = None
+    pretrained: str | None = None
+    model_cfg: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vlm2VecRecipe:
+    """VLM2Vec (arXiv 2410.05160): a vision-language model as an embedder.
+
+    name_or_path: any `AutoModelForImageTextToText` · backbone: or the config (`model_type` and sizes) of one from
+    scratch, with a tokenizer trained on the data · processor: where its processor is, if not with the backbone ·
+    processor_settings: passed to `AutoProcessor.from_pretrained` ({max_pixels: 1003520}, ...) ·
+    trust_remote_code: run the code that the model's repository brings · embed_dim: width of a projection, null = none ·
+    negatives: hard negatives that a row has room for · instruction: of picture-caption pairs.
+    """
+
+    name_or_path: str | None = None
+    backbone: dict[str, Any] | None = None
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    processor: str | None = None
+    processor_settings: dict[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
+    padding_side: Literal["left", "right"] = "left"
+    embed_dim: int | None = None
+    normalize: bool = True
+    negatives: int = 0
+    instruction: str = "Find an image caption describing the given everyday image."
+
+    def __post_init__(self) -> None:
+        if (self.name_or_path is None) == (self.backbone is None):
+            raise UserError("vlm2vec: exactly one of `name_or_path` and `backbone` (a config from scratch) is needed")
+        if self.negatives < 0:
+            raise UserError(f"vlm2vec.negatives: {self.negatives} is below 0; 0 takes none")
+        if self.embed_dim is not None and self.embed_dim < 1:
+            raise UserError(f"vlm2vec.embed_dim: {self.embed_dim} is below 1; null takes the backbone's width")
