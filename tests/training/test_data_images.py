@@ -11,6 +11,7 @@ from torchvision.transforms import functional as TF
 
 from curation.errors import UserError
 from tests.training.conftest import tiny_config, write_shards
+from training.config import ObjectiveConfig
 from training.data import ImageSpec, Loader, Shards, images
 from training.families import build
 from training.family_config import ClipRecipe
@@ -158,7 +159,7 @@ TOWERS = {
 
 def test_clip_sees_the_kept_patches_in_both_passes_and_all_when_graded():
     torch.manual_seed(0)
-    model = Clip.from_recipe(ClipRecipe(model_cfg=TOWERS), 0.07).train()
+    model = Clip.from_recipe(ClipRecipe(model_cfg=TOWERS), ObjectiveConfig()).train()
     spec = ImageSpec.of_vit(model.towers.visual, model.patch_dropout, size=32, mean=(0,) * 3, std=(1,) * 3)
     assert (spec.patches, spec.keep) == (16, 8)
     kept = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 15], [1, 3, 5, 7, 9, 11, 13, 14]])

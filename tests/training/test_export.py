@@ -11,6 +11,7 @@ from curation.errors import UserError
 from tests.conftest import gemsmith
 from tests.training.conftest import TINY
 from training import checkpoint
+from training.config import ObjectiveConfig
 from training.export import cast, export
 from training.inference import load
 from training.models.clip import Clip
@@ -59,7 +60,7 @@ def test_open_clip_opens_a_rounded_export(tmp_path):
 
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
     text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-    model = Clip({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text})
+    model = Clip({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, ObjectiveConfig())
     export_clip(model, model.state_dict(), {"size": [32, 32]}, tmp_path / "clip")
     cast(tmp_path / "clip", torch.bfloat16)
     opened, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'clip'}")
