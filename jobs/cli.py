@@ -165,11 +165,12 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step_*")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument("--merge", action="store_true", help="add the adapter into the weights; needs no peft to open")
     parser.add_argument("--overwrite", action="store_true", help="discard what OUT holds")
     a = parser.parse_args(arguments)
     from training.export import export as run
 
-    run(a.checkpoint, a.out, a.dtype, overwrite=a.overwrite)
+    run(a.checkpoint, a.out, a.dtype, merge=a.merge, overwrite=a.overwrite)
     return 0
 
 

@@ -11,9 +11,43 @@ from pathlib import Path
 from typing import Any, Literal
 
 from curation.errors import UserError
-from training.family_config import LOSSES, ClipRecipe, FlavaRecipe, MMGemRecipe
+from training.family_config import KINDS, LOSSES, ClipRecipe, FlavaRecipe, MMGemRecipe, Vlm2VecRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """A small part that trains in place of a frozen module, by peft.
+
+    kind: lora (arXiv 2106.09685), dora (2402.09353), vera (2310.11454), qlora (2305.14314), prompt (2104.08691) ·
+    module: the part of the model that is frozen and adapted (mmgem: llm, vlm2vec: backbone, clip: towers) ·
+    target_modules: regular expression that the names of its linear layers match in full, or "all-linear" ·
+    modules_to_save: parts of it that train whole · tokens: of a prompt ·
+    init_from: folder of an adapter to begin with · merge: export merged weights too, which need no peft.
+    """
+
+    kind: Literal["lora", "dora", "vera", "prompt", "qlora"] = "lora"
+    module: str
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    modules_to_save: list[str] = field(default_factory=list)
+    tokens: int = 16
+    init_from: str | None = None
+    merge: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in {"r": self.r, "alpha": self.alpha, "tokens": self.tokens}.items():
+            if value <= 0:
+                raise UserError(f"adapter.{name}: {value} is not above 0; give a positive value")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"adapter.dropout: {self.dropout} is not in [0, 1); 0 drops nothing")
+        if self.modules_to_save and self.kind == "prompt":
+            raise UserError("adapter.modules_to_save: with a prompt nothing else of the module trains; leave it out")
+        if self.merge and self.kind in ("prompt", "qlora"):
+            raise UserError(f"adapter.merge: {self.kind} cannot be merged into the weights exactly; set it to false")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +137,14 @@ Kind = Literal["pairs", "images", "texts", "rows"]
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One of several sources: its shards (a folder or URL; `--data NAME=DIR` says it too), its weight in the mixture,
-    and what its chunks hold."""
+    and what its chunks hold. Of kind rows: a subset's folder of MMEB-train, or one parquet file of it ·
+    limit: rows that are read of it, from the first on (null = all).
+    """
 
     path: str = ""
     weight: float = 1.0
     kind: Kind = "pairs"
+    limit: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +210,8 @@ class LoaderConfig:
                 raise UserError(f"loader.sources: {name!r} is no name; take letters, digits and _")
             if source.weight <= 0:
                 raise UserError(f"loader.sources.{name}.weight: {source.weight:g} is not above 0; leave the source out")
+            if source.limit is not None and (source.limit < 1 or source.kind != "rows"):
+                raise UserError(f"loader.sources.{name}.limit: is a number of rows above 0, of kind rows; remove it")
         if self.batch % self.unit:
             raise UserError(
                 f"loader.unit: {self.unit} does not divide the batch of {self.batch}; take a divisor, or the batch"
@@ -215,6 +254,8 @@ class TrainConfig:
     mmgem: MMGemRecipe | None = None
     clip: ClipRecipe | None = None
     flava: FlavaRecipe | None = None
+    vlm2vec: Vlm2VecRecipe | None = None
+    adapter: AdapterConfig | None = None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -233,6 +274,7 @@ class TrainConfig:
             if value <= 0:
                 raise UserError(f"{name}: {value} is not above 0; give a positive value")
         self.loader.check()
+        self._check_kinds()
         if self.log.profile_steps is not None and not 1 <= self.log.profile_steps[0] <= self.log.profile_steps[1]:
             raise UserError(f"log.profile_steps: {list(self.log.profile_steps)} are not [first, last], counted from 1")
         if self.optim.max_loss_ratio is not None and self.optim.max_loss_ratio <= 1:
@@ -249,6 +291,16 @@ class TrainConfig:
                 )
         if self.samples < self.loader.batch:
             raise UserError(f"samples: {self.samples} is less than one batch of {self.loader.batch}; raise it")
+
+    def _check_kinds(self) -> None:
+        known = KINDS[self.family]
+        for name, source in self.loader.sources.items():
+            if source.kind not in known:
+                raise UserError(
+                    f"loader.sources.{name}.kind: {self.family} trains on {' and '.join(known)}, not {source.kind}"
+                )
+        if self.vlm2vec is not None and self.loader.retain == "auto":
+            raise UserError("loader.retain: auto measures pictures of one size; vlm2vec needs a number")
 
     @property
     def family(self) -> str:

@@ -99,6 +99,9 @@ def _check_zero(path: Path, zero: dict[str, Any], config: TrainConfig) -> None:
         ),
         "offload_param needs stage 3": stage < 3 and parsed.offload_param is not None,
         "offload_optimizer needs stage 3 here": stage < 3 and parsed.offload_optimizer is not None,
+        "stage 3 cannot cut up qlora's packed weights; take stage 2": stage == 3
+        and config.adapter is not None
+        and config.adapter.kind == "qlora",
     }
     for why, holds in refused.items():
         if holds:

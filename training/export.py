@@ -3,10 +3,12 @@
     gemsmith export --checkpoint RUN/checkpoints/step_00000500 --out DIR --dtype bf16
 
 `gemsmith train` writes RUN/export the same way when it ends; this is for other steps and for other precisions. What the
-folder holds is the family's choice: `save_pretrained` of transformers, open_clip's layout, or an adapter alone.
+folder holds is the family's choice: `save_pretrained` of transformers, open_clip's layout, or an adapter alone (with
+`--merge`, the whole model with the adapter in its weights, too).
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ import torch
 from curation.errors import UserError
 from curation.manifest import claim, read_manifest, write_json, write_manifest
 from training import checkpoint
+from training.config import as_dict
 from training.families import Family
 from training.inference import config_from, rebuild
 
@@ -24,22 +27,30 @@ MARK = "gemsmith.json"
 """Written last: the step and the recipe, so that an export can be graded wherever it is taken."""
 
 
-def export(folder: Path, out: Path, dtype: Dtype = "fp32", *, overwrite: bool = False) -> None:
+def export(folder: Path, out: Path, dtype: Dtype = "fp32", *, merge: bool = False, overwrite: bool = False) -> None:
     """Write the weights of the checkpoint in `folder` to `out`; a finished export of them is left as it is.
 
     Raises:
-        UserError: not a whole checkpoint, or `out` holds something else.
+        UserError: not a whole checkpoint, or `out` holds something else; nothing to merge.
     """
     if (folder / MARK).exists():
         raise UserError(f"--checkpoint {folder}: is an export already; name the RUN/checkpoints/step_* it came from")
     manifest = checkpoint.check(folder)
-    claim(out, {"weights": manifest["weights_hash"], "dtype": dtype}, overwrite=overwrite)
+    config = config_from(manifest["config"])
+    if merge:
+        if config.adapter is None:
+            raise UserError(f"--merge: {folder} has no adapter; leave it out")
+        config = replace(config, adapter=replace(config.adapter, merge=True))
+    claim(
+        out,
+        {"weights": manifest["weights_hash"], "dtype": dtype} | ({"merge": True} if merge else {}),
+        overwrite=overwrite,
+    )
     if read_manifest(out / MARK) is not None:
         print(f"{out} is already complete: step {manifest['step']} in {dtype}")
         return
-    config = config_from(manifest["config"])
     family = rebuild(config, folder.parent.parent / "tokenizer")
-    facts = {"steps": manifest["step"], "samples": manifest["samples"], "config": manifest["config"]}
+    facts = {"steps": manifest["step"], "samples": manifest["samples"], "config": as_dict(config)}
     write(family, folder, out, facts, dtype)
     print(f"{out}: step {manifest['step']} in {dtype}")
 
@@ -57,9 +68,9 @@ def cast(out: Path, dtype: torch.dtype) -> None:
     from safetensors.torch import load_file, save_file
 
     total = 0
-    for file in sorted(out.glob("*.safetensors")):
+    for file in sorted(out.rglob("*.safetensors")):
         tensors = {name: x.to(dtype) if x.is_floating_point() else x for name, x in load_file(file).items()}
-        total += sum(x.nbytes for x in tensors.values())
+        total += sum(x.nbytes for x in tensors.values()) if file.parent == out else 0
         save_file(tensors, file, metadata={"format": "pt"})
     if (config := out / "config.json").exists():
         write_json(config, {**json.loads(config.read_text()), "dtype": str(dtype).removeprefix("torch.")})

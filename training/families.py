@@ -5,13 +5,13 @@ and how it is exported for people who take the model away.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training.config import TrainConfig
+from training.config import AdapterConfig, TrainConfig
 from training.data import Drawn, ImageSpec, Source
 from training.family_config import TokenizerConfig
 
@@ -22,7 +22,8 @@ class Family:
     export: (state dict, folder) writes what `from_pretrained` or open_clip reads · read_export: the state back ·
     extra: (kind, rows) -> more tensors of a chunk, drawn from each row's `draw` ·
     prepare: trains or loads what `extra` needs of these sources, before the first chunk ·
-    mismatched: (draw) -> whether the pair of that row is given another's text too, to be told apart."""
+    mismatched: (draw) -> whether the pair of that row is given another's text too, to be told apart ·
+    encode_images: pictures -> input of `get_image_features`, where they are not squares of one size."""
 
     model: Any
     image: ImageSpec
@@ -33,6 +34,7 @@ class Family:
     extra: Callable[[str, Sequence[Drawn]], dict[str, torch.Tensor]] | None = None
     prepare: Callable[[Sequence[Source]], None] | None = None
     mismatched: Callable[[int], bool] | None = None
+    encode_images: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None
 
 
 def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
@@ -175,10 +177,75 @@ def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
     )
 
 
-FAMILIES = {"mmgem": _mmgem, "clip": _clip, "flava": _flava}
+def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
+    from PIL import Image
+
+    from training.models.vlm2vec import Vlm2Vec, recipe_processor
+    from training.models.vlm_inputs import Inputs, Item, Row, instruct
+    from training.tokenizer import save_tokenizer
+
+    assert config.vlm2vec is not None
+    recipe = config.vlm2vec
+    kept = tokenizer_folder if tokenizer_folder.exists() else None
+    processor, settings = recipe_processor(recipe, kept, captions)
+    if kept is None:
+        save_tokenizer(processor, tokenizer_folder)
+    inputs = Inputs(processor, settings, max_tokens=config.loader.max_tokens, negatives=recipe.negatives)
+    model = Vlm2Vec.from_recipe(recipe, settings, config.objective)
+    task = instruct(recipe.instruction, image=True)
+
+    def row_of(drawn: Drawn) -> Row | None:
+        """A picture (uint8 [S, S, 3]) with its caption is a query that should find the caption."""
+        if drawn.reason:
+            return None
+        if "row" in drawn.fields:
+            return drawn.fields["row"]
+        picture = Image.fromarray(drawn.fields["pixels"])
+        return Row(query=Item(text=task, image=picture), positive=Item(text=drawn.fields["text"]))
+
+    def export(state: dict[str, torch.Tensor], folder: Path) -> None:
+        model.load_state_dict(state)
+        model.float().save_pretrained(folder)
+        processor.save_pretrained(str(folder))
+
+    return Family(
+        model=model,
+        image=ImageSpec(size=config.loader.decode_size or 224, mean=(0.0,) * 3, std=(1.0,) * 3, raw=True),
+        encode_text=lambda texts: inputs.side([Item(text=text) for text in texts], picture=False),
+        export=export,
+        read_export=lambda folder: Vlm2Vec.from_pretrained(folder).state_dict(),
+        tokenizer=processor,
+        extra=lambda kind, rows: inputs.collate([row_of(drawn) for drawn in rows]),
+        encode_images=lambda pictures: inputs.side([Item(text=task, image=picture) for picture in pictures]),
+    )
+
+
+FAMILIES = {"mmgem": _mmgem, "clip": _clip, "flava": _flava, "vlm2vec": _vlm2vec}
 
 
 def build(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
     """The recipe's family; a tokenizer trained on `captions()` is kept in `tokenizer_folder` and used again."""
     torch.manual_seed(config.seed)
-    return FAMILIES[config.family](config, tokenizer_folder, captions)
+    family = FAMILIES[config.family](config, tokenizer_folder, captions)
+    return _adapted(family, config.adapter) if config.adapter is not None else family
+
+
+def _adapted(family: Family, config: AdapterConfig) -> Family:
+    """The family with the recipe's adapter in its model; it exports the adapter and all else that trained."""
+    from training import adapters
+
+    model = family.model
+    adapters.apply(model, config)
+
+    def export(state: dict[str, torch.Tensor], folder: Path) -> None:
+        model.load_state_dict(state)
+        model.float()
+        adapters.export(model, config, folder)
+        if config.merge:
+            (folder / adapters.TRAINED).unlink()
+            adapters.merge(model, config)
+            family.export(model.state_dict(), folder)
+        elif hasattr(family.tokenizer, "save_pretrained"):
+            family.tokenizer.save_pretrained(str(folder))
+
+    return replace(family, export=export, read_export=lambda folder: adapters.read_export(model, folder))

@@ -1,15 +1,18 @@
-"""What the families' sections of a recipe can say: `mmgem:`, `clip:` or `flava:`.
+"""What the families' sections of a recipe can say: `mmgem:`, `clip:`, `flava:` or `vlm2vec:`.
 
-A new family is a section here, a line in `LOSSES`, and a field of `TrainConfig`.
+A new family is a section here, a line in `LOSSES` and in `KINDS`, and a field of `TrainConfig`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from curation.errors import UserError
 
-LOSSES = {"mmgem": ("generate",), "clip": (), "flava": ("itm", "mim", "mlm", "mmm_image", "mmm_text")}
+LOSSES = {"mmgem": ("generate",), "clip": (), "flava": ("itm", "mim", "mlm", "mmm_image", "mmm_text"), "vlm2vec": ()}
 """The families, by the name of their section, and the losses of each beside the coupled one."""
+
+KINDS = {"mmgem": ("pairs",), "clip": ("pairs",), "flava": ("pairs", "images", "texts"), "vlm2vec": ("pairs", "rows")}
+"""What a source of each may hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,3 +131,35 @@ class FlavaRecipe:
             heads = self.num_attention_heads
             raise UserError(f"flava.num_attention_heads: {heads} does not divide hidden_size {self.hidden_size}")
         check_masks(self.masks, self.image_size // self.patch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vlm2VecRecipe:
+    """VLM2Vec (arXiv 2410.05160): a vision-language model as an embedder.
+
+    name_or_path: any `AutoModelForImageTextToText` · backbone: or the config (`model_type` and sizes) of one from
+    scratch, with a tokenizer trained on the data · processor: where its processor is, if not with the backbone ·
+    processor_settings: passed to `AutoProcessor.from_pretrained` ({max_pixels: 1003520}, ...) ·
+    trust_remote_code: run the code that the model's repository brings · embed_dim: width of a projection, null = none ·
+    negatives: hard negatives that a row has room for · instruction: of picture-caption pairs.
+    """
+
+    name_or_path: str | None = None
+    backbone: dict[str, Any] | None = None
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    processor: str | None = None
+    processor_settings: dict[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
+    padding_side: Literal["left", "right"] = "left"
+    embed_dim: int | None = None
+    normalize: bool = True
+    negatives: int = 0
+    instruction: str = "Find an image caption describing the given everyday image."
+
+    def __post_init__(self) -> None:
+        if (self.name_or_path is None) == (self.backbone is None):
+            raise UserError("vlm2vec: exactly one of `name_or_path` and `backbone` (a config from scratch) is needed")
+        if self.negatives < 0:
+            raise UserError(f"vlm2vec.negatives: {self.negatives} is below 0; 0 takes none")
+        if self.embed_dim is not None and self.embed_dim < 1:
+            raise UserError(f"vlm2vec.embed_dim: {self.embed_dim} is below 1; null takes the backbone's width")

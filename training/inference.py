@@ -5,7 +5,7 @@ unscaled decoding), in fp32 on the device at hand.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,19 @@ class Model:
     transform: Any
     device: torch.device
 
-    def images(self, pictures: list[Image.Image]) -> torch.Tensor:
-        """[B, 3, S, S]"""
+    def images(self, pictures: list[Image.Image]) -> Any:
+        """[B, 3, S, S], or the tensors of a family whose pictures are not squares of one size."""
+        if self.family.encode_images is not None:
+            return self.family.encode_images(pictures)
         return torch.stack([self.transform(picture) for picture in pictures])
 
     @torch.no_grad()
-    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+    def embed_images(self, pixels: Any) -> torch.Tensor:
         """Unit embeddings, fp32 [B, D]."""
-        model, pixels = self.family.model, pixels.to(self.device)
+        model = self.family.model
+        if isinstance(pixels, dict):
+            return model.get_image_features(**{n: x.to(self.device) for n, x in pixels.items()}).pooler_output.cpu()
+        pixels = pixels.to(self.device)
         if hasattr(model, "get_image_features"):
             return model.get_image_features(pixels).pooler_output.cpu()
         return torch.nn.functional.normalize(model.towers.encode_image(pixels).float(), dim=-1).cpu()
@@ -60,7 +65,10 @@ class Model:
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """Unit embeddings, fp32 [B, D]."""
-        model, ids = self.family.model, self.family.encode_text(texts)["input_ids"].to(self.device)
+        model, inputs = self.family.model, self.family.encode_text(texts)
+        if "attention_mask" in inputs:
+            return model.get_text_features(**{n: x.to(self.device) for n, x in inputs.items()}).pooler_output.cpu()
+        ids = inputs["input_ids"].to(self.device)
         if hasattr(model, "get_text_features"):
             return model.get_text_features(ids).pooler_output.cpu()
         return torch.nn.functional.normalize(model.towers.encode_text(ids).float(), dim=-1).cpu()
@@ -90,7 +98,7 @@ def load(folder: Path) -> Model:
     from open_clip.transform import image_transform
 
     run, words = folder.parent, folder
-    exported = sorted(set(folder.glob("*.safetensors")) - set(folder.glob("rank_*")))
+    exported = sorted(set(folder.glob("*.safetensors")) - set(folder.glob("rank_*")))  # those are a checkpoint's
     if not exported:
         manifest = checkpoint.check(folder)
         config, run = config_from(manifest["config"]), folder.parent.parent
@@ -123,7 +131,8 @@ def load(folder: Path) -> Model:
         resize_mode=config.loader.resize_mode,
         interpolation="bicubic",
     )
-    can_caption = hasattr(family.model, "generate")
+    # A query's prompt asks for an embedding, not for a caption.
+    can_caption = hasattr(family.model, "generate") and family.encode_images is None
     return Model(name, step, weights_hash, preprocess, can_caption, family, transform, device)
 
 
@@ -133,6 +142,8 @@ def _exported(folder: Path) -> tuple[Family, TrainConfig, int]:
     if record is None:
         raise UserError(f"--checkpoint {folder}: has no gemsmith.json; name an export that `gemsmith train` wrote")
     config = config_from(record["config"])
+    if config.adapter is not None and config.adapter.merge:
+        config = replace(config, adapter=None)
     family = rebuild(config, folder)
     family.model.load_state_dict(family.read_export(folder))
     return family, config, record["steps"]

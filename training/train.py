@@ -51,7 +51,7 @@ def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size:
     Mixture(weights, seed=config.seed, unit=config.loader.unit, mixing=config.loader.mixing)
     check_wandb(config.log.wandb)
     computed = {name: value for name, value in as_dict(config).items() if name != "log"}
-    claim(run, {"config": computed, "data": fingerprint(data)}, overwrite=overwrite)
+    claim(run, {"config": computed, "data": fingerprint(config.loader, data)}, overwrite=overwrite)
     if (done := read_manifest(run / "manifest.json")) is not None:
         print(f"{run} is already complete: {done['steps']} steps, {done['samples']} samples")
         return False

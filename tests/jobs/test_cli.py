@@ -17,26 +17,26 @@ FLAGS = {
     "curate": "--config --dry-run --help --out --overwrite --part --phase --pool --ray.address --signals --workers",
     "documents": "--config --help --out --overwrite --pool --ray.address --workers",
     "inspect": "--help --out",
+    "export": "--checkpoint --dtype --help --merge --out --overwrite",
     "evaluate": "--cache --checkpoint --data --help --out --tasks --threads",
-    "export": "--checkpoint --dtype --help --out --overwrite",
     "watch": "--best --cache --data --help --idle-seconds --out --run --tasks --threads",
     "compare": "--help",
     "report": "--help",
     "demo": "--help --out --overwrite --seed",
 }
 TRAIN_FLAGS = """
---activation_checkpointing --background_save --checkpoint_every --clip --config --data --deepspeed --flava --help
---keep_last
---loader --loader.batch --loader.cache_decoded --loader.cache_dir --loader.cache_gib --loader.captions --loader.chunk
---loader.color_jitter --loader.color_jitter_prob --loader.crop_scale --loader.decode_size --loader.error_window
---loader.flip --loader.gray_scale_prob --loader.max_error_rate --loader.max_tokens --loader.mixing --loader.prefetch
---loader.resize_mode --loader.retain --loader.retain_gib --loader.sources --loader.threads --loader.unit
---loader.window_shards --log_every --mmgem --objective --objective.coupled --objective.directions
---objective.duplicates --objective.gather --objective.logit_bias --objective.reduction --objective.temperature
---objective.temperature_ceiling --objective.temperature_end --objective.temperature_floor
+--activation_checkpointing --adapter --background_save --checkpoint_every --clip --config --data --deepspeed --help
+--flava
+--keep_last --loader --loader.batch --loader.cache_decoded --loader.cache_dir --loader.cache_gib --loader.captions
+--loader.chunk --loader.color_jitter --loader.color_jitter_prob --loader.crop_scale --loader.decode_size
+--loader.error_window --loader.flip --loader.gray_scale_prob --loader.max_error_rate --loader.max_tokens
+--loader.mixing --loader.prefetch --loader.resize_mode --loader.retain --loader.retain_gib --loader.sources
+--loader.threads --loader.unit --loader.window_shards --log_every --mmgem --objective --objective.coupled
+--objective.directions --objective.duplicates --objective.gather --objective.logit_bias --objective.reduction
+--objective.temperature --objective.temperature_ceiling --objective.temperature_end --objective.temperature_floor
 --objective.temperature_schedule --objective.tile --objective.weights --optim --optim.betas --optim.eps
 --optim.gradient_clipping --optim.groups --optim.lr --optim.name --optim.schedule --optim.warmup_steps
---optim.weight_decay --out --overwrite --precision --ranks --samples --seed
+--optim.weight_decay --out --overwrite --precision --ranks --samples --seed --vlm2vec
 """
 
 

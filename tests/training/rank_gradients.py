@@ -16,18 +16,27 @@ import deepspeed
 import torch
 
 from tests.training.conftest import flava_config, tiny_config
+from training.config import TrainConfig
 from training.data import Shards
 from training.loop import make_trainer, settle_retention
 
 
+def arguments() -> list[str]:
+    return [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+
+
 def main() -> None:
-    shards, run, stage, family, *overrides = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    run = Path(run)
-    deepspeed.init_distributed()
+    shards, run, stage, family, *overrides = arguments()
     path = str(ROOT / f"ds_configs/zero{stage}.json")
     settings = ["--deepspeed", path, "--optim.gradient_clipping", "0", *overrides]
     config = {"mmgem": tiny_config, "flava": flava_config}[family](*settings)
-    trainer = make_trainer(config, Shards(Path(shards)), run)
+    save_gradients(config, Path(shards), Path(run))
+
+
+def save_gradients(config: TrainConfig, shards: Path, run: Path) -> None:
+    """Make a step of the recipe on these shards; the process ends here."""
+    deepspeed.init_distributed()
+    trainer = make_trainer(config, Shards(shards), run)
     settle_retention(trainer, None)
     whole = {name: torch.zeros(0) for name in trainer.used.names}
 
@@ -51,7 +60,9 @@ def main() -> None:
     gradients = {}
     for name in trainer.used.names:
         part = whole[name] if whole[name].numel() else torch.zeros(sizes[name])
-        gradients[name] = (trainer.world.sum(part) if stage != "0" else part).view(shapes[name])
+        gradients[name] = (trainer.world.sum(part) if trainer.engine.zero_optimization_stage() else part).view(
+            shapes[name]
+        )
     if trainer.world.rank == 0:
         loss = torch.tensor(metrics["loss"])
         torch.save({"loss": loss, "gradients": gradients, "retain": trainer.loader.retain}, run / "gradients.pt")
@@ -60,4 +71,5 @@ def main() -> None:
     os._exit(0)
 
 
-main()
+if __name__ == "__main__":
+    main()

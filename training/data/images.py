@@ -27,7 +27,8 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 class ImageSpec:
     """Side of the model's input and its statistics.
 
-    patches: those of the ViT · keep: how many of them a training step sees (FLIP, arXiv 2212.00794); 0 = all.
+    patches: those of the ViT · keep: how many of them a training step sees (FLIP, arXiv 2212.00794); 0 = all ·
+    raw: the family makes its tensors of pictures and texts itself, by `extra`.
     """
 
     size: int
@@ -35,6 +36,7 @@ class ImageSpec:
     std: tuple[float, ...]
     patches: int = 0
     keep: int = 0
+    raw: bool = False
 
     @classmethod
     def of_vit(

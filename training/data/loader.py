@@ -65,7 +65,8 @@ class Loader:
     Args:
         sources: or one folder of pairs.
         encode_text: captions -> tensors of a chunk.
-        extra: (kind, rows) -> more tensors of a chunk, such as masks; all of them for chunks of `rows`.
+        extra: (kind, rows) -> more tensors of a chunk, such as masks; all of them for chunks of `rows`, and of any kind
+            where `image.raw` is set.
         mismatched: (draw) -> whether that row of pairs is given another's text too, as "other".
         cache: where decoded pictures are kept, a file for each source, or None.
 
@@ -105,7 +106,8 @@ class Loader:
         self.holes: Counter[str] = Counter()
         self.timers = Timers()
         self._encoding = threading.Lock()  # Hugging Face's fast tokenizers refuse two threads at once
-        self._decoded = [_Decoded(cache, source, self.side) if cache else None for source in self.sources]
+        pictures = [source.kind in ("pairs", "images") for source in self.sources]
+        self._decoded = [_Decoded(cache, s, self.side) if cache and p else None for s, p in zip(self.sources, pictures)]
 
     @property
     def errors(self) -> int:
@@ -245,13 +247,14 @@ class Loader:
     def close(self, kind: str, rows: Sequence[Drawn], pixels: torch.Tensor | None) -> Chunk:
         """The tensors of a chunk whose rows are all read."""
         chunk: Chunk = {"valid": torch.tensor([not row.reason for row in rows])}
-        if kind in ("pairs", "texts"):
+        if kind in ("pairs", "texts") and not self.image.raw:
             with self._encoding, self.timers("tokenise"):
                 chunk |= self.encode_text([row.fields.get("text", "") for row in rows])
         if pixels is not None and self.image.keep:
             chunk["patches"] = torch.from_numpy(np.stack([self._patches(row.draw) for row in rows]))
         if self.extra is not None:
-            chunk |= self.extra(kind, rows)
+            with self._encoding, self.timers("tokenise"):
+                chunk |= self.extra(kind, rows)
         if self.pinned:
             chunk = {name: tensor.pin_memory() for name, tensor in chunk.items()}
         return chunk if pixels is None else {"pixel_values": pixels, **chunk}
@@ -280,7 +283,7 @@ class _Making:
         loader = self.loader
         try:
             with self.lock:
-                if self.pixels is None and self.kind in ("pairs", "images"):
+                if self.pixels is None and self.kind in ("pairs", "images") and not loader.image.raw:
                     shape = (len(self.places), 3, loader.image.size, loader.image.size)
                     self.pixels = torch.empty(shape, dtype=loader.dtype, pin_memory=loader.pinned)
             for i in range(start, stop):

@@ -1,7 +1,7 @@
 """What a run reads: named sources, each with its samples, its weight in the mixture and its kind.
 
-Whatever has `Samples`' four members is a source: shards of pairs here, rows of
-queries and targets elsewhere. The recipe names sources (`loader.sources`), and
+Whatever has `Samples`' four members is a source: shards of pairs, or subsets of
+MMEB-train, whose rows are queries and their targets. The recipe names sources (`loader.sources`), and
 `--data NAME=DIR` says or replaces where they lie; `--data DIR` is one source of pairs.
 """
 
@@ -15,8 +15,9 @@ import numpy as np
 
 from curation import files
 from curation.errors import UserError
-from training.config import Kind, LoaderConfig
+from training.config import Kind, LoaderConfig, SourceConfig
 from training.data.cache import ShardCache
+from training.data.mmeb import Subset
 from training.data.shards import Shards
 
 ONE = "data"  # the name of the source that `--data DIR` means
@@ -35,7 +36,8 @@ class Samples(Protocol):
 
     def sample(self, i: int) -> Mapping[str, Any]:
         """The fields of sample i, read by several threads at once: "uid", of which its random draws are made, and for
-        pairs, images and texts the members as webdataset names them. A `Hole` where it cannot be had."""
+        pairs, images and texts the members as webdataset names them, for rows the "row". A `Hole` where it cannot be
+        had."""
 
     def ahead(self, parts: Sequence[int]) -> None:
         """These parts will be read soon, in this order."""
@@ -79,10 +81,10 @@ def named(config: LoaderConfig, data: Sequence[str]) -> dict[str, str]:
 
 
 def open_sources(config: LoaderConfig, paths: Mapping[str, str]) -> list[Source]:
-    """Open every source's shards; remote ones share one cache on this host.
+    """Open every source's shards or subset; remote shards share one cache on this host.
 
     Raises:
-        UserError: what `Shards` finds, or a cache too small for two windows of the remote shards.
+        UserError: what `Shards` or `Subset` finds, or a cache too small for two windows of the remote shards.
     """
     cache = None
     if any(files.is_remote(files.full_name(path)) for path in paths.values()):
@@ -90,16 +92,17 @@ def open_sources(config: LoaderConfig, paths: Mapping[str, str]) -> list[Source]
         cache = ShardCache(folder, int(config.cache_gib * 2**30))
     keep, sources, need = 2 * config.window_shards, [], 0
     for name, path in paths.items():
+        settings = config.sources.get(name, SourceConfig())
+        if settings.kind == "rows":
+            rows = Subset(Path(path), limit=settings.limit)
+            sources.append(Source(name=name, samples=rows, weight=settings.weight, kind="rows"))
+            continue
         full = files.full_name(path)
         remote = files.is_remote(full)
         shards = Shards(full if remote else Path(path), cache=cache if remote else None, keep=keep)
         if remote:
             need += sum(sorted(file.size for file in shards.files)[-keep:])
-        settings = config.sources.get(name)
-        if settings is None:
-            sources.append(Source(name=name, samples=shards))
-        else:
-            sources.append(Source(name=name, samples=shards, weight=settings.weight, kind=settings.kind))
+        sources.append(Source(name=name, samples=shards, weight=settings.weight, kind=settings.kind))
     if cache is not None and cache.limit < need:
         raise UserError(
             f"loader.cache_gib: {config.cache_gib:g} does not hold two windows of {config.window_shards} shards "
@@ -108,19 +111,24 @@ def open_sources(config: LoaderConfig, paths: Mapping[str, str]) -> list[Source]
     return sources
 
 
-def fingerprint(paths: Mapping[str, str]) -> list[Any]:
-    """What tells these data from others: name, size and stamp of every shard, by source where there are several."""
+def fingerprint(config: LoaderConfig, paths: Mapping[str, str]) -> list[Any]:
+    """What tells these data from others: name, size and stamp of every file of shards or rows, by source where there
+    are several."""
     found = []
     for name, path in paths.items():
-        for file in files.listed(path) or []:
-            if file.name.endswith(".tar"):
+        rows = config.sources.get(name, SourceConfig()).kind == "rows"
+        folder, _, only = path.rpartition("/") if path.endswith(".parquet") else (path, "", "")
+        for file in files.listed(folder or ".") or []:
+            if file.name.endswith(only or (".parquet" if rows else ".tar")):
                 entry = (file.name.rpartition("/")[2], file.size, file.stamp)
                 found.append(entry if len(paths) == 1 else (name, *entry))
     return found
 
 
 def every_caption(sources: Sequence[Source], members: Mapping[str, float] | None = None) -> Iterator[str]:
-    """Every caption of all shards that have captions, for training a tokenizer."""
+    """Every caption of all shards that have captions and every text of rows, for training a tokenizer."""
     for source in sources:
         if source.kind != "images" and isinstance(source.samples, Shards):
             yield from source.samples.every_caption(members)
+        elif isinstance(source.samples, Subset):
+            yield from source.samples.texts()

@@ -1,0 +1,201 @@
+"""Texts and pictures as a vision-language backbone wants them: image tokens, padding, pixel tensors, chunks.
+
+A row is a query and its targets (the positive first, then hard negatives), each
+a text, a picture, or both. MMEB marks a picture's place by `<|image_1|>`; here
+it becomes what the backbone's own processor expects. Long texts are cut before
+the picture's tokens are put in, so that these are never cut.
+
+Each side of a chunk shows at least one picture: where no row does, a blank row
+is added whose embedding nobody reads. Otherwise one rank would run the vision
+tower and another would not, and ZeRO-3 would wait for ever. Its gradient is
+exactly zero.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from curation.errors import UserError
+
+IMAGE = "<|image_1|>"
+"""Where a text shows its picture, as MMEB-train writes it (TIGER-Lab/MMEB-train)."""
+
+PLACES = {"qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>"}
+"""What stands for a picture where it is more than the processor's image token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One side: a text, a picture, or both."""
+
+    text: str = ""
+    image: Image.Image | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A query and what it should find: the positive, then hard negatives."""
+
+    query: Item
+    positive: Item
+    negatives: Sequence[Item] = field(default_factory=tuple)
+
+
+def instruct(task: str, query: str = "", image: bool = False) -> str:
+    """`[IMAGE] Instruct: {task} Query: {query}` (VLM2Vec, arXiv 2410.05160, section 3.2)."""
+    return f"{IMAGE + ' ' if image else ''}Instruct: {task} Query: {query}".rstrip()
+
+
+class Inputs:
+    """The tensors of rows, through the backbone's own processor."""
+
+    def __init__(self, processor: Any, config: Any, *, max_tokens: int, negatives: int = 0) -> None:
+        """
+        Args:
+            processor: `AutoProcessor` of the backbone · config: the backbone's.
+            max_tokens: of a text, without its picture's · negatives: hard negatives that each row has room for.
+
+        Raises:
+            UserError: a backbone without pad or image token, or whose processor has another image token.
+        """
+        tokenizer, name = getattr(processor, "tokenizer", None), type(processor).__name__
+        if tokenizer is None or getattr(processor, "image_processor", None) is None:
+            raise UserError(f"vlm2vec: {name} has no tokenizer or no image processor; take an image-text-to-text model")
+        if tokenizer.pad_token_id is None:
+            raise UserError("vlm2vec: the backbone's tokenizer has no pad token; set `pad_token` in its folder")
+        token = getattr(processor, "image_token", None)
+        if token is None or tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+            raise UserError("vlm2vec: the backbone's tokenizer has no image token; take a model with one")
+        wanted = getattr(config, "image_token_id", None)
+        if wanted != tokenizer.convert_tokens_to_ids(token):
+            raise UserError(
+                f"vlm2vec: the backbone's image_token_id {wanted} is not {token} "
+                f"({tokenizer.convert_tokens_to_ids(token)}) of its tokenizer; take the two from one folder"
+            )
+        self.processor, self.tokenizer, self.max_tokens, self.negatives = processor, tokenizer, max_tokens, negatives
+        self.place = PLACES.get(config.model_type, token)
+        self.special = token
+
+    def text(self, item: Item) -> str:
+        """The text as the processor wants it: cut to `max_tokens`, and with one image token just where a picture is."""
+        before, mark, after = item.text.replace(self.special, "").partition(IMAGE)
+        before, left = self._cut(before, self.max_tokens)
+        after, _ = self._cut(after.replace(IMAGE, ""), left)
+        if item.image is None:
+            return (before + after).strip() or "."  # a side without a token has no last one
+        return f"{before}{self.place}{after}" if mark else f"{self.place} {before}".rstrip()
+
+    def _cut(self, text: str, budget: int) -> tuple[str, int]:
+        """The longest beginning of the text that fits, and what is left of the budget."""
+        if not text:
+            return "", budget
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if len(found) <= budget:
+            return text, budget - len(found)
+        return (text[: found[budget][0]] if budget else ""), 0
+
+    def side(self, items: Sequence[Item], *, picture: bool = True) -> dict[str, torch.Tensor]:
+        """What the processor makes of these items: ids and masks [n, T], and the pictures' tensors.
+
+        picture: see that there is one, by a blank row at the end (n is one more then).
+        """
+        items = list(items)
+        if picture and all(item.image is None for item in items):
+            items.append(Item(image=Image.new("RGB", (32, 32))))
+        images = [item.image.convert("RGB") for item in items if item.image is not None]
+        found = self.processor(
+            text=[self.text(item) for item in items],
+            images=images or None,
+            padding=True,
+            return_tensors="pt",
+        )
+        return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+    def collate(self, rows: Sequence[Row | None]) -> dict[str, torch.Tensor]:
+        """A chunk; None is a hole without weight.
+
+        Returns:
+            valid bool [c] · right_valid bool [c, m], m = 1 + negatives · query.* · target.*: tensors of `side`, the
+            targets that there are, flat · target.rows int64 [n]: the place of each in [c * m].
+        """
+        width = 1 + self.negatives
+        queries, targets, places = [], [], []
+        right_valid = torch.zeros(len(rows), width, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            queries.append(row.query if row else Item())
+            for slot, item in enumerate([row.positive, *row.negatives][:width] if row else []):
+                targets.append(item)
+                places.append(number * width + slot)
+                right_valid[number, slot] = True
+        sides = {"query": self.side(queries), "target": self.side(targets)}
+        return {
+            "valid": torch.tensor([row is not None for row in rows]),
+            "right_valid": right_valid,
+            "target.rows": torch.tensor(places, dtype=torch.long),
+            **{f"{side}.{name}": value for side, found in sides.items() for name, value in found.items()},
+        }
+
+
+def of_side(chunk: Mapping[str, torch.Tensor], side: str) -> dict[str, torch.Tensor]:
+    """The backbone's arguments of one side of a chunk."""
+    start = f"{side}."
+    return {
+        name.removeprefix(start): x for name, x in chunk.items() if name.startswith(start) and name != "target.rows"
+    }
+
+
+def build_processor(config: Any, tokenizer: Any) -> Any:
+    """A processor for a backbone from scratch, of the sizes in its config.
+
+    Raises:
+        UserError: a kind of backbone whose processor is not known here.
+    """
+    import transformers
+
+    vision = config.vision_config
+    if config.model_type == "qwen2_vl":
+        side = vision.patch_size * vision.spatial_merge_size
+        images: Any = transformers.Qwen2VLImageProcessor(
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            size={"shortest_edge": side * side, "longest_edge": 64 * side * side},
+        )
+        return transformers.Qwen2VLProcessor(images, tokenizer, transformers.Qwen2VLVideoProcessor())
+    if config.model_type == "llava_next":
+        tile = {"height": vision.image_size, "width": vision.image_size}
+        images = transformers.LlavaNextImageProcessor(
+            size={"shortest_edge": vision.image_size},
+            crop_size=tile,
+            image_grid_pinpoints=config.image_grid_pinpoints,
+        )
+        return transformers.LlavaNextProcessor(
+            images,
+            tokenizer,
+            patch_size=vision.patch_size,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            num_additional_image_tokens=1,
+        )
+    raise UserError(
+        f"vlm2vec.backbone: no processor for {config.model_type!r} is built here; name one by vlm2vec.processor"
+    )
+
+
+SPECIAL = {
+    "qwen2_vl": ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"],
+    "llava_next": ["<image>"],
+}
+"""Tokens that a tokenizer trained here adds for a backbone from scratch."""
+
+
+def build_tokenizer(captions: list[str], vocab_size: int, model_type: str) -> Any:
+    """The byte-level BPE of `training.tokenizer`, with the backbone's image tokens."""
+    from training.tokenizer import train_bpe
+
+    tokenizer = train_bpe(captions, vocab_size)
+    tokenizer.add_tokens(SPECIAL.get(model_type, []), special_tokens=True)
+    tokenizer.padding_side = "left"
+    return tokenizer
