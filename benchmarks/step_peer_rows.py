@@ -28,7 +28,7 @@ def step_peers(bench: Bench) -> Iterator[Case]:
 
     tune_for_cpu()
     for chunk, batch in ((8, 64), (32, 256)):
-        subject = Subject.of(chunk, batch)
+        subject = Subject.of(chunk, batch // 4 if bench.quick else batch)
         ours, *peers = (_side(make, subject) for make in (_ours, _open_clip, _sentence_transformers))
         names = ("open_clip", "sentence_transformers")
         says = ("open_clip's train_one_epoch, accum_freq", "sentence-transformers' cached ranking loss, mini-batches")
