@@ -29,6 +29,8 @@ from benchmarks import (
     loss_rows,
     matching_rows,
     selection_rows,
+    step_cost_rows,
+    step_peer_rows,
     training_rows,
 )
 from benchmarks.case import Bench, Case
@@ -50,6 +52,17 @@ GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
     "spread": (matching_rows.spreading, ("ray_nothing",)),
     "build": (building_rows.building, ("build_keep_1.0", "build_keep_0.2", "build_tarwriter")),
     "step": (training_rows.steps, ("step_chunk_8_of_64", "step_chunk_32_of_256", "step_retained_256")),
+    "peer": (
+        step_peer_rows.step_peers,
+        (
+            "step_open_clip_8_of_64",
+            "step_sentence_transformers_8_of_64",
+            "step_open_clip_32_of_256",
+            "step_sentence_transformers_32_of_256",
+        ),
+    ),
+    "held": (step_cost_rows.step_memory, ("activation_memory",)),
+    "sent": (step_cost_rows.step_traffic, ("reduce_scatters",)),
     "loss": (
         loss_rows.losses,
         ("loss_8192_time", "loss_8192_products", "loss_8192_memory", "loss_32768_memory", "loss_doubled_batch"),

@@ -83,7 +83,7 @@ class Subject:
         return time.perf_counter() - began
 
 
-def _subject(pool: Path, tokenizer: Path, chunk: int, batch: int) -> Subject:
+def subject_of(pool: Path, tokenizer: Path, chunk: int, batch: int) -> Subject:
     from training.data import Loader, Shards
     from training.distributed import World
     from training.families import build
@@ -112,7 +112,7 @@ def _step_and_parts(pool: Path, tokenizer: Path, chunk: int, batch: int) -> tupl
 
     from training.objectives.coupled import Rows
 
-    subject = _subject(pool, tokenizer, chunk, batch)
+    subject = subject_of(pool, tokenizer, chunk, batch)
     chunks = subject.chunks
 
     def parts() -> float:
@@ -145,7 +145,7 @@ def _step_and_plain(pool: Path, tokenizer: Path, batch: int) -> tuple[Measure, M
     import torch
     from torch.nn.functional import cross_entropy
 
-    subject = _subject(pool, tokenizer, batch, batch)
+    subject = subject_of(pool, tokenizer, batch, batch)
     (whole,) = subject.chunks
 
     def plain() -> float:
