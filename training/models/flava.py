@@ -105,7 +105,7 @@ class Flava(PreTrainedModel):
         # transformers begins these at zero, where the first LayerNorm (eps 1e-12) multiplies their gradients by a
         # million: a clipped step would be theirs alone.
         image_tokens = self.image_model.embeddings
-        tokens = [image_tokens.cls_token, image_tokens.mask_token, image_tokens.position_embeddings]
+        tokens: list[Any] = [image_tokens.cls_token, image_tokens.mask_token, image_tokens.position_embeddings]
         for token in [*tokens, self.multimodal_model.cls_token]:
             nn.init.trunc_normal_(token, std=0.02)
 
