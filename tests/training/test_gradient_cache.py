@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -186,18 +185,12 @@ def test_512_chunks_under_bf16_are_summed_in_fp32(shards, tmp_path, stage):
     def backward(loss):
         loss.backward()
         for n, p in model.named_parameters():
-            if p.grad is not None:
-                exact[n] += p.grad.double()
-                rough[n] += p.grad
-                p.grad = None
-
-    def forward(chunk, separable):
-        out = Outputs(**model(chunk, separable=separable))
-        # The engine takes the temperature from its fp32 master; the parameter here is rounded.
-        return dataclasses.replace(out, scalars={"log_scale": torch.tensor([-math.log(config.objective.temperature)])})
+            exact[n] += p.grad.double()
+            rough[n] += p.grad
+            p.grad = None
 
     gradient_cached_step(
-        forward=forward,
+        forward=lambda chunk, separable: Outputs(**model(chunk, separable=separable)),
         backward=backward,
         chunks=chunks,
         counts={"generate": sum(model.counts(c)["generate"] for c in chunks)},
