@@ -103,7 +103,8 @@ def watch(
                         raise
                 else:
                     graded += rows is not None
-                    if best is not None and rows is not None:
+                    # One that training dropped meanwhile is no best to keep.
+                    if best is not None and rows is not None and (checkpoint / "manifest.json").exists():
                         note_best(run, checkpoint, best, rows)
                 last_news = time.monotonic()
             if finished and not stop.is_set():
@@ -146,5 +147,7 @@ def note_best(run: Path, checkpoint: Path, best: str, rows: list[dict[str, Any]]
     if metric not in values:
         raise UserError(f"--best {best}: {task} gives no such metric; take one of {', '.join(sorted(values))}")
     before = read_manifest(run / "best.json")
+    if before is not None and not (checkpoint.parent / before["checkpoint"] / "manifest.json").exists():
+        before = None
     if before is None or before["metric"] != best or values[metric] > before["value"]:
         write_manifest(run / "best.json", {"checkpoint": checkpoint.name, "metric": best, "value": values[metric]})

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from curation.errors import UserError
@@ -63,7 +63,7 @@ class Saver:
     def __init__(self, run: Path, keep_last: int, background: bool = False) -> None:
         self.run, self.keep_last, self.background = run, keep_last, background
         self._writing: threading.Thread | None = None
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
 
     def save(self, engine: Any, optimizer: Sharded, step: int, facts: dict[str, Any]) -> None:
         """Write the checkpoint of `step`, its manifest last; then drop all but the last and the best ones.
@@ -80,19 +80,19 @@ class Saver:
         facts = {"step": step, "world_size": world.size, **facts, "shapes": zero.shapes(engine), **_names(engine)}
 
         def write() -> None:
+            file = rank_file(folder, world.rank)
+            part = file.with_suffix(".part")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                file = rank_file(folder, world.rank)
-                part = file.with_suffix(".part")
                 save_file(tensors, part, metadata={"table": json.dumps(table)})
                 part.rename(file)
-            except OSError as error:
+                if world.rank == 0 and self.background:
+                    while len(list(folder.glob("rank_*.safetensors"))) < world.size:
+                        time.sleep(0.1)
+                    self._close(folder, facts)
+            except (OSError, SafetensorError) as error:  # a full disk comes as either
                 self._failure = error
-                return
-            if world.rank == 0 and self.background:
-                while len(list(folder.glob("rank_*.safetensors"))) < world.size:
-                    time.sleep(0.1)
-                self._close(folder, facts)
+                part.unlink(missing_ok=True)
 
         if self.background:
             self._writing = threading.Thread(target=write, name="checkpoint")
@@ -101,8 +101,11 @@ class Saver:
         write()
         self._agree(world)
         if world.rank == 0:
-            self._close(folder, facts)
-        world.barrier()
+            try:
+                self._close(folder, facts)
+            except OSError as error:
+                self._failure = error
+        self._agree(world)
 
     def wait(self) -> None:
         """Until what is being written is complete on all ranks.
@@ -133,6 +136,8 @@ class Saver:
         files = sorted(folder.glob("rank_*.safetensors"))
         sizes = {f.name: f.stat().st_size for f in files}
         write_manifest(folder / "manifest.json", {"weights_hash": file_hash(files), "files": sizes, **facts})
+        for remains in set(folder.parent.glob("step_*")) - set(complete(self.run)):
+            shutil.rmtree(remains)  # of saves and removals that were cut short
         for old in complete(self.run)[: -self.keep_last]:
             if old.name != best(self.run):
                 (old / "manifest.json").unlink()  # first, so that no reader takes the rest for complete
@@ -294,7 +299,7 @@ def resume(engine: Any, optimizer: Sharded, folder: Path) -> int:
             state.steps[number] = reader.read(WEIGHTS, stretch, flat[part])
             for kind in MOMENTS:
                 reader.read(kind, stretch, state.moments[kind][part])
-    for stretch, values in zero.frozen(engine).items():
+    for stretch, values in zero.frozen(engine, everywhere=True).items():
         reader.read(WEIGHTS, stretch, values)
     buffers = dict(engine.module.named_buffers())
     for name, value in reader.buffers().items():

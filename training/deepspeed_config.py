@@ -54,13 +54,14 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         raise UserError(f'deepspeed: {path} leaves {", ".join(automatic)} at "auto", which is dropped; write the value')
     if config.loader.batch % world_size:
         raise UserError(f"loader.batch: {config.loader.batch} does not divide over {world_size} ranks; take a multiple")
-    _check_zero(path, settings.get("zero_optimization", {}), config)
+    stage = _check_zero(path, settings.get("zero_optimization", {}), config)
     return settings | {
         "train_micro_batch_size_per_gpu": config.loader.batch // world_size,
         "gradient_accumulation_steps": 1,
         # backward() only accumulates and step() is the boundary: what a step of several chunks needs at any stage.
         "managed_gradient_accumulation": False,
-        "gradient_clipping": config.optim.gradient_clipping,
+        # Without ZeRO our optimiser clips: DeepSpeed would keep the norm to itself.
+        "gradient_clipping": config.optim.gradient_clipping if stage > 0 else 0.0,
         # Steps whose gradient is not finite are dropped at every stage, as ZeRO-3 does by itself.
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": config.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -78,7 +79,8 @@ def _automatic(value: Any, name: str = "") -> Iterator[str]:
             yield from _automatic(inner, f"{name}.{key}" if name else key)
 
 
-def _check_zero(path: Path, zero: dict[str, Any], config: TrainConfig) -> None:
+def _check_zero(path: Path, zero: dict[str, Any], config: TrainConfig) -> int:
+    """The stage."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -97,6 +99,14 @@ def _check_zero(path: Path, zero: dict[str, Any], config: TrainConfig) -> None:
         "offload_optimizer.device: nvme leaves no shard to step; take cpu": bool(
             parsed.offload_optimizer and str(parsed.offload_optimizer.device) == "nvme"
         ),
+        "offload_param.device: nvme leaves nothing to save; take cpu": bool(
+            parsed.offload_param and str(parsed.offload_param.device) == "nvme"
+        ),
+        "offload_optimizer.ratio below 1 needs DeepSpeed's own Adam; leave it at 1": bool(
+            parsed.offload_optimizer and parsed.offload_optimizer.ratio < 1
+        ),
+        "zero_quantized_nontrainable_weights cannot be saved; leave it out": parsed.zero_quantized_nontrainable_weights,
+        "compute_grad_norm: false leaves no norm to judge a step by; leave it out": not parsed.compute_grad_norm,
         "offload_param needs stage 3": stage < 3 and parsed.offload_param is not None,
         "offload_optimizer needs stage 3 here": stage < 3 and parsed.offload_optimizer is not None,
         "stage 3 cannot cut up qlora's packed weights; take stage 2": stage == 3
@@ -106,3 +116,4 @@ def _check_zero(path: Path, zero: dict[str, Any], config: TrainConfig) -> None:
     for why, holds in refused.items():
         if holds:
             raise UserError(f"deepspeed: {path}: zero_optimization: {why}")
+    return stage

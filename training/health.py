@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from statistics import median
+from typing import Any
 
 from curation.errors import UserError
 
@@ -29,6 +30,15 @@ class Health:
         self.max_ratio, self.max_skipped = max_ratio, max_skipped
         self.losses: deque[float] = deque(losses, maxlen=WINDOW)
         self.skipped = self.in_a_row = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"losses": list(self.losses), "skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.losses = deque(state["losses"], maxlen=WINDOW)
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
     def skip(self, step: int, loss: float, grad_norm: float | None = None) -> str | None:
         """Why step `step` must not be taken; None where it may. `grad_norm` None: not known yet.

@@ -1,6 +1,7 @@
 """What a run says of itself: metrics.jsonl, TensorBoard, W&B where asked for and a line for people, from rank 0;
 and a log of each rank in RUN/logs, with what its libraries and warnings say."""
 
+import contextlib
 import faulthandler
 import hashlib
 import importlib.util
@@ -8,6 +9,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,9 +50,10 @@ class RunLog:
 
         self.path = run / "metrics.jsonl"
         if self.path.exists():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if line["step"] <= start_step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            kept = [line for line in _whole_lines(self.path) if line["step"] <= start_step]
+            part = self.path.with_suffix(".part")
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.replace(self.path)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
         self.wandb: Any = _wandb_run(wandb, run, config) if wandb else None
@@ -118,3 +121,10 @@ def open_rank_log(run: Path, rank: int) -> TextIO:
     logging.captureWarnings(True)
     faulthandler.enable(stream, all_threads=True)
     return stream
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines that a kill or a full disk did not cut."""
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)

@@ -6,7 +6,6 @@ SIGTERM sets a flag that all ranks agree on after each step; then all of them
 save together, which a signal handler could not.
 """
 
-import math
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,10 +93,9 @@ class Trainer:
         self.begin(number)
         metrics = self.accumulate([_on(self.engine.device, chunk) for chunk in chunks])
         loss, used = float(metrics["loss"]), self.used.agree(self.world)
-        self.optimizer.used = frozenset() if self.health.trouble(loss, None) or self._broken() else used
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        norm = math.nan if norm is None else float(norm)  # ZeRO itself drops a step whose gradient is not finite
+        self.optimizer.used = frozenset() if self.health.trouble(loss, None) else used
+        self.engine.step()  # drops a step whose gradient is not finite
+        norm = self.optimizer.norm if self.optimizer.clip is not None else float(self.engine.get_global_grad_norm())
         why = self.health.skip(number, loss, norm)
         if why is not None and self.world.rank == 0:
             print(f"step {number + 1} is left out: {why}", flush=True)
@@ -107,13 +105,6 @@ class Trainer:
             "lr": self.config.optim.lr * share,
             "skipped_steps": self.health.skipped,
         }
-
-    def _broken(self) -> bool:
-        """Without ZeRO nobody else looks whether the gradient is finite."""
-        if self.engine.zero_optimization_stage() > 0:
-            return False
-        gradients = (p.grad for p in self.family.model.parameters() if p.grad is not None)
-        return self.world.any(not all(bool(g.isfinite().all()) for g in gradients))
 
 
 def _on(device: torch.device, chunk: Chunk) -> Chunk:
@@ -145,6 +136,8 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     )
     engine.train()
     optimizer.attach(zero.shards(engine), world)
+    if engine.zero_optimization_stage() == 0:
+        optimizer.clip = config.optim.gradient_clipping
     loader = Loader(
         sources,
         config.loader,
@@ -181,7 +174,7 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
     step, last = 0, checkpoint.latest(run)
     if last is not None:
         step = checkpoint.resume(trainer.engine, trainer.optimizer, last)
-        trainer.health.losses.extend(checkpoint.check(last)["losses"])
+        trainer.health.restore(checkpoint.check(last)["health"])
     settle_retention(trainer, last)
     saver = checkpoint.Saver(run, config.keep_last, config.background_save)
     facts = {
@@ -208,7 +201,7 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
                 budget.check((step - resumed) * config.loader.batch, line["errors_by_reason"])
             stopping = world.any(stop)
             if stopping or step % config.checkpoint_every == 0 or step == config.steps:
-                now = {"samples": step * config.loader.batch, "losses": list(trainer.health.losses)}
+                now = {"samples": step * config.loader.batch, "health": trainer.health.state()}
                 saver.save(trainer.engine, trainer.optimizer, step, facts | now)
             if stopping and step < config.steps:
                 break
@@ -235,6 +228,7 @@ def settle_retention(trainer: Trainer, last: Path | None) -> None:
     parameters = list(trainer.family.model.parameters())
     loader.retain = retention.choose(config, lambda c: trainer.forward(c, True), chunk, parameters, world)
     trainer.flops.forget()
+    loader.holes.clear()  # they are counted when the first step draws them
 
 
 def finish(family: Family, config: TrainConfig, run: Path, step: int) -> None:

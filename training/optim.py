@@ -100,6 +100,8 @@ class Sharded(torch.optim.Optimizer):
     Args:
         groups: as `parameter_groups` gives them.
         used: set before each step: the parameters to be stepped; None means all.
+        clip: set without ZeRO, whose own optimisers clip and drop what is not finite: the largest norm of the gradient
+            (0 = any). `norm` is then the last step's.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
@@ -107,6 +109,8 @@ class Sharded(torch.optim.Optimizer):
         self.config = config
         self.states: dict[int, State] = {}
         self.used: frozenset[str] | None = None
+        self.clip: float | None = None
+        self.norm = math.nan
         self.world = World()
 
     def attach(self, shards: list[Shard], world: World) -> None:
@@ -115,6 +119,13 @@ class Sharded(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.clip is not None:
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            self.norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(self.norm):
+                return
+            if 0 < self.clip < self.norm:
+                torch._foreach_mul_(gradients, self.clip / (self.norm + 1e-6))
         update = {"adamw": self._adamw, "lamb": self._lamb}[self.config.name]
         for group in self.param_groups:
             for p in group["params"]:

@@ -48,13 +48,15 @@ def choose(
 
     Args:
         forward: a chunk, with its separable sums and a graph.
-        chunk: a chunk of the run's own data, of at least two rows.
+        chunk: a chunk of the run's own data.
 
     Raises:
         UserError: no memory is given and none can be asked for.
     """
     local = config.batch // world.size
     rows = len(chunk["valid"])
+    if rows < 2:
+        return min(config.chunk, local)  # nothing to compare with; a whole chunk always fits
     half = {name: tensor[: rows // 2] for name, tensor in chunk.items()}
     whole, part = (saved_bytes(lambda c=c: forward(c), parameters) for c in (chunk, half))  # type: ignore[misc]
     each = (whole - part) / (rows - rows // 2)

@@ -82,8 +82,9 @@ def _part_of(name: str, parameter: Any, part: int, start: int) -> list[Stretch]:
     return [Stretch(name, offset, start, size)] if size > 0 else []
 
 
-def frozen(engine: Any) -> dict[Stretch, torch.Tensor]:
-    """Flat views of what this rank keeps of the parameters that no optimiser holds; together the ranks keep all."""
+def frozen(engine: Any, everywhere: bool = False) -> dict[Stretch, torch.Tensor]:
+    """Flat views of the parameters that no optimiser holds: what this rank has to save (together the ranks save all),
+    or, with `everywhere`, all that it holds."""
     world, kept = World.current(), {}
     for name, p in engine.module.named_parameters():
         if p.requires_grad:
@@ -91,7 +92,7 @@ def frozen(engine: Any) -> dict[Stretch, torch.Tensor]:
         if engine.zero_optimization_stage() == 3:
             for stretch in _part_of(name, p, p.partition_numel(), 0):
                 kept[stretch] = p.ds_tensor.data.view(-1)[: stretch.size]
-        elif world.rank == 0:
+        elif everywhere or world.rank == 0:
             kept[Stretch(name, 0, 0, p.numel())] = p.data.view(-1)
     return kept
 

@@ -144,3 +144,11 @@ def test_bad_shards_are_one_clear_line(shards, tmp_path, trouble):
         (folder / "sizes.json").write_text(json.dumps({"00000000.tar": 41}))
     with pytest.raises(UserError, match=str(folder)):
         Shards(folder).key(0)
+
+
+def test_rows_of_one_caption_are_a_group(tmp_path):
+    folder = write_shards(tmp_path / "same", [9], captions=lambda n: [f"thing {n % 3}"])
+    ((chunk,),) = loader(folder, batch=9, chunk=9, captions="random").batches(0, 1)
+    texts, groups = chunk["number"].tolist(), chunk["groups"].tolist()
+    assert sorted(texts) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len(set(groups)) == 3 and len(set(zip(texts, groups))) == 3

@@ -188,4 +188,12 @@ def test_steps_that_are_no_numbers_are_left_out_and_end_the_run(shards, tmp_path
         assert done.returncode == 2 and "4 steps in a row could not be taken" in done.stderr, done.stderr[-2000:]
         assert "is left out: the loss is nan" in done.stdout
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        assert [m["skipped_steps"] for m in lines][-3:] == [1, 2, 3]
+        assert [m["skipped_steps"] for m in lines][-4:] == [0, 1, 2, 3]
+
+
+def test_without_zero_a_run_trains_and_is_clipped(shards, tmp_path):
+    run = tmp_path / "plain"
+    gemsmith("train", *arguments(shards, run, "--deepspeed", "ds_configs/zero0.json"), "--ranks", 1)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["skipped_steps"] for m in lines] == [0] * STEPS
+    assert lines[0]["grad_norm"] > 1.0 and lines[-1]["loss"] < lines[0]["loss"]

@@ -51,12 +51,14 @@ class Drawn:
 
     fields: "text" and "pixels" (uint8 [S, S, 3], moved and cropped, not normalised) where its kind has them, "other"
     (the text of the sample after it in its source, or None) of a mismatched pair; of `rows` what the source gave ·
-    reason: why it is a hole, "" where it is none, "padding" for what only fills a rank's part.
+    reason: why it is a hole, "" where it is none, "padding" for what only fills a rank's part · group: int64, equal
+    where rows show the same thing: of the json's (or the row's) "group" where it has one, else of the text.
     """
 
     draw: int = 0
     fields: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""
+    group: int = 0
 
 
 class Loader:
@@ -184,7 +186,7 @@ class Loader:
                 fields = self.sources[source].samples.sample(i)
             draw = hash64(self.seed, epoch, fields["uid"])
             if kind == "rows":
-                return Drawn(draw, fields)
+                return Drawn(draw, fields, group=hash64("group", str(fields["group"])) >> 1)
             rng = np.random.default_rng(draw)
             read: dict[str, Any] = {}
             if kind != "images":
@@ -194,7 +196,10 @@ class Loader:
             if kind != "texts":
                 with self.timers("decode"):
                     read["pixels"] = self._pixels(source, i, fields, rng)
-            return Drawn(draw, read)
+            record = fields.get("json")
+            same = record.get("group") if isinstance(record, dict) else None
+            same = same if same is not None else read.get("text", fields["uid"])
+            return Drawn(draw, read, group=hash64("group", str(same)) >> 1)
         except UserError:
             raise
         except Hole as hole:
@@ -247,6 +252,7 @@ class Loader:
     def close(self, kind: str, rows: Sequence[Drawn], pixels: torch.Tensor | None) -> Chunk:
         """The tensors of a chunk whose rows are all read."""
         chunk: Chunk = {"valid": torch.tensor([not row.reason for row in rows])}
+        chunk["groups"] = torch.tensor([row.group for row in rows])
         if kind in ("pairs", "texts") and not self.image.raw:
             with self._encoding, self.timers("tokenise"):
                 chunk |= self.encode_text([row.fields.get("text", "") for row in rows])

@@ -87,7 +87,7 @@ class Subset:
         return [text for name in names for value in self._table[name].to_pylist() for text in _many(value) if text]
 
     def sample(self, number: int) -> Mapping[str, Any]:
-        """{"uid", "row"}: a row with its pictures decoded.
+        """{"uid", "row", "group"}: a row with its pictures decoded; rows of one positive are a group.
 
         Raises:
             Hole: a picture is missing or broken, or neither text nor picture in the query or the positive.
@@ -97,7 +97,8 @@ class Subset:
         if not query or not positive:
             raise Hole("caption_missing")
         row = Row(query=query[0], positive=positive[0], negatives=self._items(record, "neg"))
-        return {"uid": self.key(number), "row": row}
+        same = [record.get(self._columns.get(f"pos_{part}", "")) for part in ("text", "image")]
+        return {"uid": self.key(number), "row": row, "group": same}
 
     def _items(self, record: dict[str, Any], side: str) -> list[Item]:
         """The side's items: one, or as many negatives as its lists hold."""
