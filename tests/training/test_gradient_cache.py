@@ -132,14 +132,14 @@ AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.002")
 @pytest.mark.parametrize(
     ("stage", "overrides"),
     [
-        ("0", ()),
+        pytest.param("0", (), marks=pytest.mark.long),
         ("1", ()),
         ("2", ("--loader.retain", "6")),
-        ("3", ()),
-        ("3", ("--loader.retain", "16")),
+        pytest.param("3", (), marks=pytest.mark.long),
+        pytest.param("3", ("--loader.retain", "16"), marks=pytest.mark.long),
         ("3", AUTO),
         ("3", ("--activation_checkpointing", "true")),
-        ("3_offload", ()),
+        pytest.param("3_offload", (), marks=pytest.mark.long),
     ],
     ids=["zero0", "zero1", "zero2-retain6", "zero3", "zero3-retain16", "zero3-auto", "zero3-checkpointing", "offload"],
 )

@@ -182,7 +182,7 @@ def test_broken_samples_past_the_budget_stop_the_run(tmp_path):
 def test_steps_that_are_no_numbers_are_left_out_and_end_the_run(shards, tmp_path):
     run = tmp_path / "run"
     wild = ("--optim.lr", "1e30", "--optim.warmup_steps", "1", "--optim.max_skipped", "3", "--deepspeed")
-    for stage in ("zero0", "zero2", "zero3"):
+    for stage in ("zero0", "zero3"):
         out = run / stage
         done = gemsmith("train", *arguments(shards, out, *wild, f"ds_configs/{stage}.json"), "--ranks", 1, check=False)
         assert done.returncode == 2 and "4 steps in a row could not be taken" in done.stderr, done.stderr[-2000:]

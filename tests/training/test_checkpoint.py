@@ -1,0 +1,61 @@
+"""A save that fails half-way: one line, and the checkpoint before it stays; its remains go with the next one."""
+
+import contextlib
+import resource
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from curation.errors import UserError
+from tests.training.rank_zero import Toy, optim
+from training import checkpoint, zero
+from training.distributed import World
+from training.optim import Sharded, parameter_groups
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """Real writes past `size` bytes fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def trained():
+    """What `Saver.save` asks of an engine without ZeRO, and its optimiser."""
+    model, config = Toy(), optim("adamw")
+    optimizer = Sharded(parameter_groups(model.named_parameters(), config), config)
+    engine = SimpleNamespace(module=model, optimizer=optimizer, zero_optimization_stage=lambda: 0)
+    optimizer.attach(zero.shards(engine), World())
+    return engine, optimizer
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_save_without_room_leaves_the_one_before(trained, tmp_path, background):
+    saver = checkpoint.Saver(tmp_path, keep_last=2, background=background)
+    saver.save(*trained, 1, {"zero_stage": 0})
+    saver.wait()
+    before = checkpoint.consolidated(checkpoint.latest(tmp_path))
+    with largest_file(700), pytest.raises(UserError, match=r"could not be written.*make room"):
+        saver.save(*trained, 2, {"zero_stage": 0})
+        saver.wait()
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_00000001"]
+    after = checkpoint.consolidated(checkpoint.latest(tmp_path))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+    again = checkpoint.Saver(tmp_path, keep_last=2, background=background)
+    again.save(*trained, 3, {"zero_stage": 0})
+    again.wait()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000001", "step_00000003"]
+
+
+def test_the_last_ones_are_kept(trained, tmp_path):
+    saver = checkpoint.Saver(tmp_path, keep_last=2)
+    for step in (1, 2, 3, 4):
+        saver.save(*trained, step, {"zero_stage": 0})
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_00000003", "step_00000004"]
