@@ -113,9 +113,8 @@ def step_traffic(bench: Bench) -> Iterator[Case]:
 
 def _rank() -> None:
     """One of the two ranks: a step for each number of chunks."""
-    import deepspeed
-
     from training.data import Shards
+    from training.distributed import open_group
     from training.loop import make_trainer, settle_retention
     from training.traffic import TRAFFIC
     from training.train import parse, tune_for_cpu
@@ -123,7 +122,7 @@ def _rank() -> None:
     pool, out, *numbers = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     tune_for_cpu()
     TRAFFIC.install()  # before the process group is opened
-    deepspeed.init_distributed(dist_backend=None, verbose=False)
+    open_group()
     words = ["--config", str(ROOT / "recipes/train/tiny_mmgem.yaml"), "--data", pool, "--out", out]
     words += ["--precision", "fp32", "--samples", str(2 * RANK_BATCH), f"--loader.batch={2 * RANK_BATCH}"]
     config, *_ = parse([*words, f"--loader.chunk={RANK_BATCH // max(map(int, numbers))}", "--loader.retain=0"])

@@ -5,7 +5,9 @@ flag) goes through `World`. One process needs no process group: tests and
 notebooks run the very step that the cluster runs.
 """
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,3 +71,18 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+
+def open_group() -> None:
+    """Join the process group that the launcher's environment names.
+
+    DeepSpeed shares 66 MiB a rank through /dev/shm and never takes the file away; a machine of many short runs would
+    fill up. Once every rank has mapped it the name can go, and then no kill leaves it either.
+    """
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend=None, verbose=False)
+    dist.barrier()
+    rank, port = os.environ.get("RANK", "0"), os.environ.get("MASTER_PORT", "")
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_{rank}"):
+        buffer.unlink(missing_ok=True)

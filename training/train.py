@@ -83,15 +83,15 @@ def main(arguments: list[str]) -> int:
         save_config(config, run)
     elif not overwrite and read_manifest(run / "manifest.json") is not None:
         return 0
-    import deepspeed
     import torch.distributed as dist
 
+    from training.distributed import open_group
     from training.loop import train
     from training.traffic import TRAFFIC
 
     tune_for_cpu()
     TRAFFIC.install()  # before the process group is opened
-    deepspeed.init_distributed(dist_backend=None, verbose=False)
+    open_group()
     (run / "ranks").mkdir(parents=True, exist_ok=True)
     pid_file = run / "ranks" / f"{rank}.pid"
     pid_file.write_text(str(os.getpid()))  # `gemsmith train` passes SIGTERM on by these

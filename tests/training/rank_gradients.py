@@ -12,12 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
-import deepspeed
 import torch
 
 from tests.training.conftest import flava_config, tiny_config
 from training.config import TrainConfig
 from training.data import Shards
+from training.distributed import open_group
 from training.loop import make_trainer, settle_retention
 
 
@@ -35,7 +35,7 @@ def main() -> None:
 
 def save_gradients(config: TrainConfig, shards: Path, run: Path) -> None:
     """Make a step of the recipe on these shards; the process ends here."""
-    deepspeed.init_distributed()
+    open_group()
     trainer = make_trainer(config, Shards(shards), run)
     settle_retention(trainer, None)
     whole = {name: torch.zeros(0) for name in trainer.used.names}

@@ -12,7 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from training.distributed import World
+from training.distributed import World, open_group
 from training.traffic import TRAFFIC
 
 
@@ -45,7 +45,7 @@ def step_of(stage: int) -> dict[str, float]:
 def main() -> None:
     out = Path(sys.argv[-1])
     TRAFFIC.install()
-    deepspeed.init_distributed(verbose=False)
+    open_group()
     world = World.current()
     TRAFFIC.take()
     known(world)

@@ -116,11 +116,11 @@ def run(folder: Path, stage: str, name: str, action: str) -> None:
 
 
 def main() -> None:
-    import deepspeed
+    from training.distributed import open_group
 
     folder, stages, name, action = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
-    deepspeed.init_distributed(verbose=False)
+    open_group()
     for stage in stages:
         run(folder, stage, name, action)
     sys.stdout.flush()
