@@ -81,6 +81,8 @@ def open_group() -> None:
     """
     import deepspeed
 
+    if torch.cuda.is_available():  # before any collective: each rank its own GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     deepspeed.init_distributed(dist_backend=None, verbose=False)
     dist.barrier()
     rank, port = os.environ.get("RANK", "0"), os.environ.get("MASTER_PORT", "")

@@ -37,17 +37,26 @@ class Family:
     encode_images: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None
 
 
+def _kept_tokenizer(
+    load: Callable[..., Any], recipe: TokenizerConfig, folder: Path, captions: Callable[[], Iterable[str]]
+) -> Any:
+    """The run's tokenizer, from its folder where it was made before."""
+    from training.tokenizer import save_tokenizer
+
+    if folder.exists():
+        return load(TokenizerConfig(name_or_path=str(folder)), captions)
+    tokenizer = load(recipe, captions)
+    save_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
 def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
     from training.models.mmgem import MMGem
-    from training.tokenizer import EMB, load_tokenizer, save_tokenizer
+    from training.tokenizer import EMB, load_tokenizer
 
     assert config.mmgem is not None
     recipe = config.mmgem
-    if tokenizer_folder.exists():
-        tokenizer = load_tokenizer(TokenizerConfig(name_or_path=str(tokenizer_folder)), captions)
-    else:
-        tokenizer = load_tokenizer(recipe.tokenizer, captions)
-        save_tokenizer(tokenizer, tokenizer_folder)
+    tokenizer = _kept_tokenizer(load_tokenizer, recipe.tokenizer, tokenizer_folder, captions)
     model = MMGem.from_backbones(
         recipe.vision,
         recipe.language,
@@ -126,15 +135,10 @@ def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
     from training.models.codebook import drawn_pictures, load_codebook
     from training.models.flava import Flava
     from training.models.flava_batch import Extra, encode, load_flava_tokenizer, padded
-    from training.tokenizer import save_tokenizer
 
     assert config.flava is not None
     recipe = config.flava
-    if tokenizer_folder.exists():
-        tokenizer = load_flava_tokenizer(TokenizerConfig(name_or_path=str(tokenizer_folder)), captions)
-    else:
-        tokenizer = load_flava_tokenizer(recipe.tokenizer, captions)
-        save_tokenizer(tokenizer, tokenizer_folder)
+    tokenizer = _kept_tokenizer(load_flava_tokenizer, recipe.tokenizer, tokenizer_folder, captions)
     model = Flava.from_recipe(
         recipe,
         tokenizer,

@@ -116,10 +116,6 @@ class Loader:
         """Holes in the batches given so far, on this rank."""
         return self.holes.total()
 
-    def hole_counts(self) -> torch.Tensor:
-        """The same by reason: int64 [REASONS]."""
-        return torch.tensor([self.holes[reason] for reason in REASONS])
-
     def batches(self, step: int, steps: int) -> Iterator[list[Chunk]]:
         """The chunks of this rank for the batches `step` .. `steps` - 1."""
         pool = ThreadPoolExecutor(self.config.threads, "loader")
