@@ -52,7 +52,8 @@ class Drawn:
     fields: "text" and "pixels" (uint8 [S, S, 3], moved and cropped, not normalised) where its kind has them, "other"
     (the text of the sample after it in its source, or None) of a mismatched pair; of `rows` what the source gave ·
     reason: why it is a hole, "" where it is none, "padding" for what only fills a rank's part · group: int64, equal
-    where rows show the same thing: of the json's (or the row's) "group" where it has one, else of the text.
+    where rows show the same thing: of the json's (or the row's) "group" where it has one, else of the text
+    (or the uid).
     """
 
     draw: int = 0
@@ -72,8 +73,9 @@ class Loader:
         mismatched: (draw) -> whether that row of pairs is given another's text too, as "other".
         cache: where decoded pictures are kept, a file for each source, or None.
 
-    A chunk has "valid" bool [c], and by its kind "pixel_values" [c, 3, S, S], what `encode_text` gives, and "patches"
-    int64 [c, keep] (numbers of the patches that the step sees, ascending) where `image.keep` is set.
+    A chunk has "valid" bool [c] and "groups" int64 [c], and by its kind "pixel_values" [c, 3, S, S], what
+    `encode_text` gives, and "patches" int64 [c, keep] (numbers of the patches that the step sees, ascending) where
+    `image.keep` is set.
     """
 
     def __init__(
@@ -178,11 +180,10 @@ class Loader:
         source, own = place
         epoch, i = self._sample(source, own)
         try:
-            with self.timers("read"):
-                fields = self.sources[source].samples.sample(i)
+            fields = self._read(source, i)
             draw = hash64(self.seed, epoch, fields["uid"])
             if kind == "rows":
-                return Drawn(draw, fields, group=hash64("group", str(fields["group"])) >> 1)
+                return Drawn(draw, fields, group=hash64("group", str(fields.get("group", fields["uid"]))) >> 1)
             rng = np.random.default_rng(draw)
             read: dict[str, Any] = {}
             if kind != "images":
@@ -196,22 +197,26 @@ class Loader:
             same = record.get("group") if isinstance(record, dict) else None
             same = same if same is not None else read.get("text", fields["uid"])
             return Drawn(draw, read, group=hash64("group", str(same)) >> 1)
-        except UserError:
-            raise
         except Hole as hole:
             return Drawn(reason=str(hole))
+
+    def _read(self, source: int, i: int) -> Mapping[str, Any]:
+        """The fields of a sample; a `Hole` where its source cannot give it."""
+        try:
+            with self.timers("read"):
+                return self.sources[source].samples.sample(i)
+        except (UserError, Hole):
+            raise
         except Exception:  # whatever a source's own reader raises; `max_error_rate` bounds what is forgiven
-            return Drawn(reason="unreadable")
+            raise Hole("unreadable") from None
 
     def _other(self, source: int, own: int) -> str | None:
         """The text at another position of the source, as it is drawn there; None where that is a hole."""
         epoch, i = self._sample(source, own)
         try:
-            with self.timers("read"):
-                fields = self.sources[source].samples.sample(i)
-            return drawn_text(
-                fields, self.config.captions, np.random.default_rng(hash64(self.seed, epoch, fields["uid"]))
-            )
+            fields = self._read(source, i)
+            rng = np.random.default_rng(hash64(self.seed, epoch, fields["uid"]))
+            return drawn_text(fields, self.config.captions, rng)
         except Hole:
             return None
 
