@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that others open: weights in one piece, configuration and tokenizer, without a GPU.
+"""A checkpoint as a folder that others open: weights in one piece, configuration and processor, without a GPU.
 
     gemsmith export --checkpoint RUN/checkpoints/step_00000500 --out DIR --dtype bf16
 
@@ -17,9 +17,11 @@ import torch
 from curation.errors import UserError
 from curation.manifest import claim, read_manifest, write_json, write_manifest
 from training import checkpoint
-from training.config import as_dict
+from training.config import TrainConfig, as_dict
 from training.families import Family
 from training.inference import config_from, rebuild
+from training.models.clip_export import OPEN_CLIP, describe
+from training.processor import processor_of
 
 Dtype = Literal["fp32", "bf16"]
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -57,10 +59,18 @@ def export(folder: Path, out: Path, dtype: Dtype = "fp32", *, merge: bool = Fals
 
 def write(family: Family, folder: Path, out: Path, facts: dict[str, Any], dtype: Dtype = "fp32") -> None:
     """The checkpoint's weights as the family exports them, in `dtype`; `facts` last."""
-    family.export(checkpoint.consolidated(folder), out)
+    save(config_from(facts["config"]), family, checkpoint.consolidated(folder), out)
     if dtype != "fp32":
         cast(out, TYPES[dtype])
     write_manifest(out / MARK, facts)
+
+
+def save(config: TrainConfig, family: Family, state: dict[str, torch.Tensor], out: Path) -> None:
+    """The weights and the processor beside them: what training/auto.py opens, where it is no adapter alone."""
+    family.export(state, out)
+    processor_of(config, family).save_pretrained(str(out))
+    if (out / OPEN_CLIP).exists():
+        describe(out)
 
 
 def cast(out: Path, dtype: torch.dtype) -> None:

@@ -1,7 +1,7 @@
 """A trained model for grading and use: from a sharded checkpoint or from an export, the same object.
 
-Images go through open_clip's own evaluation transform (Pillow, bicubic,
-unscaled decoding), in fp32 on the device at hand.
+Pictures and texts go through the family's processor (training/processor.py),
+the one that exports are saved with, in fp32 on the device at hand.
 """
 
 import copy
@@ -18,6 +18,7 @@ from curation.manifest import read_manifest
 from training import checkpoint
 from training.config import TrainConfig, as_dict
 from training.families import Family, build
+from training.processor import processor_of
 
 
 def rebuild(config: TrainConfig, tokenizer: Path) -> Family:
@@ -42,14 +43,13 @@ class Model:
     preprocess: dict[str, Any]
     can_caption: bool
     family: Family
-    transform: Any
+    processor: Any
     device: torch.device
 
     def images(self, pictures: list[Image.Image]) -> Any:
         """[B, 3, S, S], or the tensors of a family whose pictures are not squares of one size."""
-        if self.family.encode_images is not None:
-            return self.family.encode_images(pictures)
-        return torch.stack([self.transform(picture) for picture in pictures])
+        found = self.processor(images=pictures)
+        return found["pixel_values"] if list(found) == ["pixel_values"] else dict(found)
 
     @torch.no_grad()
     def embed_images(self, pixels: Any) -> torch.Tensor:
@@ -65,13 +65,10 @@ class Model:
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """Unit embeddings, fp32 [B, D]."""
-        model, inputs = self.family.model, self.family.encode_text(texts)
-        if "attention_mask" in inputs:
-            return model.get_text_features(**{n: x.to(self.device) for n, x in inputs.items()}).pooler_output.cpu()
-        ids = inputs["input_ids"].to(self.device)
+        model, inputs = self.family.model, self.processor(text=texts).to(self.device)
         if hasattr(model, "get_text_features"):
-            return model.get_text_features(ids).pooler_output.cpu()
-        return torch.nn.functional.normalize(model.towers.encode_text(ids).float(), dim=-1).cpu()
+            return model.get_text_features(**inputs).pooler_output.cpu()
+        return torch.nn.functional.normalize(model.towers.encode_text(inputs["input_ids"]).float(), dim=-1).cpu()
 
     @torch.no_grad()
     def caption(self, pixels: torch.Tensor, max_new_tokens: int = 32) -> list[str]:
@@ -95,8 +92,6 @@ def load(folder: Path) -> Model:
     Raises:
         UserError: no such folder, cut short, or not a checkpoint of ours.
     """
-    from open_clip.transform import image_transform
-
     run, words = folder.parent, folder
     exported = sorted(set(folder.glob("*.safetensors")) - set(folder.glob("rank_*")))  # those are a checkpoint's
     if not exported:
@@ -123,17 +118,10 @@ def load(folder: Path) -> Model:
         "recipe": config_hash(as_dict(config)),
         "tokenizer": file_hash(sorted(words.glob("tokenizer*.json"))),
     }
-    transform = image_transform(
-        spec.size,
-        is_train=False,
-        mean=tuple(spec.mean),
-        std=tuple(spec.std),
-        resize_mode=config.loader.resize_mode,
-        interpolation="bicubic",
-    )
     # A query's prompt asks for an embedding, not for a caption.
     can_caption = hasattr(family.model, "generate") and family.encode_images is None
-    return Model(name, step, weights_hash, preprocess, can_caption, family, transform, device)
+    processor = processor_of(config, family)
+    return Model(name, step, weights_hash, preprocess, can_caption, family, processor, device)
 
 
 def _exported(folder: Path) -> tuple[Family, TrainConfig, int]:

@@ -1,0 +1,128 @@
+"""People who take a model away: the README's ten lines run, and every family's folder gives what was graded."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import ROOT
+from tests.training.conftest import flava_config, tiny_config
+from tests.training.vlm import BACKBONES, RECIPE
+from training.auto import AutoModel, AutoProcessor
+from training.export import save
+from training.families import build
+from training.train import parse
+
+COLOURS, SHAPES, TABLES = ("red", "blue", "green"), ("cube", "ball"), ("low", "oak")
+CAPTIONS = [f"a {c} {s} on a {t} table" for c in COLOURS for s in SHAPES for t in TABLES]
+TEXTS = ["a red cube on an oak table", "a ball", "An overlong text, " + "word by word, " * 40]
+OPEN_CLIP = """{embed_dim: 16, vision_cfg: {image_size: 32, layers: 1, width: 32, head_width: 16, patch_size: 8},
+ text_cfg: {context_length: 24, vocab_size: 49408, width: 32, heads: 2, layers: 1}}"""
+
+
+def clip_config(*overrides):
+    words = ["--config", "recipes/train/tiny_clip.yaml", "--data", ".", "--out", ".", "--clip.model_cfg", OPEN_CLIP]
+    return parse([*words, *overrides])[0]
+
+
+CONFIGS = {
+    "mmgem": lambda: tiny_config("--loader.max_tokens", "20"),
+    "mmgem_shortest": lambda: tiny_config("--loader.resize_mode", "shortest"),
+    "flava": flava_config,
+    "clip": clip_config,
+    "siglip": lambda: clip_config("--objective.coupled", "siglip"),
+    "vlm2vec": lambda: parse([*RECIPE, "--vlm2vec.backbone", str(BACKBONES["qwen2_vl"])])[0],
+}
+
+
+def pictures(count=7):
+    """Pictures of several sizes and modes."""
+    rng = np.random.default_rng(3)
+    found = [Image.fromarray(rng.integers(0, 256, (20 + 9 * n, 64 - 5 * n, 3), np.uint8)) for n in range(count)]
+    return [*found[:-2], found[-2].convert("L"), found[-1].convert("P")]
+
+
+@pytest.fixture(scope="module")
+def taken(tmp_path_factory):
+    """kind -> (folder as the run exports it, the family with the weights in it)"""
+    known = {}
+
+    def export(kind):
+        if kind not in known:
+            folder, config = tmp_path_factory.mktemp(kind), CONFIGS[kind]()
+            family = build(config, folder / "tokenizer", lambda: CAPTIONS)
+            with torch.no_grad():  # far from what any class begins with
+                for number, p in enumerate(family.model.parameters()):
+                    p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+            save(config, family, family.model.state_dict(), folder / "RUN" / "export")
+            known[kind] = folder / "RUN" / "export", config, family
+        return known[kind]
+
+    return export
+
+
+def test_the_readme_s_ten_lines_run(taken, monkeypatch):
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block, "the README has its example"
+    lines = [line for line in block[1].splitlines() if line]
+    assert len(lines) <= 12 and any("generate" in line for line in lines)
+    folder, _, family = taken("mmgem")
+    monkeypatch.chdir(folder.parent.parent)
+    found = {"pictures": pictures(), "texts": TEXTS}
+    exec(block[1], found)
+    images, queries, n = found["images"], found["queries"], len(found["pictures"])
+    assert images.shape == (n, 24) and queries.shape == (3, 24)
+    assert np.allclose(np.linalg.norm(images, axis=1), 1, atol=1e-5)
+    order = np.argsort(-(queries.astype(np.float64) @ images.T.astype(np.float64)), axis=1)[:, :3]
+    assert np.array_equal(found["found"], order)
+    ids = family.model.eval().generate(found["seen"]["pixel_values"])
+    assert found["captions"] == family.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    assert len(found["captions"]) == n
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_folder_embeds_as_the_trained_model_does(kind, taken):
+    """The oracle goes by the ways of training: the family's own text tensors, torchvision's resizing by Pillow."""
+    folder, config, family = taken(kind)
+    model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    trained = family.model.eval()
+    shown, texts = pictures(), TEXTS[: 2 if kind == "vlm2vec" else 3]
+    if kind == "vlm2vec":
+        wanted = trained.get_image_features(**family.encode_images(shown)).pooler_output
+    else:
+        pixels = torch.stack([by_hand(picture, family.image, config.loader.resize_mode) for picture in shown])
+        assert torch.allclose(processor(images=shown)["pixel_values"], pixels, atol=1e-6)
+        towers = getattr(trained, "towers", None)
+        wanted = towers.encode_image(pixels) if towers else trained.get_image_features(pixels).pooler_output
+    found = model.get_image_features(**processor(images=shown)).pooler_output
+    wanted = torch.nn.functional.normalize(wanted, dim=-1)
+    assert torch.allclose(found, wanted, atol=2e-6) and found.dtype == torch.float32
+    assert float((found @ found.T).min()) < 0.9999, "embeddings that differ make the comparison sharp"
+
+    inputs = family.encode_text(texts)
+    if hasattr(trained, "towers"):
+        wanted = torch.nn.functional.normalize(trained.towers.encode_text(inputs["input_ids"]), dim=-1)
+    elif "attention_mask" in inputs:
+        wanted = trained.get_text_features(**inputs).pooler_output
+    else:
+        wanted = trained.get_text_features(inputs["input_ids"]).pooler_output
+    assert torch.allclose(model.get_text_features(**processor(text=texts)).pooler_output, wanted, atol=2e-6)
+    alone = [model.get_text_features(**processor(text=text)).pooler_output for text in texts]
+    assert torch.allclose(torch.cat(alone), wanted, atol=2e-5), "a text alone is the text among others"
+
+
+def by_hand(picture, spec, resize_mode):
+    side, picture = spec.size, picture.convert("RGB")
+    if resize_mode == "shortest":
+        scale = side / min(picture.size)
+        w, h = (side if s == min(picture.size) else int(side * s / min(picture.size)) for s in picture.size)
+        assert scale > 0
+        picture = picture.resize((w, h), Image.Resampling.BICUBIC)
+        left, top = round((w - side) / 2), round((h - side) / 2)
+        picture = picture.crop((left, top, left + side, top + side))
+    else:
+        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    return (pixels - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[:, None, None]

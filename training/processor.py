@@ -1,0 +1,191 @@
+"""What turns pictures and texts into a family's inputs, saved beside its weights: transformers' processors.
+
+    inputs = processor(images=pictures)            pixel_values                  for model.get_image_features(**inputs)
+    inputs = processor(text=texts)                 input_ids, attention_mask     for model.get_text_features(**inputs)
+    texts = processor.batch_decode(ids, skip_special_tokens=True)                of model.generate(**inputs)
+
+Grading goes through these too (training/inference.py), so a model that was
+taken away embeds exactly what was graded. Pictures go through open_clip's own
+evaluation transform (Pillow, bicubic, unscaled decoding): transformers' image
+processors resize tensors and give other pixels.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+
+from curation.manifest import read_manifest, write_json
+from training.config import TrainConfig
+from training.families import Family
+from training.models.flava_batch import encode, padded
+from training.models.vlm_inputs import Inputs, Item, instruct
+from training.tokenizer import EMB
+
+Pictures = Image.Image | Sequence[Image.Image]
+Texts = str | Sequence[str]
+
+
+class PairProcessor(ProcessorMixin):
+    """Square pictures and texts, each on its own. A kind says by `ids` what its text encoder reads."""
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        size: int = 224,
+        image_mean: Sequence[float] = (0.0, 0.0, 0.0),
+        image_std: Sequence[float] = (1.0, 1.0, 1.0),
+        resize_mode: str = "squash",
+        max_tokens: int = 77,
+    ) -> None:
+        """
+        Args:
+            size: side of the model's input · image_mean, image_std: of RGB values in [0, 1] ·
+                resize_mode: "squash" keeps the whole picture, "shortest" its centre square ·
+                max_tokens: of a text, what is added to it included.
+        """
+        super().__init__(tokenizer)
+        self._keep(size, image_mean, image_std, resize_mode, max_tokens)
+
+    def _keep(self, size: int, mean: Sequence[float], std: Sequence[float], resize_mode: str, max_tokens: int) -> None:
+        self.size, self.image_mean, self.image_std = size, list(mean), list(std)
+        self.resize_mode, self.max_tokens = resize_mode, max_tokens
+
+    @cached_property
+    def _transform(self) -> Any:
+        from open_clip.transform import image_transform
+
+        return image_transform(
+            self.size,
+            is_train=False,
+            mean=tuple(self.image_mean),
+            std=tuple(self.image_std),
+            resize_mode=self.resize_mode,
+            interpolation="bicubic",
+        )
+
+    def ids(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """input_ids [B, T], and what else the text encoder reads."""
+        raise NotImplementedError
+
+    def __call__(self, images: Pictures | None = None, text: Texts | None = None, return_tensors: str = "pt") -> Any:
+        """pixel_values [B, 3, S, S] of pictures, input_ids and attention_mask [B, T] of texts, or both."""
+        found: dict[str, torch.Tensor] = {}
+        if images is not None:
+            # First of all RGB, as training and grading decode: a palette could not be resized smoothly.
+            rgb = [picture.convert("RGB") for picture in _several(images)]
+            found["pixel_values"] = torch.stack([self._transform(picture) for picture in rgb])
+        if text is not None:
+            found |= self.ids(_several(text))
+        return BatchFeature(found, tensor_type=return_tensors)
+
+
+class MMGemProcessor(PairProcessor):
+    """caption [EMB], padded on the right."""
+
+    def ids(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        end = self.tokenizer.convert_tokens_to_ids(EMB)
+        cut = {"truncation": True, "max_length": self.max_tokens - 1}
+        rows = [[*row, end] for row in self.tokenizer(texts, add_special_tokens=False, **cut)["input_ids"]]
+        return _masked(rows, self.tokenizer.pad_token_id)
+
+
+class FlavaProcessor(PairProcessor):
+    """[CLS] caption [SEP], padded on the right."""
+
+    def ids(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        return _masked(encode(self.tokenizer, texts, self.max_tokens)[0], self.tokenizer.pad_token_id)
+
+
+class ClipProcessor(PairProcessor):
+    """open_clip's own tokenizer, which needs no file: input_ids [B, max_tokens] and no mask."""
+
+    def __init__(
+        self,
+        size: int = 224,
+        image_mean: Sequence[float] = (0.0, 0.0, 0.0),
+        image_std: Sequence[float] = (1.0, 1.0, 1.0),
+        resize_mode: str = "squash",
+        max_tokens: int = 77,
+    ) -> None:
+        # Not PairProcessor's: transformers would look for the files of a tokenizer.
+        ProcessorMixin.__init__(self)
+        self._keep(size, image_mean, image_std, resize_mode, max_tokens)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from open_clip.tokenizer import SimpleTokenizer
+
+        return SimpleTokenizer(context_length=self.max_tokens)
+
+    def ids(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._tokenizer(texts)}
+
+
+class Vlm2VecProcessor:
+    """Around the backbone's own processor: pictures with the recipe's instruction, texts, or both as one input each."""
+
+    FILE = "vlm2vec_processor.json"
+
+    def __init__(self, backbone: Any, config: Any, *, instruction: str, max_tokens: int) -> None:
+        """backbone: the VLM's processor, with which its `generate` is prompted · config: the VLM's."""
+        self.backbone, self.tokenizer = backbone, backbone.tokenizer
+        self.instruction, self.max_tokens = instruction, max_tokens
+        self._inputs = Inputs(backbone, config, max_tokens=max_tokens)
+
+    def __call__(self, images: Pictures | None = None, text: Texts | None = None, return_tensors: str = "pt") -> Any:
+        """The backbone's inputs, a row each: of a picture asked for its caption, of a text, or of a picture with its
+        text, which then stands in place of the instruction."""
+        assert images is not None or text is not None, "give pictures, texts, or both"
+        pictures, texts = (None if side is None else _several(side) for side in (images, text))
+        if pictures is None:
+            items = [Item(text=words) for words in texts or []]
+        else:
+            words = texts or [instruct(self.instruction, image=True)] * len(pictures)
+            items = [Item(text=line, image=picture) for line, picture in zip(words, pictures, strict=True)]
+        return BatchFeature(self._inputs.side(items, picture=False), tensor_type=return_tensors)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.backbone.save_pretrained(str(folder))
+        write_json(Path(folder) / self.FILE, {"instruction": self.instruction, "max_tokens": self.max_tokens})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, trust_remote_code: bool = False) -> Self:
+        """Of a folder that `save_pretrained`, and the model's, wrote."""
+        from training.models.vlm2vec import Vlm2VecConfig, backbone_config
+
+        backbone = AutoProcessor.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        config = Vlm2VecConfig.from_pretrained(str(folder))
+        config.trust_remote_code = trust_remote_code
+        return cls(backbone, backbone_config(config), **(read_manifest(Path(folder) / cls.FILE) or {}))
+
+
+def _several(one_or_more: Any) -> list[Any]:
+    return [one_or_more] if isinstance(one_or_more, str | Image.Image) else list(one_or_more)
+
+
+def _masked(rows: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
+    mask = padded([[1] * len(row) for row in rows], 0)
+    return {"input_ids": padded(rows, pad), "attention_mask": mask}
+
+
+def processor_of(config: TrainConfig, family: Family) -> Any:
+    """The processor of a run's family."""
+    tokens = config.loader.max_tokens
+    if config.vlm2vec is not None:
+        settings = family.model.backbone.config
+        return Vlm2VecProcessor(family.tokenizer, settings, instruction=config.vlm2vec.instruction, max_tokens=tokens)
+    spec = family.image
+    pictures: dict[str, Any] = {"size": spec.size, "image_mean": spec.mean, "image_std": spec.std}
+    pictures["resize_mode"] = config.loader.resize_mode
+    if config.clip is not None:
+        return ClipProcessor(**pictures, max_tokens=family.tokenizer.context_length)
+    kind = MMGemProcessor if config.mmgem is not None else FlavaProcessor
+    return kind(family.tokenizer, **pictures, max_tokens=tokens)
