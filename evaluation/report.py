@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from curation.errors import UserError
 from evaluation import encode, results
 from evaluation.data import Pictures, RetrievalData
 from evaluation.encode import Model
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TEMPLATES = Path(__file__).parent / "templates"
 PALETTE = ("#2457c5", "#c8553d", "#1b7f4b", "#7a4fb5", "#b8860b", "#0f8b8d")
@@ -80,7 +83,11 @@ def curve(
 
 def thumbnail(pictures: Pictures, index: int, size: int = 200) -> str:
     """One picture as the data URI of a JPEG, at most `size` pixels wide and high."""
-    picture = pictures[index]
+    return inline(pictures[index], size)
+
+
+def inline(picture: "Image", size: int) -> str:
+    """An RGB picture, which is made smaller, as the data URI of a JPEG."""
     picture.thumbnail((size, size))
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=82)

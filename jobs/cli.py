@@ -250,6 +250,26 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+@command("search", "the pictures of a folder that answer a text or a picture, on one page")
+def search(arguments: list[str]) -> int:
+    parser = _parser("search")
+    parser.add_argument("text", nargs="*", help="what to look for; each text is a query of its own")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step_* or RUN/export")
+    parser.add_argument("--data", required=True, help="folder, file or URL of pictures: whatever `curate --pool` reads")
+    parser.add_argument("--image", type=Path, action="append", default=[], help="a picture to look for; repeatable")
+    parser.add_argument("--top", type=int, default=12, help="pictures shown a query (default: 12)")
+    parser.add_argument("--out", type=Path, help="folder of the index and the page (default: DATA.search)")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    a = parser.parse_intermixed_args(arguments)
+    from evaluation.search import as_text
+    from evaluation.search import search as run
+
+    _set_threads(a.threads)
+    found, page = run(checkpoint=a.checkpoint, data=a.data, texts=a.text, images=a.image, top=a.top, out=a.out)
+    print(f"{as_text(a.text, a.image, found)}\n{page}")
+    return 0
+
+
 @command("compare", "compare two results files, paired query by query")
 def compare(arguments: list[str]) -> int:
     parser = _parser("compare")

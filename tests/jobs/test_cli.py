@@ -20,6 +20,7 @@ FLAGS = {
     "export": "--checkpoint --dtype --help --merge --out --overwrite",
     "evaluate": "--cache --checkpoint --data --help --out --tasks --threads",
     "watch": "--best --cache --data --help --idle-seconds --out --run --tasks --threads",
+    "search": "--checkpoint --data --help --image --out --threads --top",
     "compare": "--help",
     "report": "--help",
     "demo": "--help --out --overwrite --seed",
