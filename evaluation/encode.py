@@ -60,9 +60,6 @@ class Model(Protocol):
         """All that shapes the input and the arithmetic: sizes, normalisation, prompts' tokens, compute precision."""
 
     @property
-    def can_embed_images(self) -> bool: ...
-
-    @property
     def can_caption(self) -> bool: ...
 
     def images(self, images: list["Image"], /) -> "Tensor":

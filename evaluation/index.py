@@ -109,7 +109,7 @@ def build(model: Model, data: str, shards: Sequence[Shard], out: Path) -> Index:
     facts = {"checkpoint": model.name, "step": model.step, "weights": model.weights_hash, "identity": identity}
     write_manifest(out / "manifest.json", {**facts, "data": data, "pictures": total, "shards": listed})
     shutil.rmtree(out / "parts", ignore_errors=True)
-    said = f"{total:,} pictures in {len(shards)} shards, {sum(left_out.values())} left out"
+    said = f"{total:,} pictures, {sum(left_out.values())} left out"
     print(f"{out}: {said}, in {time.perf_counter() - began:.1f} s", flush=True)
     return _opened(out, {"shards": listed})
 

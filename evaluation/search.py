@@ -77,8 +77,6 @@ def search(
         out = Path(f"{data.rstrip('/')}.search")
     shards = shards_of(data)
     model = load(checkpoint)
-    if not model.can_embed_images:
-        raise UserError(f"--checkpoint {checkpoint}: its family embeds no pictures; name another (docs/models.md)")
     index = build(model, data, shards, out)
     found = nearest(index, embedded(model, queries), top)
     page = out / PAGE

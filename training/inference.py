@@ -41,7 +41,6 @@ class Model:
     step: int | None
     weights_hash: str
     preprocess: dict[str, Any]
-    can_embed_images: bool
     can_caption: bool
     family: Family
     processor: Any
@@ -121,13 +120,14 @@ def load(folder: Path) -> Model:
     }
     # A query's prompt asks for an embedding, not for a caption.
     can_caption = hasattr(family.model, "generate") and family.encode_images is None
-    can_embed = any(hasattr(family.model, name) for name in ("get_image_features", "towers"))
     processor = processor_of(config, family)
-    return Model(name, step, weights_hash, preprocess, can_embed, can_caption, family, processor, device)
+    return Model(name, step, weights_hash, preprocess, can_caption, family, processor, device)
 
 
 def _exported(folder: Path) -> tuple[Family, TrainConfig, int]:
     """An export's family, from the recipe in it."""
+    import training.auto  # noqa: F401  transformers knows the folder's kind then, and does not warn of it
+
     record = read_manifest(folder / "gemsmith.json")
     if record is None:
         raise UserError(f"--checkpoint {folder}: has no gemsmith.json; name an export that `gemsmith train` wrote")

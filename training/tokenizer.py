@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from curation.errors import UserError
 from curation.hashing import hash64
 from training.family_config import TokenizerConfig
 
@@ -37,12 +38,23 @@ def train_bpe(captions: list[str], vocab_size: int) -> Any:
 
 
 def load_tokenizer(config: TokenizerConfig, captions: Any) -> Any:
-    """The recipe's tokenizer with [EMB] and [CAP]; `captions()` is called only where one is trained."""
+    """The recipe's tokenizer with [EMB] and [CAP]; `captions()` is called only where one is trained.
+
+    Raises:
+        UserError: no tokenizer there, or one without an end token.
+    """
     from transformers import AutoTokenizer
+
+    from training.models.kind import opened
 
     if config.name_or_path is None:
         return train_bpe(list(captions()), config.vocab_size)
-    tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
+    tokenizer = opened(AutoTokenizer, config.name_or_path, "mmgem.tokenizer.name_or_path")
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"mmgem.tokenizer.name_or_path: {config.name_or_path} has no end token, at which a caption would stop; "
+            "set `eos_token` in its folder"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.add_tokens([EMB, CAP], special_tokens=True)

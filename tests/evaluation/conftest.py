@@ -21,7 +21,6 @@ class SmallModel(torch.nn.Module):
         self.vision = torch.nn.Parameter(torch.randn(192, 16, generator=generator))
         self.words = torch.nn.Parameter(torch.randn(997, 16, generator=generator))
         self.name, self.step, self.can_caption = f"small-{seed}", step, can_caption
-        self.can_embed_images = True
         self.weights_hash, self.preprocess = f"weights-{seed}", {"size": 8}
         self.calls: list[tuple[str, int]] = []
 

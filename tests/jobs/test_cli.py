@@ -116,6 +116,8 @@ def test_what_does_not_exist(raw_pool: Path, tmp_path: Path) -> None:
     assert f"--data {none}" in refused(tmp_path, *TRAIN, "--data", none, "--out", out)
     grade = ["--tasks", "retrieval", "--data", raw_pool, "--out", out]
     assert f"--checkpoint {none}" in refused(tmp_path, "evaluate", "--checkpoint", none, *grade)
+    assert f"--checkpoint {none}" in refused(tmp_path, "search", "--checkpoint", none, "--data", raw_pool, "words")
+    assert f"--data {none}" in refused(tmp_path, "search", "--checkpoint", none, "--data", none, "words")
     assert "nonsense" in refused(tmp_path, "nonsense")
     assert str(none) in refused(tmp_path, "compare", none, none)
 

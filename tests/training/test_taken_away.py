@@ -113,6 +113,23 @@ def test_a_folder_embeds_as_the_trained_model_does(kind, taken):
     assert torch.allclose(torch.cat(alone), wanted, atol=2e-5), "a text alone is the text among others"
 
 
+@pytest.mark.parametrize("kind", ["mmgem", "siglip", "flava", "vlm2vec"])
+def test_what_was_taken_away_can_be_saved_again(kind, taken, tmp_path):
+    model, processor = (auto.from_pretrained(taken(kind)[0]) for auto in (AutoModel, AutoProcessor))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, reading = (auto.from_pretrained(str(tmp_path)) for auto in (AutoModel, AutoProcessor))
+    shown = pictures(3)
+    first, second = (
+        m.eval().get_image_features(**p(images=shown)).pooler_output for m, p in ((model, processor), (again, reading))
+    )
+    assert torch.equal(first, second)
+    first, second = (
+        m.get_text_features(**p(text="a red cube")).pooler_output for m, p in ((model, processor), (again, reading))
+    )
+    assert torch.equal(first, second) and len(first) == 1
+
+
 def by_hand(picture, spec, resize_mode):
     side, picture = spec.size, picture.convert("RGB")
     if resize_mode == "shortest":

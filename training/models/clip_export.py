@@ -15,7 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from training.config import ObjectiveConfig
+from training.family_config import ClipRecipe
 from training.models.clip import Clip, export, read_export
+from training.models.kind import check_kind
 
 OPEN_CLIP = "open_clip_config.json"
 
@@ -50,19 +52,25 @@ class OpenClip(PreTrainedModel):
     def __init__(self, config: OpenClipConfig) -> None:
         super().__init__(config)
         objective = ObjectiveConfig(coupled="siglip" if config.siglip else "infonce")
-        self.clip = Clip(config.model_cfg, objective)
+        self.clip = Clip.from_recipe(ClipRecipe(model_cfg=config.model_cfg), objective)
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *_: Any, config: Any = None, dtype: Any = None, **__: Any) -> Self:
-        """Of a local folder; of transformers' settings, `dtype` alone is known."""
-        model = cls(config or OpenClipConfig.from_pretrained(folder))
-        model.clip.load_state_dict(read_export(Path(folder)))
-        return model.to(dtype).eval() if dtype not in (None, "auto") else model.eval()
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **settings: Any) -> Self:
+        """Of a local folder; of transformers' settings, `config` and `dtype` alone are known.
 
-    def save_pretrained(self, folder: Any, **_: Any) -> None:
+        Raises:
+            UserError: the folder holds another family's model.
+        """
+        folder, dtype = Path(pretrained_model_name_or_path), settings.get("dtype")
+        check_kind(folder, OpenClipConfig.model_type, "OpenClip.from_pretrained")
+        model = cls(settings.get("config") or OpenClipConfig.from_pretrained(folder))
+        model.clip.load_state_dict(read_export(folder))
+        return model.eval() if dtype in (None, "auto") else model.to(dtype).eval()
+
+    def save_pretrained(self, save_directory: Any, *_: Any, **__: Any) -> None:
         """open_clip's folder, and config.json."""
-        export(self.clip, self.clip.state_dict(), self.config.preprocess_cfg, Path(folder))
-        self.config.save_pretrained(folder)
+        export(self.clip, self.clip.state_dict(), self.config.preprocess_cfg, Path(save_directory))
+        self.config.save_pretrained(save_directory)
 
     @torch.no_grad()
     def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:

@@ -17,7 +17,6 @@ A chunk holds pictures, texts or both, the same kind on every rank. Clean and
 masked inputs run stacked, so that ZeRO-3 gathers each layer once.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from transformers.models.flava.modeling_flava import (
 from curation.errors import UserError
 from training.config import ObjectiveConfig
 from training.family_config import LOSSES, FlavaRecipe
+from training.models.kind import check_kind
 from training.models.mmgem import MEAN, STD
 from training.models.scalars import add_scalars, read_scalars
 
@@ -150,7 +150,7 @@ class Flava(PreTrainedModel):
     def _load_published(self, name_or_path: str) -> None:
         from transformers import FlavaForPreTraining
 
-        _check_family(name_or_path, "flava", "flava.name_or_path")
+        check_kind(name_or_path, "flava", "flava.name_or_path")
         published = FlavaForPreTraining.from_pretrained(name_or_path).state_dict()
         published = {name.removeprefix("flava."): tensor for name, tensor in published.items()}
         published["log_scale"] = published.pop("logit_scale").reshape(1)
@@ -170,7 +170,7 @@ class Flava(PreTrainedModel):
         Raises:
             UserError: the folder holds another family's model.
         """
-        _check_family(pretrained_model_name_or_path, FlavaConfig.model_type, "Flava.from_pretrained")
+        check_kind(pretrained_model_name_or_path, FlavaConfig.model_type, "Flava.from_pretrained")
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def _image(self, pixels: torch.Tensor, hidden: torch.Tensor | None = None) -> Any:
@@ -283,13 +283,3 @@ def _sum_at_labels(head: nn.Module, states: torch.Tensor, labels: torch.Tensor) 
     """Cross entropy summed over labels >= 0 of [B, T]; the vocabulary is scored there alone."""
     asked = labels >= 0
     return F.cross_entropy(head(states[asked]).float(), labels[asked], reduction="sum")
-
-
-def _check_family(folder: Any, expected: str, field: str) -> None:
-    try:
-        kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
-    except OSError as error:
-        raise UserError(f"{field}: {folder} cannot be read ({str(error).splitlines()[0]})") from None
-    if kind != expected:
-        where = Path(str(folder)).name
-        raise UserError(f"{field}: {folder} holds a {kind!r}, not a {expected!r}; name another than {where}")

@@ -34,12 +34,13 @@ def load_flava_tokenizer(config: TokenizerConfig, captions: Callable[[], Iterabl
     """A tokenizer with [CLS], [SEP], [MASK] and padding: BERT's by name, or a BPE trained on `captions()`."""
     from transformers import AutoTokenizer
 
+    from training.models.kind import opened
     from training.tokenizer import train_bpe
 
     if config.name_or_path is None:
         tokenizer = train_bpe(list(captions()), config.vocab_size)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
+        tokenizer = opened(AutoTokenizer, config.name_or_path, "flava.tokenizer.name_or_path")
     wanted = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "[PAD]"}
     missing = {name: token for name, token in wanted.items() if getattr(tokenizer, name) is None}
     tokenizer.add_special_tokens(missing)

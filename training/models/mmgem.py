@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from training.config import ObjectiveConfig
 from training.family_config import LanguageConfig, VisionConfig
 from training.models.head import Head
+from training.models.kind import check_kind, opened
 from training.models.patches import only, take_over
 from training.models.scalars import add_scalars, read_scalars
 from training.tokenizer import CAP, EMB
@@ -125,10 +126,19 @@ class MMGem(PreTrainedModel):
             nn.init.zeros_(module.bias)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "MMGem":
+        """
+        Raises:
+            UserError: the folder holds another family's model.
+        """
+        check_kind(pretrained_model_name_or_path, cls.config_class.model_type, f"{cls.__name__}.from_pretrained")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
     def from_backbones(cls, vision: VisionConfig, language: LanguageConfig, tokenizer: Any, **settings: Any) -> "MMGem":
         """Build from the recipe: pretrained towers where it names them, else towers from scratch."""
         if language.name_or_path:
-            pretrained = AutoModelForCausalLM.from_pretrained(language.name_or_path)
+            pretrained = opened(AutoModelForCausalLM, language.name_or_path, "mmgem.language.name_or_path")
             pretrained.resize_token_embeddings(len(tokenizer))
             text_config = pretrained.config.to_dict()
         else:

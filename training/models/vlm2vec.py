@@ -30,6 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from curation.errors import UserError
 from training.config import ObjectiveConfig
 from training.family_config import Vlm2VecRecipe
+from training.models.kind import check_kind
 from training.models.scalars import add_scalars, read_scalars
 from training.models.vlm_inputs import build_processor, build_tokenizer, of_side
 
@@ -103,6 +104,15 @@ class Vlm2Vec(PreTrainedModel):
         """The backbone has initialised itself; only the projection is ours."""
         if module is self.projection:
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "Vlm2Vec":
+        """
+        Raises:
+            UserError: the folder holds another family's model.
+        """
+        check_kind(pretrained_model_name_or_path, Vlm2VecConfig.model_type, "Vlm2Vec.from_pretrained")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_recipe(cls, recipe: Vlm2VecRecipe, settings: Any, objective: ObjectiveConfig) -> "Vlm2Vec":

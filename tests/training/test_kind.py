@@ -1,0 +1,85 @@
+"""A folder of another kind, code that nobody asked for, a tokenizer that lacks a token: one line, before any weight."""
+
+import json
+
+import pytest
+import torch
+
+from curation.errors import UserError
+from tests.training.conftest import flava_config, tiny_config
+from training.families import build
+from training.family_config import LanguageConfig, TokenizerConfig
+from training.models.flava import Flava
+from training.models.mmgem import MMGem
+from training.models.vlm2vec import Vlm2Vec
+from training.tokenizer import load_tokenizer, train_bpe
+
+CAPTIONS = ["a red cube", "two green cones behind a table"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    found = {}
+    for name, config in (("mmgem", tiny_config()), ("flava", flava_config())):
+        where = tmp_path_factory.mktemp(name)
+        family = build(config, where / "tokenizer", lambda: CAPTIONS)
+        family.export(family.model.state_dict(), where / "export")
+        found[name] = where / "export"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder"), [(MMGem, "flava"), (Flava, "mmgem"), (Vlm2Vec, "mmgem"), (Vlm2Vec, "flava")]
+)
+def test_a_folder_of_another_family_is_refused(kind, folder, folders):
+    with pytest.raises(UserError, match=rf"{kind.__name__}.from_pretrained: .* holds a '.*{folder}'") as refused:
+        kind.from_pretrained(folders[folder])
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="holds no model"):
+        kind.from_pretrained(folders[folder].parent)
+
+
+def test_the_own_folder_opens(folders):
+    opened = MMGem.from_pretrained(folders["mmgem"])
+    assert torch.equal(opened.h1.weight, MMGem.from_pretrained(str(folders["mmgem"])).h1.weight)
+    assert isinstance(Flava.from_pretrained(folders["flava"]), Flava)
+
+
+def language(name):
+    tokenizer = train_bpe(CAPTIONS, 300)
+    return MMGem.from_backbones(tiny_config().mmgem.vision, LanguageConfig(name_or_path=str(name)), tokenizer)
+
+
+def test_a_language_model_that_is_none(folders, tmp_path):
+    for folder in (folders["flava"], tmp_path / "nothing"):
+        with pytest.raises(UserError, match=r"mmgem.language.name_or_path: .* cannot be read") as refused:
+            language(folder)
+        assert "\n" not in str(refused.value)
+
+
+def test_code_that_a_folder_brings_is_not_run(tmp_path):
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    folder.mkdir()
+    auto = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": ["code.Words", None]}
+    (folder / "config.json").write_text(json.dumps({"model_type": "brought_along", "auto_map": auto}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Words", "auto_map": auto}))
+    (folder / "code.py").write_text(
+        f"open({str(ran)!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass Words: pass"
+    )
+    with pytest.raises(UserError, match=r"mmgem.language.name_or_path: .* brings code of its own"):
+        language(folder)
+    with pytest.raises(UserError, match=r"mmgem.tokenizer.name_or_path: .* brings code of its own"):
+        load_tokenizer(TokenizerConfig(name_or_path=str(folder)), list)
+    assert not ran.exists()
+
+
+def test_a_tokenizer_without_an_end(tmp_path):
+    tokenizer = train_bpe(CAPTIONS, 300)
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(str(tmp_path / "words"))
+    with pytest.raises(UserError, match="has no end token"):
+        load_tokenizer(TokenizerConfig(name_or_path=str(tmp_path / "words")), list)
+    tokenizer.eos_token = "</s>"
+    tokenizer.save_pretrained(str(tmp_path / "ends"))
+    found = load_tokenizer(TokenizerConfig(name_or_path=str(tmp_path / "ends")), list)
+    assert found.pad_token == "</s>", "what has an end and no padding pads with its end"
