@@ -92,11 +92,12 @@ def build(model: Model, data: str, shards: Sequence[Shard], out: Path) -> Index:
     if manifest is not None:
         why = "another checkpoint" if manifest["identity"] != identity else "other data"
         print(f"{out}: was made of {why}; {len(new)} of {len(keys)} shards are embedded", flush=True)
+    parts = []
     with tqdm(total=0, desc="embed", unit="picture", disable=None) as bar:
-        parts = [
-            known[key] if key in known else _part(model, shard, out / "parts" / f"{key}.parquet", bar)
-            for shard, key in zip(shards, keys, strict=True)
-        ]
+        for number, (shard, key) in enumerate(zip(shards, keys, strict=True), 1):
+            parts.append(known.get(key) or _part(model, shard, out / "parts" / f"{key}.parquet", bar))
+            if bar.disable:  # no terminal: a line in a log
+                print(f"{out}: {number} of {len(shards)} shards, {len(parts[-1].rows):,} pictures", flush=True)
     left_out = dict(sum((Counter(part.left_out) for part in parts), Counter[str]()))
     if not (total := sum(len(part.rows) for part in parts)):
         reasons = ", ".join(f"{reason} {n}" for reason, n in left_out.items()) or "it holds no sample"

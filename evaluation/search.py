@@ -71,10 +71,7 @@ def search(
     if top < 1:
         raise UserError(f"--top: {top} is below 1; give how many pictures to show")
     queries = [_text_query(text) for text in texts] + [_image_query(path) for path in images]
-    if out is None:
-        if "://" in data:
-            raise UserError(f"--out: {data} is no folder of this machine; name one for the index")
-        out = Path(f"{data.rstrip('/')}.search")
+    out = _place(data, out)
     shards = shards_of(data)
     model = load(checkpoint)
     index = build(model, data, shards, out)
@@ -82,6 +79,18 @@ def search(
     page = out / PAGE
     page.write_text(_page(model, data, index, queries, found))
     return found, page
+
+
+def _place(data: str, out: Path | None) -> Path:
+    """Where the index goes: beside the data, never among them."""
+    if "://" in data:
+        if out is None:
+            raise UserError(f"--out: {data} is no folder of this machine; name one for the index")
+        return out
+    pictures = Path(data).resolve()
+    if out is not None and out.resolve().is_relative_to(pictures):
+        raise UserError(f"--out {out}: lies within --data {data}, which it would change; name a folder beside it")
+    return out or pictures.with_name(f"{pictures.name}.search")
 
 
 def _text_query(text: str) -> Query:

@@ -12,6 +12,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
+from curation.errors import UserError
 from training.models.clip_export import OpenClip, OpenClipConfig
 from training.models.flava import Flava, FlavaConfig
 from training.models.mmgem import MMGem, MMGemConfig
@@ -39,7 +40,15 @@ class AutoProcessor:
 
     @staticmethod
     def from_pretrained(folder: str | Path, **settings: Any) -> Any:
-        """The processor saved beside a model."""
+        """The processor saved beside a model.
+
+        Raises:
+            UserError: a folder of ours that was exported without one.
+        """
         kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
-        ours = {config.model_type: processor for config, _, processor in FAMILIES}
-        return ours.get(kind, transformers.AutoProcessor).from_pretrained(folder, **settings)
+        ours = {config.model_type: processor for config, _, processor in FAMILIES}.get(kind)
+        if ours is None:
+            return transformers.AutoProcessor.from_pretrained(folder, **settings)
+        if not (Path(folder) / ours.FILE).exists():
+            raise UserError(f"{folder}: has no {ours.FILE}; write it anew by `gemsmith export`")
+        return ours.from_pretrained(folder, **settings)

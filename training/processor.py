@@ -10,6 +10,7 @@ evaluation transform (Pillow, bicubic, unscaled decoding): transformers' image
 processors resize tensors and give other pixels.
 """
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
-from curation.manifest import read_manifest, write_json
+from curation.manifest import write_json
 from training.config import TrainConfig
 from training.families import Family
 from training.models.flava_batch import encode, padded
@@ -33,14 +34,16 @@ Texts = str | Sequence[str]
 class PairProcessor(ProcessorMixin):
     """Square pictures and texts, each on its own. A kind says by `ids` what its text encoder reads."""
 
+    FILE = "processor_config.json"
+
     def __init__(
         self,
-        tokenizer: Any = None,
-        size: int = 224,
-        image_mean: Sequence[float] = (0.0, 0.0, 0.0),
-        image_std: Sequence[float] = (1.0, 1.0, 1.0),
-        resize_mode: str = "squash",
-        max_tokens: int = 77,
+        tokenizer: Any,
+        size: int,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        resize_mode: str,
+        max_tokens: int,
     ) -> None:
         """
         Args:
@@ -106,11 +109,11 @@ class ClipProcessor(PairProcessor):
 
     def __init__(
         self,
-        size: int = 224,
-        image_mean: Sequence[float] = (0.0, 0.0, 0.0),
-        image_std: Sequence[float] = (1.0, 1.0, 1.0),
-        resize_mode: str = "squash",
-        max_tokens: int = 77,
+        size: int,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        resize_mode: str,
+        max_tokens: int,
     ) -> None:
         # Not PairProcessor's: transformers would look for the files of a tokenizer.
         ProcessorMixin.__init__(self)
@@ -164,7 +167,7 @@ class Vlm2VecProcessor:
         backbone = AutoProcessor.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         config = Vlm2VecConfig.from_pretrained(str(folder))
         config.trust_remote_code = trust_remote_code
-        return cls(backbone, backbone_config(config), **(read_manifest(Path(folder) / cls.FILE) or {}))
+        return cls(backbone, backbone_config(config), **json.loads((Path(folder) / cls.FILE).read_text()))
 
 
 def _several(one_or_more: Any) -> list[Any]:

@@ -185,6 +185,7 @@ def test_what_cannot_be_searched_is_one_line(model, pairs_folder, tmp_path):
         (model, empty, good, "--data .*empty: holds no"),
         (model, tmp_path / "broken", good, r"no usable picture \(image_decode 1\)"),
         (Dead(), pairs_folder, good, "NaN"),
+        (model, pairs_folder, {**good, "out": pairs_folder / "index"}, "lies within --data"),
         (model, pairs_folder, {**good, "out": tmp_path / "full.search"}, "--out .*not empty"),
     ):
         with pytest.raises(UserError, match=said) as refused:

@@ -1,17 +1,19 @@
 """People who take a model away: the README's ten lines run, and every family's folder gives what was graded."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from curation.errors import UserError
 from tests.conftest import ROOT
 from tests.training.conftest import flava_config, tiny_config
 from tests.training.vlm import BACKBONES, RECIPE
 from training.auto import AutoModel, AutoProcessor
-from training.export import save
+from training.export import cast, save
 from training.families import build
 from training.train import parse
 
@@ -128,6 +130,27 @@ def test_what_was_taken_away_can_be_saved_again(kind, taken, tmp_path):
         m.get_text_features(**p(text="a red cube")).pooler_output for m, p in ((model, processor), (again, reading))
     )
     assert torch.equal(first, second) and len(first) == 1
+
+
+@pytest.mark.parametrize("kind", ["mmgem", "clip", "flava", "vlm2vec"])
+def test_a_folder_in_bf16_embeds_nearly_the_same(kind, taken, tmp_path):
+    folder, half = taken(kind)[0], tmp_path / "half"
+    shutil.copytree(folder, half)
+    cast(half, torch.bfloat16)
+    found = []
+    for where in (folder, half):
+        model, processor = AutoModel.from_pretrained(where).eval(), AutoProcessor.from_pretrained(where)
+        images = model.get_image_features(**processor(images=pictures(3))).pooler_output
+        found.append(torch.cat([images, model.get_text_features(**processor(text=TEXTS[:2])).pooler_output]))
+    assert found[1].dtype == torch.float32 and not torch.equal(*found)
+    assert float((found[0] * found[1]).sum(1).min()) > 0.99
+
+
+def test_a_folder_without_its_processor_says_so(taken, tmp_path):
+    shutil.copytree(taken("mmgem")[0], tmp_path / "old")
+    (tmp_path / "old" / "processor_config.json").unlink()
+    with pytest.raises(UserError, match=r"has no processor_config.json; .*gemsmith export"):
+        AutoProcessor.from_pretrained(tmp_path / "old")
 
 
 def by_hand(picture, spec, resize_mode):
