@@ -255,7 +255,9 @@ def search(arguments: list[str]) -> int:
     parser = _parser("search")
     parser.add_argument("text", nargs="*", help="what to look for; each text is a query of its own")
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step_* or RUN/export")
-    parser.add_argument("--data", required=True, help="folder, file or URL of pictures: whatever `curate --pool` reads")
+    parser.add_argument(
+        "--data", required=True, help="folder, file or URL of pictures: whatever `gemsmith curate` reads as a pool"
+    )
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture to look for; repeatable")
     parser.add_argument("--top", type=int, default=12, help="pictures shown a query (default: 12)")
     parser.add_argument("--out", type=Path, help="folder of the index and the page (default: DATA.search)")
