@@ -29,13 +29,17 @@ def clip_config(*overrides):
     return parse([*words, *overrides])[0]
 
 
+LORA = ["--adapter.r", "4", "--adapter.merge", "true"]
+QWEN = ["--vlm2vec.backbone", str(BACKBONES["qwen2_vl"])]
 CONFIGS = {
     "mmgem": lambda: tiny_config("--loader.max_tokens", "20"),
     "mmgem_shortest": lambda: tiny_config("--loader.resize_mode", "shortest"),
+    "mmgem_merged": lambda: tiny_config(*LORA, "--adapter.module", "llm"),
     "flava": flava_config,
     "clip": clip_config,
     "siglip": lambda: clip_config("--objective.coupled", "siglip"),
-    "vlm2vec": lambda: parse([*RECIPE, "--vlm2vec.backbone", str(BACKBONES["qwen2_vl"])])[0],
+    "vlm2vec": lambda: parse([*RECIPE, *QWEN])[0],
+    "vlm2vec_merged": lambda: parse([*RECIPE, *QWEN, *LORA, "--adapter.module", "backbone"])[0],
 }
 
 
@@ -90,8 +94,8 @@ def test_a_folder_embeds_as_the_trained_model_does(kind, taken):
     folder, config, family = taken(kind)
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     trained = family.model.eval()
-    shown, texts = pictures(), TEXTS[: 2 if kind == "vlm2vec" else 3]
-    if kind == "vlm2vec":
+    shown, texts = pictures(), TEXTS[: 2 if family.encode_images else 3]
+    if family.encode_images:
         wanted = trained.get_image_features(**family.encode_images(shown)).pooler_output
     else:
         pixels = torch.stack([by_hand(picture, family.image, config.loader.resize_mode) for picture in shown])
@@ -151,6 +155,15 @@ def test_a_folder_without_its_processor_says_so(taken, tmp_path):
     (tmp_path / "old" / "processor_config.json").unlink()
     with pytest.raises(UserError, match=r"has no processor_config.json; .*gemsmith export"):
         AutoProcessor.from_pretrained(tmp_path / "old")
+
+
+def test_an_adapter_alone_has_its_processor_too(tmp_path):
+    """It has no weights of its backbone, so that only peft opens it; what reads its inputs is there all the same."""
+    config = parse([*RECIPE, *QWEN, *LORA, "--adapter.module", "backbone", "--adapter.merge", "false"])[0]
+    family = build(config, tmp_path / "tokenizer", lambda: CAPTIONS)
+    save(config, family, family.model.state_dict(), tmp_path / "export")
+    names = {path.name for path in (tmp_path / "export").iterdir()}
+    assert {"adapter", "vlm2vec_processor.json", "processor_config.json"} <= names and "config.json" not in names
 
 
 def by_hand(picture, spec, resize_mode):
