@@ -120,7 +120,7 @@ def _rank() -> None:
     from training.train import parse, tune_for_cpu
 
     pool, out, *numbers = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    tune_for_cpu()
+    tune_for_cpu("fp32")
     TRAFFIC.install()  # before the process group is opened
     open_group()
     words = ["--config", str(ROOT / "recipes/train/tiny_mmgem.yaml"), "--data", pool, "--out", out]

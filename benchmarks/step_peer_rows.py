@@ -26,7 +26,7 @@ TEMPERATURE = 0.07
 def step_peers(bench: Bench) -> Iterator[Case]:
     from training.train import tune_for_cpu
 
-    tune_for_cpu()
+    tune_for_cpu("fp32")
     for chunk, batch in ((8, 64), (32, 256)):
         subject = Subject.of(chunk, batch // 4 if bench.quick else batch)
         ours, *peers = (_side(make, subject) for make in (_ours, _open_clip, _sentence_transformers))

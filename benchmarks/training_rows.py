@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def steps(bench: Bench) -> Iterator[Case]:
     from training.train import tune_for_cpu
 
-    tune_for_cpu()
+    tune_for_cpu("fp32")
     pool = bench.work / "pool"
     synthesise(out=pool, pairs=512, seed=0, noise=False)
     for chunk, batch in ((8, 64), (32, 256)):

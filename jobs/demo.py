@@ -40,8 +40,8 @@ class DemoSizes:
     reference: int = 1_000  # sets its threshold: trusted pairs that it was not trained on
     heldout: int = 4_000
     classes: int = 1_600
-    scorer_samples: int = 49_152
-    arm_samples: int = 28_672  # the same for every arm
+    scorer_samples: int = 40_960
+    arm_samples: int = 14_336  # the same for every arm
     watched: int = 500  # held-out scenes that checkpoints are graded on while they land
     captioned: int = 500
 
