@@ -25,12 +25,12 @@ from training.loop import make_trainer
 from training.traffic import TRAFFIC
 
 BATCH, CHUNKS = 32, (1, 4, 16)
-LEAN = "3 without room for whole weights"
+KEPT, LEAN = "3 with room for whole weights", "3 without"
 SETTINGS = [
     *product("23", ["fp32"], ["step"], CHUNKS),
     *product("3", ["fp32"], ["chunk"], (1, 4)),
     *product("23", ["bf16"], ["step"], (1, 4)),
-    *product([LEAN], ["fp32"], ["step"], (4, 16)),
+    *product([KEPT, LEAN], ["fp32"], ["step"], (4, 16)),
 ]
 
 
@@ -39,11 +39,13 @@ def main() -> None:
     TRAFFIC.install()
     open_group()
     found = {}
-    lean = json.loads((ROOT / "ds_configs/zero3.json").read_text())
-    lean["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
-    files = {stage: ROOT / f"ds_configs/zero{stage}.json" for stage in "23"} | {LEAN: run / "lean.json"}
+    files = {stage: ROOT / f"ds_configs/zero{stage}.json" for stage in "23"}
     run.mkdir(parents=True, exist_ok=True)
-    files[LEAN].write_text(json.dumps(lean))
+    for name, room in ((KEPT, 10**9), (LEAN, 0)):
+        settings, files[name] = json.loads(files["3"].read_text()), run / f"room{room}.json"
+        settings["zero_optimization"] |= {"stage3_max_live_parameters": room, "stage3_max_reuse_distance": room}
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else all of the tiny model persists
+        files[name].write_text(json.dumps(settings))
     for stage, precision, reduce, chunks in SETTINGS:
         config = tiny_config(
             *("--deepspeed", str(files[stage]), "--optim.gradient_clipping", "0"),

@@ -8,7 +8,7 @@ import torch
 
 from tests.training.conftest import tiny_config
 from tests.training.plain import differences, plain_gradients
-from tests.training.rank_reductions import CHUNKS, LEAN, SETTINGS
+from tests.training.rank_reductions import CHUNKS, KEPT, LEAN, SETTINGS
 from tests.training.ranks import launch
 from tests.training.test_gradient_cache import chunks_of
 from training.data import Shards
@@ -39,17 +39,17 @@ def test_reductions_do_not_grow_with_chunks(steps, stage):
     assert sent[16][f"{kind}_mib"] == pytest.approx(4 * numbers / 2**20, rel=0.02), "every gradient once, in fp32"
 
 
-def test_weights_are_gathered_again_only_where_they_may_not_stay(steps):
-    """ZeRO-3's gathers end at two a weight from two chunks on, unless DeepSpeed has to let weights go in between."""
+def test_only_persistent_weights_are_not_gathered_again(steps):
+    """Below `stage3_param_persistence_threshold` 16 chunks gather no more than 4; above it they do, room or no room."""
     gathered = lambda stage, n: steps[0][stage, "fp32", "step", n]["traffic"]["all_gather_mib_2"]  # noqa: E731
-    print(json.dumps({s: {n: gathered(s, n) for n in (4, 16)} for s in ("3", LEAN)}))
+    print(json.dumps({s: {n: gathered(s, n) for n in (4, 16)} for s in ("3", KEPT, LEAN)}))
     assert gathered("3", 4) == gathered("3", 16)
-    assert gathered(LEAN, 16) > 3 * gathered(LEAN, 4)
+    assert gathered(KEPT, 16) > 3 * gathered(KEPT, 4) and gathered(LEAN, 16) > 3 * gathered(LEAN, 4)
 
 
 def test_reduced_by_chunk_they_do(steps):
     sent = {n: steps[0]["3", "fp32", "chunk", n]["traffic"]["reduce_scatter_mib"] for n in (1, 4)}
-    assert sent[4] == 4 * sent[1]
+    assert sent[4] == pytest.approx(4 * sent[1], rel=0.02)  # beside them, the loss's own
 
 
 @pytest.mark.parametrize("setting", [s for s in SETTINGS if s[1] == "fp32"], ids=lambda s: "-".join(map(str, s)))
