@@ -29,6 +29,7 @@ from training.health import Health, kind_of
 from training.objectives import build as build_objective
 from training.objectives.temperature import log_scale_at
 from training.optim import Sharded, factor, parameter_groups, set_lr
+from training.partitioned import Deferred, partition
 from training.sight import Sight
 
 
@@ -119,12 +120,15 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     import deepspeed
 
     world = World.current()
-    tokenizer = run / "tokenizer"
+    settings, tokenizer = deepspeed_config(config, world.size), run / "tokenizer"
+    cut_up = settings["zero_optimization"]["stage"] == 3
+    deferred = Deferred()
     members = config.loader.captions if isinstance(config.loader.captions, dict) else None
     sources = [Source(name="data", samples=data)] if isinstance(data, Shards) else data
     for first in (True, False):  # what is trained on the data (tokenizer, codebook) rank 0 makes, the others read
         if (world.rank == 0) == first:
-            family = build(config, tokenizer, lambda: every_caption(sources, members))
+            with deferred if cut_up else contextlib.nullcontext():
+                family = build(config, tokenizer, lambda: every_caption(sources, members))
             if family.prepare is not None:
                 family.prepare(sources)
         world.barrier()
@@ -134,9 +138,9 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     optimizer, used = Sharded(groups, config.optim), zero.Used(family.model.named_parameters())
     # ZeRO-3 gathers a transformer block at a time: its hooks on every small module of a block cost more than they save.
     deepspeed.utils.set_z3_leaf_modules(family.model, sorted(family.model.blocks), raise_if_not_found=False)
-    engine, *_ = deepspeed.initialize(
-        model=family.model, optimizer=optimizer, config=deepspeed_config(config, world.size)
-    )
+    if cut_up:
+        partition(family.model, deferred, settings, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    engine, *_ = deepspeed.initialize(model=family.model, optimizer=optimizer, config=settings)
     engine.train()
     if reduces_once(config, engine.zero_optimization_stage()):
         zero.sum_in_fp32(engine)
