@@ -238,7 +238,9 @@ class TrainConfig:
     """One run. `samples` is what the run sees in all, repeats included.
 
     activation_checkpointing: compute the activations of a block again in its backward pass · background_save: copy what
-    a checkpoint holds and write it beside the training.
+    a checkpoint holds and write it beside the training · reduce_gradients (ZeRO-2 and 3): sum the chunks' gradients on
+    each rank, 4 bytes for each trained parameter, and reduce them once a step; or reduce every chunk's as they come,
+    which needs no such memory and n times the traffic for n chunks.
     """
 
     samples: int = 1_000_000
@@ -249,6 +251,7 @@ class TrainConfig:
     keep_last: int = 3
     background_save: bool = False
     activation_checkpointing: bool = False
+    reduce_gradients: Literal["step", "chunk"] = "step"
     log_every: int = 10
     log: LogConfig = field(default_factory=LogConfig)
     mmgem: MMGemRecipe | None = None

@@ -55,11 +55,14 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     if config.loader.batch % world_size:
         raise UserError(f"loader.batch: {config.loader.batch} does not divide over {world_size} ranks; take a multiple")
     stage = _check_zero(path, settings.get("zero_optimization", {}), config)
+    once = reduces_once(config, stage)
+    if once:
+        settings = {"communication_data_type": "fp32"} | settings  # in bf16 the sums would lose what they kept
     return settings | {
         "train_micro_batch_size_per_gpu": config.loader.batch // world_size,
         "gradient_accumulation_steps": 1,
-        # backward() only accumulates and step() is the boundary: what a step of several chunks needs at any stage.
-        "managed_gradient_accumulation": False,
+        # backward() only accumulates and step() is the boundary, except where `coalesce_grad_reduction` says so.
+        "managed_gradient_accumulation": once,
         # Without ZeRO our optimiser clips: DeepSpeed would keep the norm to itself.
         "gradient_clipping": config.optim.gradient_clipping if stage > 0 else 0.0,
         # Steps whose gradient is not finite are dropped at every stage, as ZeRO-3 does by itself.
@@ -69,6 +72,11 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def reduces_once(config: TrainConfig, stage: int) -> bool:
+    """Whether chunks are summed on their rank first; stages 0 and 1 reduce once a step in any case."""
+    return stage >= 2 and config.reduce_gradients == "step"
 
 
 def _automatic(value: Any, name: str = "") -> Iterator[str]:

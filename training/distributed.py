@@ -6,6 +6,7 @@ notebooks run the very step that the cluster runs.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,24 @@ class World:
         out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
         dist.reduce_scatter_single(out, x.contiguous())
         return out
+
+    def pass_on(self, tensors: dict[str, torch.Tensor], tag: int) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
+        """Begin to send tensors to the next rank; what comes from the one before (shapes as sent), there once waited
+        for. `tag`: tells several that are on their way apart; numbers from it on are taken, one a tensor."""
+        coming = {name: torch.empty_like(x) for name, x in tensors.items()}
+        operations = []
+        for number, (name, x) in enumerate(tensors.items()):
+            operations += [
+                dist.P2POp(dist.isend, x, (self.rank + 1) % self.size, tag=tag + number),
+                dist.P2POp(dist.irecv, coming[name], (self.rank - 1) % self.size, tag=tag + number),
+            ]
+        requests = dist.batch_isend_irecv(operations) if operations else []
+
+        def wait() -> None:
+            for request in requests:
+                request.wait()
+
+        return coming, wait
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""

@@ -6,6 +6,7 @@ SIGTERM sets a flag that all ranks agree on after each step; then all of them
 save together, which a signal handler could not.
 """
 
+import contextlib
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,15 +20,16 @@ from curation.manifest import write_manifest
 from training import checkpoint, retention, zero
 from training.config import TrainConfig, as_dict
 from training.data import Budget, Loader, Shards, Source, every_caption, open_sources
-from training.deepspeed_config import deepspeed_config
+from training.deepspeed_config import deepspeed_config, reduces_once
 from training.distributed import World
 from training.families import Family, build
 from training.flops import FlopMeter
 from training.gradient_cache import Chunk, Outputs, gradient_cached_step
-from training.health import Health
+from training.health import Health, kind_of
 from training.objectives import build as build_objective
 from training.objectives.temperature import log_scale_at
 from training.optim import Sharded, factor, parameter_groups, set_lr
+from training.partitioned import Deferred, partition
 from training.sight import Sight
 
 
@@ -68,16 +70,18 @@ class Trainer:
         for chunk in chunks:
             for name, count in model.counts(chunk).items():
                 counts[name] += count
-        return gradient_cached_step(
-            forward=self.forward,
-            backward=self.backward,
-            chunks=chunks,
-            counts=counts,
-            weights=objective.weights,
-            coupled=self.flops.coupled(build_objective(objective)),
-            world=self.world,
-            retain=self.loader.retain > 0,
-        )
+        once = len(chunks) > 1 and reduces_once(self.config, self.engine.zero_optimization_stage())
+        with self.engine.coalesce_grad_reduction() if once else contextlib.nullcontext():
+            return gradient_cached_step(
+                forward=self.forward,
+                backward=self.backward,
+                chunks=chunks,
+                counts=counts,
+                weights=objective.weights,
+                coupled=self.flops.coupled(build_objective(objective)),
+                world=self.world,
+                retain=self.loader.retain > 0,
+            )
 
     def begin(self, number: int) -> None:
         """Make ready for the chunks of a step."""
@@ -92,11 +96,11 @@ class Trainer:
         torch.manual_seed(hash64(self.config.seed, "step", number, self.world.rank) >> 1)
         self.begin(number)
         metrics = self.accumulate([_on(self.engine.device, chunk) for chunk in chunks])
-        loss, used = float(metrics["loss"]), self.used.agree(self.world)
-        self.optimizer.used = frozenset() if self.health.trouble(loss, None) else used
+        loss, kind, used = float(metrics["loss"]), kind_of(metrics), self.used.agree(self.world)
+        self.optimizer.used = frozenset() if self.health.trouble(loss, None, kind) else used
         self.engine.step()  # drops a step whose gradient is not finite
         norm = self.optimizer.norm if self.optimizer.clip is not None else float(self.engine.get_global_grad_norm())
-        why = self.health.skip(number, loss, norm)
+        why = self.health.skip(number, loss, norm, kind)
         if why is not None and self.world.rank == 0:
             print(f"step {number + 1} is left out: {why}", flush=True)
         return {
@@ -116,12 +120,15 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     import deepspeed
 
     world = World.current()
-    tokenizer = run / "tokenizer"
+    settings, tokenizer = deepspeed_config(config, world.size), run / "tokenizer"
+    cut_up = settings["zero_optimization"]["stage"] == 3
+    deferred = Deferred()
     members = config.loader.captions if isinstance(config.loader.captions, dict) else None
     sources = [Source(name="data", samples=data)] if isinstance(data, Shards) else data
     for first in (True, False):  # what is trained on the data (tokenizer, codebook) rank 0 makes, the others read
         if (world.rank == 0) == first:
-            family = build(config, tokenizer, lambda: every_caption(sources, members))
+            with deferred if cut_up else contextlib.nullcontext():
+                family = build(config, tokenizer, lambda: every_caption(sources, members))
             if family.prepare is not None:
                 family.prepare(sources)
         world.barrier()
@@ -131,10 +138,12 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     optimizer, used = Sharded(groups, config.optim), zero.Used(family.model.named_parameters())
     # ZeRO-3 gathers a transformer block at a time: its hooks on every small module of a block cost more than they save.
     deepspeed.utils.set_z3_leaf_modules(family.model, sorted(family.model.blocks), raise_if_not_found=False)
-    engine, *_ = deepspeed.initialize(
-        model=family.model, optimizer=optimizer, config=deepspeed_config(config, world.size)
-    )
+    if cut_up:
+        partition(family.model, deferred, settings, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    engine, *_ = deepspeed.initialize(model=family.model, optimizer=optimizer, config=settings)
     engine.train()
+    if reduces_once(config, engine.zero_optimization_stage()):
+        zero.sum_in_fp32(engine)
     optimizer.attach(zero.shards(engine), world)
     if engine.zero_optimization_stage() == 0:
         optimizer.clip = config.optim.gradient_clipping

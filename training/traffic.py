@@ -8,6 +8,7 @@ keeps references to some of the functions.
 Sizes are those of the whole tensor (the gathered output, the input that is
 reduced and scattered, the buffer that is reduced), as nccl-tests count: what
 crosses the wires is (W - 1) / W of it, twice that for an all-reduce in a ring.
+Of blocks passed from rank to rank (the ring form of a coupled loss) it is what this rank sends.
 
 The number of collectives so far also tells which rank is behind when a step hangs: see watchdog.py.
 """
@@ -38,6 +39,7 @@ COLLECTIVES: dict[str, tuple[str, int, str]] = {
     "broadcast": ("broadcast", 0, "tensor"),
     "all_to_all_single": ("all_to_all", 1, "input"),
     "all_to_all": ("all_to_all", 1, "input_tensor_list"),
+    "batch_isend_irecv": ("send", 0, "p2p_op_list"),
     "barrier": ("barrier", 0, ""),
 }
 
@@ -86,8 +88,11 @@ class Traffic:
 
 
 def _size(tensors: Any) -> int:
-    """Bytes of a tensor, or of a list of them."""
-    return tensors.nbytes if torch.is_tensor(tensors) else sum(t.nbytes for t in tensors)
+    """Bytes of a tensor, or of a list of them, or of those that a list of sends and receives sends."""
+    if torch.is_tensor(tensors):
+        return tensors.nbytes
+    sent = [t.tensor if isinstance(t, dist.P2POp) else t for t in tensors if getattr(t, "op", None) is not dist.irecv]
+    return sum(t.nbytes for t in sent)
 
 
 TRAFFIC = Traffic()

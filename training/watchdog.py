@@ -124,8 +124,13 @@ def _position(thread: int | None) -> dict[str, Any]:
         "ours": _line(ours[-1]) if ours else None,
         "collectives": TRAFFIC.entered,
         "last": TRAFFIC.last,
-        "waits": any(f.filename.endswith("distributed_c10d.py") for f in stack),
+        "waits": any(f.filename.endswith("distributed_c10d.py") or _waits(f) for f in stack),
     }
+
+
+def _waits(frame: traceback.FrameSummary) -> bool:
+    """In the wait for a collective that was begun before: ours for a ring's blocks, DeepSpeed's for weights."""
+    return frame.name == "wait" and any(x in frame.filename for x in ("training/distributed.py", "/deepspeed/"))
 
 
 def _is_ours(file: Path) -> bool:

@@ -108,6 +108,15 @@ def begin_step(engine: Any) -> None:
         engine.optimizer.grad_partitions_flat_buffer.zero_()
 
 
+def sum_in_fp32(engine: Any) -> None:
+    """Have autograd sum the gradients of bf16 parameters in fp32, and stage 2 keep them so on the way to the others."""
+    for p in engine.module.parameters():
+        if p.requires_grad:
+            p.grad_dtype = torch.float32
+    if engine.zero_optimization_stage() == 2:
+        engine.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
+
+
 @torch.no_grad()
 def publish(engine: Any) -> None:
     """Bring changed master weights to the parameters that the model computes with."""

@@ -15,4 +15,4 @@ from training.train import parse
 if __name__ == "__main__":
     shards, run, *overrides = arguments()
     config = parse([*RECIPE, *ADAPTER, "--optim.gradient_clipping", "0", *overrides])[0]
-    save_gradients(config, Path(shards), Path(run))
+    save_gradients(config, shards, Path(run))

@@ -8,6 +8,7 @@ The gradients are those that DeepSpeed hands to the optimiser, put together from
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
@@ -15,10 +16,12 @@ sys.path[0] = str(ROOT)
 import torch
 
 from tests.training.conftest import flava_config, tiny_config
+from training import zero
 from training.config import TrainConfig
-from training.data import Shards
+from training.data import named, open_sources
 from training.distributed import open_group
-from training.loop import make_trainer, settle_retention
+from training.loop import Trainer, make_trainer, settle_retention
+from training.traffic import TRAFFIC
 
 
 def arguments() -> list[str]:
@@ -30,14 +33,26 @@ def main() -> None:
     path = str(ROOT / f"ds_configs/zero{stage}.json")
     settings = ["--deepspeed", path, "--optim.gradient_clipping", "0", *overrides]
     config = {"mmgem": tiny_config, "flava": flava_config}[family](*settings)
-    save_gradients(config, Path(shards), Path(run))
+    save_gradients(config, shards, Path(run))
 
 
-def save_gradients(config: TrainConfig, shards: Path, run: Path) -> None:
-    """Make a step of the recipe on these shards; the process ends here."""
+def save_gradients(config: TrainConfig, shards: str, run: Path) -> None:
+    """Make a step of the recipe on a folder of shards, or on NAME=DIR,NAME=DIR; the process ends here."""
+    TRAFFIC.install()
     open_group()
-    trainer = make_trainer(config, Shards(shards), run)
+    sources = open_sources(config.loader, named(config.loader, shards.split(",")))
+    trainer = make_trainer(config, sources, run)
     settle_retention(trainer, None)
+    found = one_step(trainer)
+    if trainer.world.rank == 0:
+        torch.save(found, run / "gradients.pt")
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def one_step(trainer: Trainer) -> dict[str, Any]:
+    """The first step's loss and gradients, whole on every rank, what it sent, and of how many chunks it was."""
     whole = {name: torch.zeros(0) for name in trainer.used.names}
 
     def record(*_) -> None:
@@ -50,25 +65,22 @@ def save_gradients(config: TrainConfig, shards: Path, run: Path) -> None:
                     whole[s.name] = torch.zeros(sizes[s.name]) if not whole[s.name].numel() else whole[s.name]
                     whole[s.name][s.offset : s.offset + s.size] = p.grad.view(-1)[s.start : s.start + s.size]
 
-    from training import zero
-
     shapes = {name: torch.Size(shape) for name, shape in zero.shapes(trainer.engine).items()}
     sizes = {name: shape.numel() for name, shape in shapes.items()}
-    trainer.optimizer.register_step_pre_hook(record)
+    recording = trainer.optimizer.register_step_pre_hook(record)
     (chunks,) = list(trainer.loader.batches(0, 1))
+    TRAFFIC.take()
     metrics = trainer.step(0, chunks)
+    traffic = TRAFFIC.take()
+    recording.remove()
     gradients = {}
     for name in trainer.used.names:
         part = whole[name] if whole[name].numel() else torch.zeros(sizes[name])
         gradients[name] = (trainer.world.sum(part) if trainer.engine.zero_optimization_stage() else part).view(
             shapes[name]
         )
-    if trainer.world.rank == 0:
-        loss = torch.tensor(metrics["loss"])
-        torch.save({"loss": loss, "gradients": gradients, "retain": trainer.loader.retain}, run / "gradients.pt")
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)
+    facts = {"retain": trainer.loader.retain, "traffic": traffic, "chunks": len(chunks)}
+    return {"loss": torch.tensor(metrics["loss"]), "gradients": gradients, **facts}
 
 
 if __name__ == "__main__":

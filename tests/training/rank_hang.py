@@ -24,6 +24,11 @@ def agree(world: World) -> None:
     world.sum(torch.ones(1))  # the wait
 
 
+def pass_round(world: World) -> None:
+    _, wait = world.pass_on({"block": torch.ones(3)}, 0)
+    wait()  # the ring's wait
+
+
 def main() -> None:
     run, way = Path(sys.argv[1]), sys.argv[2]
     TRAFFIC.install()
@@ -34,11 +39,11 @@ def main() -> None:
     dog.start(0)
     agree(world)
     dog.beat(1, "waiting for data")
-    if world.rank == 1 and way == "sleeps":
+    if world.rank == 1 and way in ("sleeps", "ring"):
         read_from_a_dead_disk()
     if world.rank == 1 and way == "computes":
         10**10**9  # in C, holding the interpreter's lock
-    agree(world)
+    pass_round(world) if way == "ring" else agree(world)
 
 
 main()

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from training.distributed import World, open_group
+from training.objectives.coupled import Rows
+from training.objectives.infonce import InfoNCE
 from training.traffic import TRAFFIC
 
 
@@ -24,7 +26,18 @@ def known(world: World) -> None:
     deepspeed.comm.all_gather_into_tensor(torch.zeros(8), torch.zeros(4))
     deepspeed.comm.reduce_scatter_fn(torch.zeros(4), torch.zeros(8))
     deepspeed.comm.broadcast(torch.zeros(7, dtype=torch.bfloat16), 0)
+    world.pass_on({"a": torch.zeros(6), "b": torch.zeros(2, dtype=torch.bfloat16)}, 0)[1]()
+    world.pass_on({"c": torch.zeros(3, 3)}, 2)[1]()
     world.barrier()
+
+
+def ring(world: World) -> dict[str, float]:
+    """A symmetric InfoNCE of 5 rows a rank, 4 wide, in a ring."""
+    rows = Rows(torch.ones(5, dtype=torch.bool), torch.ones(5, 1, dtype=torch.bool))
+    left, right = (torch.nn.functional.normalize(torch.randn(5, *more, 4), dim=-1) for more in ((), (1,)))
+    TRAFFIC.take()
+    InfoNCE(gather="ring")(left, right, {"log_scale": torch.zeros(1)}, rows, world)
+    return TRAFFIC.take()
 
 
 def step_of(stage: int) -> dict[str, float]:
@@ -49,7 +62,7 @@ def main() -> None:
     world = World.current()
     TRAFFIC.take()
     known(world)
-    found = {"known": TRAFFIC.take(), **{f"zero{stage}": step_of(stage) for stage in (2, 3)}}
+    found = {"known": TRAFFIC.take(), "ring": ring(world), **{f"zero{stage}": step_of(stage) for stage in (2, 3)}}
     (out / f"rank_{world.rank}.json").write_text(json.dumps(found))
     dist.barrier()
     sys.stdout.flush()

@@ -139,7 +139,7 @@ AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.002")
         pytest.param("3", ("--loader.retain", "16"), marks=pytest.mark.long),
         ("3", AUTO),
         ("3", ("--activation_checkpointing", "true")),
-        pytest.param("3_offload", (), marks=pytest.mark.long),
+        pytest.param("3_offload", ("--loader.retain", "6"), marks=pytest.mark.long),
     ],
     ids=["zero0", "zero1", "zero2-retain6", "zero3", "zero3-retain16", "zero3-auto", "zero3-checkpointing", "offload"],
 )

@@ -1,21 +1,13 @@
 """Collectives of two real gloo ranks, through DeepSpeed and beside it, against a count by hand."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-from jobs.launch import free_port
-from tests.conftest import ROOT
+from tests.training.ranks import launch
 
 
 def test_two_ranks_count_what_they_send(tmp_path):
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port"]
-    command += [str(free_port()), str(ROOT / "tests/training/rank_traffic.py"), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    files = sorted(tmp_path.glob("rank_*.json"))
-    assert len(files) == 2, done.stdout[-2000:] + done.stderr[-4000:]
-    first, second = (json.loads(f.read_text()) for f in files)
+    launch("rank_traffic.py", 2, tmp_path)
+    first, second = (json.loads(f.read_text()) for f in sorted(tmp_path.glob("rank_*.json")))
     assert first == second
     mib = 2**20
     assert first["known"] == {
@@ -27,8 +19,15 @@ def test_two_ranks_count_what_they_send(tmp_path):
         "all_gather_calls": 3,
         "reduce_scatter_calls": 2,
         "broadcast_calls": 1,
+        "send_mib": (6 * 4 + 2 * 2 + 3 * 3 * 4) / mib,
+        "send_calls": 2,
         "barrier_calls": 1,
     }
+    # Two sweeps: a block goes round once, its sums twice. Right sides, 5 marks, and in the second the column factors;
+    # of sums, first 5 columns', then the right sides' gradient.
+    side = 5 * 4 * 4
+    assert first["ring"]["send_mib"] == ((side + 5) + 2 * 5 * 4 + (side + 5 + 5 * 4) + 2 * side) / mib
+    assert first["ring"]["send_calls"] == 6 and "all_gather_calls" not in first["ring"]
     layer = 64 * 64 * 4 / mib
     print(json.dumps({stage: first[stage] for stage in ("zero2", "zero3")}))
     assert first["zero3"]["reduce_scatter_mib"] == 2 * layer, "every gradient once"

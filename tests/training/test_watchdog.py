@@ -1,5 +1,6 @@
 """Two real gloo ranks of which one stands still: the line names it, its source line and where the other waits."""
 
+import json
 import os
 import subprocess
 import sys
@@ -48,6 +49,18 @@ def test_the_rank_that_others_wait_for_is_named(tmp_path):
     for rank, function in ((0, "agree"), (1, "read_from_a_dead_disk")):
         log = (tmp_path / "logs" / f"rank_{rank:05d}.log").read_text()
         assert f"in {function}" in log and "in main" in log and log.count("hread 0x") >= 2, "all threads' stacks"
+
+
+def test_a_rank_that_keeps_a_ring_waiting_is_named(tmp_path):
+    """A block is sent and awaited in two steps; the wait itself is nowhere in torch.distributed's own functions."""
+    codes, said = two_ranks(tmp_path, "ring")
+    assert codes == [EXIT_CODE, EXIT_CODE]
+    (line,) = [x for x in said.splitlines() if x.startswith("hang: ")]
+    name = "tests/training/rank_hang.py"
+    assert f"rank 1 hangs at {name}:{line_of('the line')} in read_from_a_dead_disk" in line
+    waits = f"{name}:{line_of('the ring')} in pass_round, collective 2 (batch_isend_irecv)"
+    assert f"rank 0 waits at {waits}" in line
+    assert json.loads((tmp_path / "ranks" / "hang_00000.json").read_text())["waits"]
 
 
 def test_a_rank_that_holds_the_interpreter_ends_too(tmp_path):

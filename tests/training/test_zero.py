@@ -5,35 +5,19 @@ parameters that a step does not use have no gradient there, and torch leaves the
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from curation.errors import UserError
-from jobs.launch import free_port
-from tests.conftest import ROOT
 from tests.training.rank_zero import CLIP, HALF, STEPS, Toy, optim
+from tests.training.ranks import launch
 from training import checkpoint
 from training.optim import factor, parameter_groups
 
 FLOAT32 = ["0", "1", "2", "3", "3-offload"]
 BF16 = ["1-bf16", "2-bf16", "3-bf16"]
-
-
-def launch(ranks: int, *arguments: object) -> None:
-    port = str(free_port())
-    group = []
-    for rank in range(ranks):
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
-        env = {**os.environ, **{k: str(v) for k, v in numbers.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, str(ROOT / "tests/training/rank_zero.py"), *map(str, arguments)]
-        group.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [process.communicate(timeout=400)[0] for process in group]
-    assert not any(process.returncode for process in group), outputs[0][-3000:]
 
 
 class PlainLamb(torch.optim.Optimizer):
@@ -89,7 +73,7 @@ def kept(folder: Path, kind: str) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module", params=["adamw", "lamb"])
 def runs(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
-    launch(2, folder, ",".join([*FLOAT32, *BF16]), request.param, "whole")
+    launch("rank_zero.py", 2, folder, ",".join([*FLOAT32, *BF16]), request.param, "whole")
     return request.param, folder
 
 
@@ -145,7 +129,7 @@ def test_another_number_of_ranks_goes_on_alike(runs, optimiser, ranks, stages):
     name, folder = runs
     if name != optimiser:
         pytest.skip(f"{optimiser} is resumed by {ranks}")
-    launch(ranks, folder, stages, name, f"resume{ranks}")
+    launch("rank_zero.py", ranks, folder, stages, name, f"resume{ranks}")
     for stage in stages.split(","):
         whole = checkpoint.step_folder(folder / f"{name}-{stage}", STEPS)
         resumed = checkpoint.step_folder(folder / f"resume{ranks}-{name}-{stage}", STEPS)
@@ -163,7 +147,7 @@ def test_a_checkpoint_moves_between_stages(runs, tmp_path):
         pytest.skip("the format does not know the optimiser")
     (tmp_path / f"{name}-2").mkdir()
     (tmp_path / f"{name}-2" / "checkpoints").symlink_to(folder / f"{name}-3" / "checkpoints")
-    launch(1, tmp_path, "2", name, "resume1")
+    launch("rank_zero.py", 1, tmp_path, "2", name, "resume1")
     expected = kept(checkpoint.step_folder(folder / f"{name}-3", STEPS), "weights")
     found = kept(checkpoint.step_folder(tmp_path / f"resume1-{name}-2", STEPS), "weights")
     for parameter in expected:

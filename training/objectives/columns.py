@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from training.distributed import World
 
@@ -57,31 +56,13 @@ class Ring:
     def sweep(self, work: Work, sums: Tensors, more: Tensors) -> Tensors:
         size, block = self.world.size, self.fixed | more
         for turn in range(size):
-            coming, wait = self._pass_on(block, 0) if turn + 1 < size else ({}, lambda: None)
+            coming, wait = self.world.pass_on(block, 0) if turn + 1 < size else ({}, lambda: None)
             work((self.world.rank - turn) % size, block, sums)
             wait()
-            arrived, wait = self._pass_on(sums, len(block))
+            arrived, wait = self.world.pass_on(sums, len(block))
             wait()
             block, sums = coming, arrived
         return sums
-
-    def _pass_on(self, tensors: Tensors, tag: int) -> tuple[Tensors, Callable[[], None]]:
-        """Begin to send tensors to the next rank; what comes from the one before, there once waited for."""
-        rank, size = self.world.rank, self.world.size
-        coming = {name: torch.empty_like(x) for name, x in tensors.items()}
-        operations = []
-        for number, (name, x) in enumerate(tensors.items()):
-            operations += [
-                dist.P2POp(dist.isend, x, (rank + 1) % size, tag=tag + number),
-                dist.P2POp(dist.irecv, coming[name], (rank - 1) % size, tag=tag + number),
-            ]
-        requests = dist.batch_isend_irecv(operations) if operations else []
-
-        def wait() -> None:
-            for request in requests:
-                request.wait()
-
-        return coming, wait
 
 
 def columns_of(fixed: Tensors, world: World, gather: str) -> Columns:

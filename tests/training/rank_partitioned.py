@@ -1,0 +1,91 @@
+"""One rank of those that test_partitioned.py starts: a deep model built in parts and then whole, in measured memory;
+and the weights that a ZeRO-3 run begins from.
+
+    rank_partitioned.py SHARDS RUN
+"""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+import torch
+from torch import nn
+
+from tests.training.conftest import tiny_config
+from training import zero
+from training.data import Shards
+from training.distributed import World, open_group
+from training.loop import make_trainer
+from training.partitioned import Deferred, partition
+
+LAYERS, WIDTH = 8, 3072
+"""Layers of 36 MiB: what is freed of less than 32, glibc may keep."""
+SETTINGS = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+
+
+def deep(layers: int = LAYERS) -> nn.Module:
+    """288 MiB, drawn twice as transformers' models are: by the layers' constructors, and then by the model's."""
+    torch.manual_seed(5)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
+    for layer in model:
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+    return model
+
+
+def peak() -> float:
+    """MiB that this process has had resident at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory() -> dict[str, float]:
+    from deepspeed.runtime.zero import GatheredParameters
+
+    for layers in (2, LAYERS):  # the first time for what is allocated once
+        start = peak()
+        with Deferred() as deferred:
+            parts = deep(layers)
+        built = peak()
+        partition(parts, deferred, SETTINGS, torch.float32)
+    in_parts = peak()
+    whole = deep()
+    same = True
+    for a, b in zip(parts.parameters(), whole.parameters()):
+        with GatheredParameters([a]):
+            same &= torch.equal(a, b)
+    growth = {"built": built - start, "parts": in_parts - start, "whole": peak() - in_parts}
+    return growth | {"tracked": deferred.peak / 2**20, "same": same}
+
+
+def beginning(precision: str, shards: Path, run: Path) -> dict[str, torch.Tensor]:
+    """The fp32 master weights of a run before its first step."""
+    config = tiny_config("--deepspeed", str(ROOT / "ds_configs/zero3.json"), "--precision", precision)
+    trainer = make_trainer(config, Shards(shards), run)
+    shapes = zero.shapes(trainer.engine)
+    found = {name: torch.zeros(torch.Size(shape).numel()) for name, shape in shapes.items()}
+    for shard in zero.shards(trainer.engine):
+        for s in shard.stretches:
+            found[s.name][s.offset : s.offset + s.size] = shard.flat.detach().view(-1)[s.start : s.start + s.size]
+    return {name: trainer.world.sum(flat).view(shapes[name]) for name, flat in found.items()}
+
+
+def main() -> None:
+    shards, run = map(Path, sys.argv[1:3])
+    open_group()
+    rank = World.current().rank
+    run.mkdir(parents=True, exist_ok=True)
+    (run / f"memory_{rank}.json").write_text(json.dumps(memory()))
+    begun = {precision: beginning(precision, shards, run) for precision in ("fp32", "bf16")}
+    if rank == 0:
+        torch.save(begun, run / "beginnings.pt")
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""A model that is built, and cut up for ZeRO-3, a parameter at a time: no rank ever holds the whole of it.
+
+While `Deferred` is in force, the parameters of new modules give their memory
+back as soon as their values have been set. What was done to each since (draws,
+fills, copies) is kept, with the random generator's state at every draw, so that
+the values of any one can be made again, alone and to the bit: for whatever
+reads them meanwhile, and at last for `partition`. The generator moves on as in
+an ordinary build, so a model begins from the same bits whether it is built
+whole or in parts, on any number of ranks.
+
+(DeepSpeed's own `zero.Init` cuts a module up as soon as its constructor has
+ended; what an enclosing model then draws into it, as all of ours do, is lost.)
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+aten = torch.ops.aten
+OVERWRITES = {aten.normal_, aten.uniform_, aten.zero_, aten.fill_, aten.copy_}
+"""What leaves nothing of the values before, when done to the whole of a parameter."""
+SMALL = 4096
+"""Parameters of fewer elements keep their memory: biases, norms, scales."""
+
+
+@dataclass(slots=True)
+class History:
+    """What a parameter's values come from: (generator's state or None, operation, its arguments) since they were last
+    set as a whole. Empty: it still has its memory."""
+
+    storage: torch.UntypedStorage
+    size: int
+    steps: list[tuple[torch.Tensor | None, Any, Any, Any]] = field(default_factory=list)
+
+    @torch.no_grad()
+    def make(self) -> None:
+        if self.steps and self.storage.nbytes() == 0:
+            self.storage.resize_(self.size)
+            now = torch.get_rng_state()
+            for state, operation, args, kwargs in self.steps:
+                if state is not None:
+                    torch.set_rng_state(state)
+                operation(*args, **kwargs)
+            torch.set_rng_state(now)
+
+    def forget(self) -> None:
+        if self.steps:
+            self.storage.resize_(0)
+
+
+class Deferred(TorchDispatchMode):
+    """In force while a model is built on the CPU. peak: bytes of its parameters that were there at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.histories: dict[int, History] = {}
+        self.peak = 0
+
+    def __enter__(self) -> "Deferred":
+        self._hook = register_module_parameter_registration_hook(self._follow)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._hook.remove()
+        super().__exit__(*error)
+
+    def _follow(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.numel() >= SMALL and parameter.device.type == "cpu":
+            storage = parameter.untyped_storage()
+            if storage.resizable() and storage._cdata not in self.histories:
+                self.histories[storage._cdata] = History(storage, storage.nbytes())
+                weakref.finalize(parameter, self._gone, storage._cdata)
+
+    def _gone(self, key: int) -> None:
+        """A parameter that was replaced, or only read: what still has its memory need not be kept."""
+        if key in self.histories and not self.histories[key].steps:
+            del self.histories[key]
+
+    def _of(self, tensor: Any) -> History | None:
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            return None
+        return self.histories.get(tensor.untyped_storage()._cdata)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        met = {id(h): h for t in tree_leaves((args, kwargs)) if (h := self._of(t)) is not None}
+        if not met:
+            return func(*args, **kwargs)
+        if func.is_view:  # values do not matter, but torch wants the memory to be there
+            empty = [h for h in met.values() if h.storage.nbytes() == 0]
+            for history in empty:
+                history.storage.resize_(history.size)
+            result = func(*args, **kwargs)
+            for history in empty:
+                history.forget()
+            return result
+        changed = [
+            value
+            for argument, value in [*zip(func._schema.arguments, args), *_named(func, kwargs)]
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        written = [h for value in changed if (h := self._of(value)) is not None]
+        assert len(written) <= 1, f"{func} writes into several parameters at once"
+        others = [h for t in tree_leaves((args[1:], kwargs)) if (h := self._of(t)) is not None]
+        whole = written and func.overloadpacket in OVERWRITES and args[0].nbytes == written[0].size
+        whole = whole and all(h is not written[0] for h in others)
+        step, seeded = None, torch.Tag.nondeterministic_seeded in func.tags
+        if written and (whole or written[0].steps):
+            assert kwargs.get("generator") is None, f"{func} draws from a generator of its own"
+            sources = tree_map_only(torch.Tensor, lambda t: t if self._of(t) is written[0] else self._copy(t), args)
+            step = (torch.get_rng_state() if seeded else None, func, sources, dict(kwargs))
+        if step is not None and not seeded and len(met) == 1 and len(changed) == 1 and changed[0] is args[0]:
+            written[0].steps = [step] if whole else [*written[0].steps, step]  # nothing is drawn: it can wait
+            written[0].forget()
+            return args[0]
+        for history in met.values():
+            if whole and history is written[0]:
+                history.storage.resize_(history.size)
+            else:
+                history.make()
+        self.peak = max(self.peak, sum(h.storage.nbytes() for h in self.histories.values()))
+        result = func(*args, **kwargs)
+        if step is not None:
+            written[0].steps = [step] if whole else [*written[0].steps, step]
+        for history in met.values():
+            history.forget()
+        return result
+
+    def _copy(self, source: torch.Tensor) -> torch.Tensor:
+        """The values that are copied now, whatever becomes of their tensor."""
+        if (history := self._of(source)) is not None:
+            history.make()
+        copied = source.clone()
+        if history is not None:
+            history.forget()
+        return copied
+
+    @contextmanager
+    def values(self, parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The parameter whole, with its values; they are gone afterwards unless it has taken others on."""
+        history = self._of(parameter)
+        if history is not None:
+            history.make()
+        yield parameter
+        if history is not None:
+            history.forget()
+
+
+def _named(func: Any, kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    for argument in func._schema.arguments:
+        if argument.name in kwargs:
+            yield argument, kwargs[argument.name]
+
+
+@torch.no_grad()
+def partition(model: nn.Module, deferred: Deferred, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Cut the parameters of a deferred model up over the ranks, one after the other, as DeepSpeed would the whole.
+
+    Args:
+        settings: of `deepspeed.initialize`.
+        dtype: that the engine computes in; parameters and buffers are brought to it, as the engine would.
+    """
+    from deepspeed.runtime.zero import Init
+
+    init = Init(module=nn.Module(), config_dict_or_path=settings, dtype=dtype)
+    for parameter in model.parameters():
+        with deferred.values(parameter):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+            init._convert_to_zero_parameters([parameter])
+    deferred.histories.clear()
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
