@@ -29,7 +29,8 @@ FLAVA += ["--flava.masks", "{patches: 6, min_block: 3, tokens: 0.3, mismatched: 
 
 
 def flava_config(*overrides: str) -> TrainConfig:
-    arguments = ["--config", "recipes/train/tiny_flava.yaml", "--data", ".", "--out", "."]
+    arguments = ["--config", "recipes/train/tiny_flava.yaml", "--out", "."]
+    arguments += [] if "--data" in overrides else ["--data", "."]
     return parse([*arguments, *FLAVA, *overrides])[0]
 
 

@@ -28,8 +28,8 @@ def arguments(shards: Path, run: Path, *more: str) -> list[str]:
     return [*recipe, "--checkpoint_every", "4", "--data", str(shards), "--out", str(run), *more]
 
 
-def start(shards: Path, run: Path) -> subprocess.Popen:
-    command = [str(Path(sys.executable).with_name("gemsmith")), "train", *arguments(shards, run), "--ranks", "2"]
+def start(shards: Path, run: Path, *more: str) -> subprocess.Popen:
+    command = [str(Path(sys.executable).with_name("gemsmith")), "train", *arguments(shards, run, *more), "--ranks", "2"]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
