@@ -140,7 +140,7 @@ class MMGem(PreTrainedModel):
                 pad_token_id=tokenizer.pad_token_id,
                 **sizes,
             ).to_dict()
-        config = MMGemConfig(
+        config = cls.config_class(
             vision_config=asdict(vision),
             text_config=text_config,
             emb_token_id=tokenizer.convert_tokens_to_ids(EMB),
