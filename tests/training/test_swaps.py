@@ -9,7 +9,7 @@ import torch
 from curation.errors import UserError
 from curation.hashing import hash64
 from tests.training import coupled_oracle
-from tests.training.conftest import write_shards
+from tests.training.conftest import tiny_config, write_shards
 from tests.training.coupled_oracle import candidates
 from tests.training.plain import differences
 from tests.training.test_gradient_cache import patched_float
@@ -150,6 +150,28 @@ def test_chunks_hold_the_swaps_of_their_rows_on_any_number_of_ranks(pairs, tmp_p
     parts = [chunks_of(pairs, family, config, 3, rank=rank, ranks=2) for rank in (0, 1)]
     for name in batch:
         assert torch.equal(batch[name], torch.cat([c[name] for c in [*parts[0], *parts[1]]])), name
+
+
+def test_mmgem_embeds_them_beside_its_captions(pairs, tmp_path):
+    """Each as it embeds a text alone, in either pass; the captions' losses are those without negatives."""
+    tiny = ("--mmgem.negatives", "1", "--loader.batch", "12")
+    family = build(tiny_config(*tiny), tmp_path / "tokenizer", Shards(pairs).every_caption)
+    model, texts = family.model.eval(), {}
+    (chunk,) = chunks_of(pairs, family, tiny_config(*tiny), 12)
+    for row, caption in enumerate(family.tokenizer.batch_decode(chunk["input_ids"], skip_special_tokens=True)):
+        ids = chunk["negative.input_ids"][row, 0]
+        for text in swapped(caption.strip(), 100, 0):
+            alone = family.encode_text([text])["input_ids"][0]
+            if torch.equal(alone, ids[: len(alone)]):
+                texts[row] = model.get_text_features(alone[None]).pooler_output[0]
+    there = chunk["right_valid"][:, 1].nonzero()[:, 0].tolist()
+    assert sorted(texts) == there and 0 < len(there) < 12
+    plain = model({n: x for n, x in chunk.items() if not n.startswith("negative.")}, separable=True)
+    for out in (model(chunk), model(chunk, separable=True)):
+        assert out["right"].shape == (12, 2, 24)
+        assert (out["right"][there, 1] - torch.stack([texts[row] for row in there])).abs().max() < 1e-5
+        assert (out["right"][:, 0] - plain["right"]).abs().max() < 1e-5
+    assert abs(float((out["sums"]["generate"] - plain["sums"]["generate"]).detach())) < 1e-3
 
 
 def test_what_the_model_cannot_tell_apart_is_no_negative():

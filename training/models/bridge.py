@@ -68,7 +68,7 @@ class BridgeConfig(MMGemConfig):
 class Bridge(MMGem):
     """Captions images; embeds nothing."""
 
-    config_class = BridgeConfig
+    config_class = BridgeConfig  # type: ignore[assignment]
 
     def __init__(self, config: BridgeConfig) -> None:
         super().__init__(config)
@@ -91,8 +91,8 @@ class Bridge(MMGem):
         """As MM-GEM's; vision.arch may also be local-dir:FOLDER, the export of a CLIP, whose sizes are then its own."""
         weights = None
         if vision.arch and vision.arch.startswith(LOCAL):
-            vision, weights = _exported_tower(Path(vision.arch.removeprefix(LOCAL)), vision)
-        model = super().from_backbones(vision, language, tokenizer, **settings)
+            vision, weights = from_export(Path(vision.arch.removeprefix(LOCAL)), vision)
+        model: Any = super().from_backbones(vision, language, tokenizer, **settings)
         if weights is not None:
             model.vision.load_state_dict(weights)
         return model
@@ -140,7 +140,7 @@ class Bridge(MMGem):
     get_text_features = get_image_features
 
 
-def _exported_tower(folder: Path, vision: VisionConfig) -> tuple[VisionConfig, dict[str, torch.Tensor]]:
+def from_export(folder: Path, vision: VisionConfig) -> tuple[VisionConfig, dict[str, torch.Tensor]]:
     """The sizes and the weights of the vision tower in an open_clip export, without its projection.
 
     Raises:

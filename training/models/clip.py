@@ -96,17 +96,18 @@ class Clip(nn.Module):
 
     def _both(self, chunk: Any) -> tuple[dict[str, Any], Any, Any]:
         """(outputs without sums, the decoder's picture, the decoder's captions) of a chunk."""
-        ids = chunk["input_ids"][:, None]  # [c, 1, T]
-        if "negative.input_ids" in chunk:
-            ids = torch.cat([ids, chunk["negative.input_ids"]], 1)  # [c, m, T]
+        ids = chunk["input_ids"]
+        if "negative.input_ids" in chunk:  # all texts in one pass: under ZeRO-3 a block runs once before its backward
+            ids = torch.cat([ids[:, None], chunk["negative.input_ids"]], 1)  # [c, m, T]
         pixels = chunk["pixel_values"].to(next(self.towers.visual.parameters()).dtype)
         with only(self.towers.visual, chunk.get("patches")):
             image, picture = self.image(pixels)
-        # All texts in one pass: ZeRO-3 allows a block of layers one backward pass for each forward.
-        text, words = self.text(ids.flatten(0, 1))
+        text, words = self.text(ids.flatten(0, -2))
         left, right = (F.normalize(side.float(), dim=-1) for side in (image, text))
-        out = {"left": left, "right": right.unflatten(0, ids.shape[:2]), "scalars": read_scalars(self)}
-        return out, picture, None if words is None else words.unflatten(0, ids.shape[:2])[:, 0]
+        if ids.ndim == 3:
+            right = right.unflatten(0, ids.shape[:2])  # [c, m, D]
+            words = None if words is None else words.unflatten(0, ids.shape[:2])[:, 0]
+        return {"left": left, "right": right, "scalars": read_scalars(self)}, picture, words
 
     @staticmethod
     def counts(chunk: Any) -> dict[str, float]:
