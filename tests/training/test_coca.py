@@ -2,38 +2,27 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from curation.errors import UserError
+from tests.conftest import gemsmith
+from tests.training.conftest import COCA, coca_config
 from tests.training.plain import differences
-from tests.training.test_gradient_cache import chunks_of, patched_float
+from tests.training.test_gradient_cache import chunks_of, launched, patched_float
 from training.config import ClipRecipe, ObjectiveConfig
+from training.data import Loader, Shards
 from training.distributed import World
 from training.families import build
 from training.gradient_cache import Outputs, gradient_cached_step
+from training.inference import load
 from training.models.clip import Clip, export, read_export
 from training.models.coca import EOT, PAD, SOT, Coca, Words
 from training.objectives.infonce import InfoNCE
-from training.train import parse
 
-TEXT = {"context_length": 14, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-SIZES = {
-    "embed_dim": 16,
-    "vision_cfg": {
-        "image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8,
-        "attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 5, "output_tokens": True,
-    },
-    "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
-    "multimodal_cfg": {**TEXT, "attn_pooler_heads": 2},
-    "custom_text": True,
-}  # fmt: skip
 WEIGHTS = {"embed": 1.0, "generate": 2.0}
-
-
-def config_of(*overrides):
-    arguments = ["--config", "recipes/train/tiny_coca.yaml", "--data", ".", "--out", ".", "--loader.batch", "12"]
-    return parse([*arguments, "--clip.model_cfg", json.dumps(SIZES), *overrides])[0]
 
 
 def double(chunks):
@@ -57,14 +46,14 @@ def cached(model, chunks, weights=WEIGHTS, retain=False):
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    return build(config_of(), tmp_path_factory.mktemp("run") / "tokenizer", list)
+    return build(coca_config(), tmp_path_factory.mktemp("run") / "tokenizer", list)
 
 
 def open_clips(model):
     """open_clip's own model with these weights, float64."""
     from open_clip.coca_model import CoCa
 
-    theirs = CoCa(**{k: v for k, v in SIZES.items() if k != "custom_text"}).double()
+    theirs = CoCa(**{k: v for k, v in COCA.items() if k != "custom_text"}).double()
     theirs.load_state_dict(model.to_open_clip(model.state_dict()))
     return theirs
 
@@ -75,7 +64,7 @@ def test_value_and_gradients_are_open_clips(shards, family, chunk, retain):
     from open_clip.loss import CoCaLoss
 
     model = family.model.double()
-    chunks = double(chunks_of(shards, family, config_of(), chunk, hole=5, retain=retain))
+    chunks = double(chunks_of(shards, family, coca_config(), chunk, hole=5, retain=retain))
     batch = {name: torch.cat([c[name] for c in chunks]) for name in chunks[0]}
     theirs = open_clips(model)
     out = theirs(batch["pixel_values"][batch["valid"]], batch["input_ids"][batch["valid"]])
@@ -95,7 +84,7 @@ def test_value_and_gradients_are_open_clips(shards, family, chunk, retain):
 def test_whole_logits_are_never_made(shards, family):
     """No tensor of a chunk's step has an entry for each token and each word of the vocabulary."""
     model = family.model.float()
-    (chunk,) = chunks_of(shards, family, config_of(), 12)
+    (chunk,) = chunks_of(shards, family, coca_config(), 12)
     largest = 0
 
     def pack(x):
@@ -114,7 +103,7 @@ def test_a_checkpoint_of_open_clips_comes_in_and_goes_out(tmp_path, family):
     import open_clip
 
     torch.manual_seed(5)
-    (tmp_path / "coca_small.json").write_text(json.dumps(SIZES))
+    (tmp_path / "coca_small.json").write_text(json.dumps(COCA))
     open_clip.add_model_config(tmp_path / "coca_small.json")
     theirs = open_clip.create_model("coca_small")
     torch.nn.init.normal_(theirs.text_decoder.text_projection, std=0.2)
@@ -166,8 +155,53 @@ def test_captions_are_the_greedy_ones(family):
 
 
 def test_a_caption_loss_needs_a_decoder():
-    sizes = {k: v for k, v in SIZES.items() if k != "multimodal_cfg"}
+    sizes = {k: v for k, v in COCA.items() if k != "multimodal_cfg"}
     with pytest.raises(UserError, match=r"objective\.weights: generate needs an architecture with a text decoder"):
         Clip.from_recipe(ClipRecipe(model_cfg=sizes), ObjectiveConfig(weights=WEIGHTS))
     with pytest.raises(UserError, match=r"clip\.arch: local-dir:/no/such"):
         Clip.from_recipe(ClipRecipe(arch="local-dir:/no/such"), ObjectiveConfig())
+
+
+def test_two_zero3_ranks_equal_one_process(shards, tmp_path):
+    """Captions, contrastive loss and hard negatives together, under the real launcher: 1e-5 in float32."""
+    negatives = ("--clip.negatives", "1", "--loader.chunk", "4", "--loader.retain", "0")
+    saved, _ = launched(shards, tmp_path / "run", "3", *negatives, family="coca")
+    config = coca_config(*negatives)
+    family = build(config, tmp_path / "tokenizer", list)
+    loader = Loader(
+        Shards(shards), config.loader, family.image, family.encode_text,
+        seed=0, rank=0, world_size=1, extra=family.extra,
+    )  # fmt: skip
+    (chunks,) = loader.batches(0, 1)
+    assert int(torch.cat([c["right_valid"][:, 1] for c in chunks]).sum()) > 0
+    metrics, expected = cached(family.model, chunks)
+    whole, worst = differences(saved["gradients"], expected)
+    assert whole < 1e-5 and worst < 1e-5, (whole, worst)
+    assert abs(float(saved["loss"] - metrics["loss"])) < 1e-5
+
+
+def test_a_run_exports_what_captions(shards, tmp_path):
+    """The export and the checkpoint write the same captions, as evaluation asks for them."""
+    run, sizes = tmp_path / "run", ["--clip.model_cfg", json.dumps(COCA)]
+    recipe = [
+        "--config",
+        "recipes/train/tiny_coca.yaml",
+        *sizes,
+        "--loader.batch",
+        "12",
+        "--samples",
+        "24",
+        "--log_every",
+        "1",
+    ]
+    gemsmith("train", *recipe, "--data", shards, "--out", run, "--ranks", 1)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(np.isfinite(line["loss_generate"]) for line in lines)
+    pictures = [Image.new("RGB", (40, 48), (40 * n, 90, 200)) for n in range(3)]
+    said = []
+    for folder in (run / "export", run / "checkpoints" / "step_00000002"):
+        model = load(folder)
+        assert model.can_caption
+        said.append(model.caption(model.images(pictures), max_new_tokens=5))
+        assert model.embed_images(model.images(pictures)).shape == model.embed_texts(["a", "b", "c"]).shape == (3, 16)
+    assert said[0] == said[1] and len(said[0]) == 3 and all(isinstance(text, str) for text in said[0])
