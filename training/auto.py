@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from curation.errors import UserError
+from training.models.bridge import Bridge, BridgeConfig
 from training.models.clip_export import OpenClip, OpenClipConfig
 from training.models.flava import Flava, FlavaConfig
 from training.models.mmgem import MMGem, MMGemConfig
@@ -23,6 +24,7 @@ __all__ = ["AutoModel", "AutoProcessor"]
 
 FAMILIES: list[tuple[Any, Any, Any]] = [
     (MMGemConfig, MMGem, MMGemProcessor),
+    (BridgeConfig, Bridge, MMGemProcessor),
     (OpenClipConfig, OpenClip, ClipProcessor),
     (FlavaConfig, Flava, FlavaProcessor),
     (Vlm2VecConfig, Vlm2Vec, Vlm2VecProcessor),

@@ -5,7 +5,8 @@ and how it is exported for people who take the model away.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from training.config import AdapterConfig, TrainConfig
 from training.data import Drawn, ImageSpec, Source
-from training.family_config import TokenizerConfig
+from training.family_config import ClipRecipe, MMGemRecipe, TokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,22 +51,34 @@ def _kept_tokenizer(
     return tokenizer
 
 
+def _swaps(recipe: ClipRecipe | MMGemRecipe, encode_text: Any) -> Any:
+    """The recipe's hard negative captions, as a family's `extra`."""
+    from training.data.swaps import Swaps, tagger_of
+
+    return Swaps(recipe.negatives, tagger_of(recipe.tagger), encode_text) if recipe.negatives else None
+
+
 def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
+    from training.models.bridge import Bridge
     from training.models.mmgem import MMGem
     from training.tokenizer import EMB, load_tokenizer
 
     assert config.mmgem is not None
     recipe = config.mmgem
-    tokenizer = _kept_tokenizer(load_tokenizer, recipe.tokenizer, tokenizer_folder, captions)
-    model = MMGem.from_backbones(
+    kind: type[MMGem] = MMGem if recipe.mapping is None else Bridge
+    load = load_tokenizer if recipe.mapping is None else partial(load_tokenizer, added=())
+    tokenizer = _kept_tokenizer(load, recipe.tokenizer, tokenizer_folder, captions)
+    model = kind.from_backbones(
         recipe.vision,
         recipe.language,
         tokenizer,
         embed_dim=recipe.embed_dim,
         objective={k: v for k, v in vars(config.objective).items() if k != "weights"},
         resize_mode=config.loader.resize_mode,
+        **({} if recipe.mapping is None else {"mapping": asdict(recipe.mapping)}),
     )
-    emb, eos, pad = tokenizer.convert_tokens_to_ids(EMB), tokenizer.eos_token_id, tokenizer.pad_token_id
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    emb = tokenizer.convert_tokens_to_ids(EMB) if recipe.mapping is None else pad  # a bridge never reads it
 
     def encode_text(texts: list[str]) -> dict[str, torch.Tensor]:
         ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=config.loader.max_tokens - 1)[
@@ -96,16 +109,17 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         image=spec,
         encode_text=encode_text,
         export=export,
-        read_export=lambda folder: MMGem.from_pretrained(folder).state_dict(),
+        read_export=lambda folder: kind.from_pretrained(folder).state_dict(),
         tokenizer=tokenizer,
+        extra=_swaps(recipe, encode_text),
     )
 
 
 def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    from open_clip.tokenizer import SimpleTokenizer
 
     from training.models.clip import Clip, export, read_export
+    from training.models.coca import Words
 
     assert config.clip is not None
     model = Clip.from_recipe(config.clip, config.objective)
@@ -113,7 +127,7 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
     spec = ImageSpec.of_vit(
         model.towers.visual, model.patch_dropout, size=side, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD
     )
-    tokenizer = SimpleTokenizer(context_length=model.model_cfg["text_cfg"].get("context_length", 77))
+    tokenizer = Words(context_length=model.model_cfg["text_cfg"].get("context_length", 77))
     preprocess = {
         "size": [side, side],
         "mean": list(spec.mean),
@@ -121,13 +135,18 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
         "interpolation": "bicubic",
         "resize_mode": config.loader.resize_mode,
     }
+
+    def encode_text(texts: list[str]) -> dict[str, torch.Tensor]:
+        return {"input_ids": tokenizer(texts)}
+
     return Family(
         model=model,
         image=spec,
-        encode_text=lambda texts: {"input_ids": tokenizer(texts)},
+        encode_text=encode_text,
         export=lambda state, folder: export(model, state, preprocess, folder),
-        read_export=read_export,
+        read_export=lambda folder: read_export(model, folder),
         tokenizer=tokenizer,
+        extra=_swaps(config.clip, encode_text),
     )
 
 

@@ -8,7 +8,12 @@ from typing import Any, Literal
 
 from curation.errors import UserError
 
-LOSSES = {"mmgem": ("generate",), "clip": (), "flava": ("itm", "mim", "mlm", "mmm_image", "mmm_text"), "vlm2vec": ()}
+LOSSES = {
+    "mmgem": ("generate",),
+    "clip": ("generate",),  # CoCa's
+    "flava": ("itm", "mim", "mlm", "mmm_image", "mmm_text"),
+    "vlm2vec": (),
+}
 """The families, by the name of their section, and the losses of each beside the coupled one."""
 
 KINDS = {"mmgem": ("pairs",), "clip": ("pairs",), "flava": ("pairs", "images", "texts"), "vlm2vec": ("pairs", "rows")}
@@ -55,23 +60,69 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MappingConfig:
+    """What turns the patches of a frozen ViT into visual tokens of a frozen LLM (training/models/bridge.py).
+
+    kind: linear, a token a patch (LiMBeR, arXiv 2209.15162), or a transformer (MAPL, arXiv 2210.07179) that gives
+    `tokens`, of `layers` of `width` with `heads`.
+    """
+
+    kind: Literal["linear", "transformer"] = "linear"
+    tokens: int = 32
+    width: int = 256
+    layers: int = 4
+    heads: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "width", "layers", "heads"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"mmgem.mapping.{name}: {value} is not above 0; give a positive value")
+        if self.width % self.heads:
+            raise UserError(f"mmgem.mapping.heads: {self.heads} does not divide width {self.width}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MMGemRecipe:
-    """MM-GEM stage 1 (arXiv 2405.19333): ViT and one causal LLM that embeds and captions."""
+    """MM-GEM stage 1 (arXiv 2405.19333): ViT and one causal LLM that embeds and captions.
+
+    mapping: instead, captions alone through a mapping between the two, which the recipe freezes (LiMBeR, MAPL) ·
+    negatives, tagger: hard negative captions, as a `clip:` section has them.
+    """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     embed_dim: int = 512
+    mapping: MappingConfig | None = None
+    negatives: int = 0
+    tagger: str = "builtin"
+
+    def __post_init__(self) -> None:
+        if self.negatives < 0:
+            raise UserError(f"mmgem.negatives: {self.negatives} is below 0; 0 takes none")
+        if self.negatives and self.mapping is not None:
+            raise UserError("mmgem.negatives: a mapping has no contrastive loss for them; remove one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipRecipe:
     """An open_clip dual encoder: an architecture by name (with weights), or its `model_cfg` (embed_dim,
-    vision_cfg, text_cfg as in open_clip's JSON files)."""
+    vision_cfg, text_cfg as in open_clip's JSON files); with a multimodal_cfg it is a CoCa.
+
+    arch: also local-dir:FOLDER, an export · pretrained: a tag of open_clip's, or a file of weights ·
+    negatives: hard negative captions of each row, words swapped (NegCLIP, arXiv 2210.01936) · tagger: what tells parts
+    of speech for them: builtin, or a spaCy pipeline by name or path.
+    """
 
     arch: str | None = None
     pretrained: str | None = None
     model_cfg: dict[str, Any] | None = None
+    negatives: int = 0
+    tagger: str = "builtin"
+
+    def __post_init__(self) -> None:
+        if self.negatives < 0:
+            raise UserError(f"clip.negatives: {self.negatives} is below 0; 0 takes none")
 
 
 @dataclass(frozen=True, kw_only=True)

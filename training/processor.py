@@ -121,12 +121,16 @@ class ClipProcessor(PairProcessor):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from open_clip.tokenizer import SimpleTokenizer
+        from training.models.coca import Words
 
-        return SimpleTokenizer(context_length=self.max_tokens)
+        return Words(context_length=self.max_tokens)
 
     def ids(self, texts: list[str]) -> dict[str, torch.Tensor]:
         return {"input_ids": self._tokenizer(texts)}
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Of CoCa's token ids."""
+        return self._tokenizer.batch_decode(*args, **kwargs)
 
 
 class Vlm2VecProcessor:

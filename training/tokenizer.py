@@ -37,8 +37,9 @@ def train_bpe(captions: list[str], vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def load_tokenizer(config: TokenizerConfig, captions: Any) -> Any:
-    """The recipe's tokenizer with [EMB] and [CAP]; `captions()` is called only where one is trained.
+def load_tokenizer(config: TokenizerConfig, captions: Any, *, added: tuple[str, ...] = (EMB, CAP)) -> Any:
+    """The recipe's tokenizer with [EMB] and [CAP], or what else is added; `captions()` is called only where one is
+    trained.
 
     Raises:
         UserError: no tokenizer there, or one without an end token.
@@ -57,7 +58,7 @@ def load_tokenizer(config: TokenizerConfig, captions: Any) -> Any:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.add_tokens([EMB, CAP], special_tokens=True)
+    tokenizer.add_tokens(list(added), special_tokens=True)
     return tokenizer
 
 

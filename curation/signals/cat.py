@@ -86,7 +86,7 @@ def _builtin(captions: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _spacy(model: str) -> Callable[[Sequence[str]], list[tuple[int, int]]]:
-    pipeline = _pipeline(model)
+    pipeline = load_pipeline(model)
 
     def count(captions: Sequence[str]) -> list[tuple[int, int]]:
         counts = []
@@ -98,7 +98,12 @@ def _spacy(model: str) -> Callable[[Sequence[str]], list[tuple[int, int]]]:
     return count
 
 
-def _pipeline(model: str) -> Any:
+def load_pipeline(model: str) -> Any:
+    """A spaCy pipeline by name or path, without what neither trees nor parts of speech need.
+
+    Raises:
+        UserError: spaCy is not installed, or cannot load it.
+    """
     try:
         import spacy
     except ImportError:

@@ -110,12 +110,17 @@ class Tree:
 def parse(caption: str) -> Tree:
     """The tree of a caption in English; of another language it has no meaning."""
     words = [word.lower() for word in WORD.findall(caption)]
-    return _Parser(words, _tags(words)).parse()
+    return _Parser(words, tags_of(words)).parse()
 
 
-def _tags(words: list[str]) -> list[str]:
-    """D before a noun, N noun, O pronoun, P preposition, B form of be, H other auxiliary, F finite verb, G -ing form,
-    C coordination, S subordination, W relative pronoun, R adverb, . mark."""
+def plural(word: str) -> bool:
+    """Whether a noun in lower case names several, by its end or by a list."""
+    return word in PLURALS or (word.endswith("s") and not word.endswith("ss"))
+
+
+def tags_of(words: list[str]) -> list[str]:
+    """Of words in lower case: D before a noun, N noun, O pronoun, P preposition, B form of be, H other auxiliary, F
+    finite verb, G -ing form, C coordination, S subordination, W relative pronoun, R adverb, . mark."""
     tags: list[str] = []
     joined = False
     for place, word in enumerate(words):
@@ -160,15 +165,14 @@ def _tag(word: str, before: str, previous: str, after: str, joined: bool) -> str
     if before == "G" and word in THIRD and after in ARTICLES:
         return "F"
     if before in ("N", "O", "W", "R", "C", "."):
-        plural = previous in PLURALS or (previous.endswith("s") and not previous.endswith("ss"))
-        opens = after in OPENS
-        if word in THIRD and (before != "N" or not plural or opens) and after not in BE:
+        several, opens = plural(previous), after in OPENS
+        if word in THIRD and (before != "N" or not several or opens) and after not in BE:
             return "F"
         if word in PAST and before in ("N", "O", "W", "R"):
             return "F"
-        if word in VERBS and before in ("N", "O", "W", "R") and (plural or joined or previous in NO_THIRD):
-            return "F" if before != "N" or plural or opens else "N"
-        if before == "N" and not plural and word.endswith("s") and not word.endswith("ss") and after in ARTICLES:
+        if word in VERBS and before in ("N", "O", "W", "R") and (several or joined or previous in NO_THIRD):
+            return "F" if before != "N" or several or opens else "N"
+        if before == "N" and not several and word.endswith("s") and not word.endswith("ss") and after in ARTICLES:
             return "F"
     return "N"
 

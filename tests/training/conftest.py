@@ -34,6 +34,24 @@ def flava_config(*overrides: str) -> TrainConfig:
     return parse([*arguments, *FLAVA, *overrides])[0]
 
 
+COCA_TEXT = {"context_length": 14, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+COCA = {
+    "embed_dim": 16,
+    "vision_cfg": {
+        "image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8,
+        "attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 5, "output_tokens": True,
+    },
+    "text_cfg": {**COCA_TEXT, "embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": {**COCA_TEXT, "attn_pooler_heads": 2},
+    "custom_text": True,
+}  # fmt: skip
+
+
+def coca_config(*overrides: str) -> TrainConfig:
+    arguments = ["--config", "recipes/train/tiny_coca.yaml", "--data", ".", "--out", ".", "--loader.batch", "12"]
+    return parse([*arguments, "--precision", "fp32", "--clip.model_cfg", json.dumps(COCA), *overrides])[0]
+
+
 def write_shards(folder: Path, sizes: list[int], captions: Any = None, members: Any = None) -> Path:
     """Shards of flat-coloured pictures whose captions name their number; `captions` and `members` of a number: more."""
     import io

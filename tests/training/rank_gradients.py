@@ -15,7 +15,7 @@ sys.path[0] = str(ROOT)
 
 import torch
 
-from tests.training.conftest import flava_config, tiny_config
+from tests.training.conftest import coca_config, flava_config, tiny_config
 from training import zero
 from training.config import TrainConfig
 from training.data import named, open_sources
@@ -32,7 +32,7 @@ def main() -> None:
     shards, run, stage, family, *overrides = arguments()
     path = str(ROOT / f"ds_configs/zero{stage}.json")
     settings = ["--deepspeed", path, "--optim.gradient_clipping", "0", *overrides]
-    config = {"mmgem": tiny_config, "flava": flava_config}[family](*settings)
+    config = {"mmgem": tiny_config, "flava": flava_config, "coca": coca_config}[family](*settings)
     save_gradients(config, shards, Path(run))
 
 

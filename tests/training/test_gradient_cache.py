@@ -117,10 +117,10 @@ def test_dropout_falls_the_same_way_in_both_passes(shards, tmp_path):
     assert not torch.equal(first[0], seen[1])
 
 
-def launched(shards, run, stage, *overrides):
+def launched(shards, run, stage, *overrides, family="mmgem"):
     """What rank 0 of two saved, and what they printed."""
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port"]
-    command += [str(free_port()), str(ROOT / "tests/training/rank_gradients.py"), str(shards), str(run), stage, "mmgem"]
+    command += [str(free_port()), str(ROOT / "tests/training/rank_gradients.py"), str(shards), str(run), stage, family]
     done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert (run / "gradients.pt").exists(), done.stdout[-3000:] + done.stderr[-5000:]
     return torch.load(run / "gradients.pt", weights_only=True), done.stdout

@@ -26,15 +26,14 @@ SCALARS = {"log_scale": "logit_scale", "logit_bias": "logit_bias"}
 class Clip(nn.Module):
     """open_clip's two towers, and the scalars of the coupled loss."""
 
-    separable = ()
+    separable: tuple[str, ...] = ()
     blocks = frozenset({"ResidualAttentionBlock"})
 
     def __init__(self, model_cfg: dict[str, Any], objective: ObjectiveConfig, pretrained: Any = None) -> None:
+        """pretrained: state of open_clip's model of this kind, or None."""
         super().__init__()
-        from open_clip.model import CLIP
-
         self.model_cfg = model_cfg
-        self.towers = CLIP(**{k: v for k, v in model_cfg.items() if k != "custom_text"})
+        self.towers = self._towers({k: v for k, v in model_cfg.items() if k != "custom_text"})
         if pretrained is not None:
             self.towers.load_state_dict(pretrained)
         self.patch_dropout = float(model_cfg["vision_cfg"].get("patch_dropout", 0.0))
@@ -42,54 +41,98 @@ class Clip(nn.Module):
         del self.towers.logit_scale
         self.scalars = add_scalars(self, objective)
 
-    @classmethod
-    def from_recipe(cls, recipe: ClipRecipe, objective: ObjectiveConfig) -> "Clip":
+    @staticmethod
+    def _towers(model_cfg: dict[str, Any]) -> Any:
+        from open_clip.model import CLIP
+
+        return CLIP(**model_cfg)
+
+    @staticmethod
+    def from_recipe(recipe: ClipRecipe, objective: ObjectiveConfig) -> "Clip":
+        """The recipe's architecture: CoCa where it has a text decoder.
+
+        Raises:
+            UserError: no such architecture or weights, or a captioning loss without a decoder.
+        """
         import open_clip
+
+        from training.models.coca import Coca
 
         if (recipe.arch is None) == (recipe.model_cfg is None):
             raise UserError("clip: exactly one of `arch` (an open_clip name) and `model_cfg` is needed")
-        if recipe.model_cfg is not None:
-            return cls(recipe.model_cfg, objective)
-        assert recipe.arch is not None
-        model_cfg = open_clip.get_model_config(recipe.arch)
+        model_cfg, weights = recipe.model_cfg, None
+        if recipe.arch is not None:
+            try:
+                model_cfg = open_clip.get_model_config(recipe.arch)
+                if recipe.pretrained or recipe.arch.startswith("local-dir:"):
+                    weights = open_clip.create_model(recipe.arch, recipe.pretrained).state_dict()
+            except (OSError, RuntimeError, ValueError) as error:
+                raise UserError(f"clip.arch: {recipe.arch}: {' '.join(str(error).split())[:200]}") from None
         if model_cfg is None:
             raise UserError(f"clip.arch: open_clip knows no {recipe.arch!r}; open_clip.list_models() names them")
-        weights = open_clip.create_model(recipe.arch, recipe.pretrained).state_dict() if recipe.pretrained else None
-        return cls(model_cfg, objective, weights)
+        if "multimodal_cfg" in model_cfg:
+            return Coca(model_cfg, objective, weights)
+        if "generate" in objective.weights:
+            raise UserError("objective.weights: generate needs an architecture with a text decoder (coca_*); remove it")
+        return Clip(model_cfg, objective, weights)
 
     def checkpoint_activations(self) -> None:
         """Keep the blocks' inputs alone, and compute the rest again in the backward pass."""
         self.towers.set_grad_checkpointing()
 
+    def image(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """[B, 3, S, S] -> embeddings [B, D], and what a decoder looks at."""
+        return self.towers.visual(pixel_values), None
+
+    def text(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """[B, T] -> embeddings [B, D], and what a decoder goes on from."""
+        return self.towers.encode_text(input_ids), None
+
     def forward(self, chunk: Any, separable: bool = False) -> dict[str, Any]:
-        """One chunk of pairs: pixel_values [B, 3, S, S] · input_ids [B, T] as open_clip's tokenizer gives them ·
-        patches [B, keep] that are seen, all without it."""
+        """One chunk of pairs: pixel_values [c, 3, S, S] · input_ids [c, T] as open_clip's tokenizer gives them ·
+        negative.input_ids [c, m - 1, T] hard negatives of each row, none without it ·
+        patches [c, keep] that are seen, all without it."""
+        return self._both(chunk)[0]
+
+    def _both(self, chunk: Any) -> tuple[dict[str, Any], Any, Any]:
+        """(outputs without sums, the decoder's picture, the decoder's captions) of a chunk."""
+        ids = chunk["input_ids"]
+        if "negative.input_ids" in chunk:  # all texts in one pass: under ZeRO-3 a block runs once before its backward
+            ids = torch.cat([ids[:, None], chunk["negative.input_ids"]], 1)  # [c, m, T]
         pixels = chunk["pixel_values"].to(next(self.towers.visual.parameters()).dtype)
         with only(self.towers.visual, chunk.get("patches")):
-            image = self.towers.encode_image(pixels)
-        text = self.towers.encode_text(chunk["input_ids"])
+            image, picture = self.image(pixels)
+        text, words = self.text(ids.flatten(0, -2))
         left, right = (F.normalize(side.float(), dim=-1) for side in (image, text))
-        return {"left": left, "right": right, "scalars": read_scalars(self)}
+        if ids.ndim == 3:
+            right = right.unflatten(0, ids.shape[:2])  # [c, m, D]
+            words = None if words is None else words.unflatten(0, ids.shape[:2])[:, 0]
+        return {"left": left, "right": right, "scalars": read_scalars(self)}, picture, words
 
     @staticmethod
     def counts(chunk: Any) -> dict[str, float]:
         return {}
 
+    def to_open_clip(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A state of this model by open_clip's names."""
+        tensors = {k.removeprefix("towers."): v.contiguous() for k, v in state.items() if k.startswith("towers.")}
+        return tensors | {theirs: state[ours].reshape(()) for ours, theirs in SCALARS.items() if ours in state}
+
+    def from_open_clip(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The state that `to_open_clip` was given."""
+        tensors = dict(tensors)
+        scalars = {ours: tensors.pop(theirs).reshape(1) for ours, theirs in SCALARS.items() if theirs in tensors}
+        return {**scalars, **{f"towers.{name}": tensor for name, tensor in tensors.items()}}
+
 
 def export(model: Clip, state: dict[str, torch.Tensor], preprocess: dict[str, Any], folder: Path) -> None:
     """Write open_clip's folder layout: open_clip_config.json and open_clip_model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k.removeprefix("towers."): v.contiguous() for k, v in state.items() if k.startswith("towers.")}
-    for ours, theirs in SCALARS.items():
-        if ours in state:
-            tensors[theirs] = state[ours].reshape(())
-    save_file(tensors, folder / "open_clip_model.safetensors")
+    save_file(model.to_open_clip(state), folder / "open_clip_model.safetensors")
     config = {"model_cfg": model.model_cfg, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
 
 
-def read_export(folder: Path) -> dict[str, torch.Tensor]:
+def read_export(model: Clip, folder: Path) -> dict[str, torch.Tensor]:
     """The state that `export` was given."""
-    tensors = load_file(folder / "open_clip_model.safetensors")
-    scalars = {ours: tensors.pop(theirs).reshape(1) for ours, theirs in SCALARS.items() if theirs in tensors}
-    return {**scalars, **{f"towers.{name}": tensor for name, tensor in tensors.items()}}
+    return model.from_open_clip(load_file(folder / "open_clip_model.safetensors"))

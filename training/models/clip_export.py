@@ -53,6 +53,8 @@ class OpenClip(PreTrainedModel):
         super().__init__(config)
         objective = ObjectiveConfig(coupled="siglip" if config.siglip else "infonce")
         self.clip = Clip.from_recipe(ClipRecipe(model_cfg=config.model_cfg), objective)
+        if hasattr(self.clip, "generate"):  # CoCa writes
+            self.generate = self.clip.generate
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **settings: Any) -> Self:
@@ -64,7 +66,7 @@ class OpenClip(PreTrainedModel):
         folder, dtype = Path(pretrained_model_name_or_path), settings.get("dtype")
         check_kind(folder, OpenClipConfig.model_type, "OpenClip.from_pretrained")
         model = cls(settings.get("config") or OpenClipConfig.from_pretrained(folder))
-        model.clip.load_state_dict(read_export(folder))
+        model.clip.load_state_dict(read_export(model.clip, folder))
         return model.eval() if dtype in (None, "auto") else model.to(dtype).eval()
 
     def save_pretrained(self, save_directory: Any, *_: Any, **__: Any) -> None:

@@ -150,7 +150,7 @@ class MMGem(PreTrainedModel):
                 pad_token_id=tokenizer.pad_token_id,
                 **sizes,
             ).to_dict()
-        config = MMGemConfig(
+        config = cls.config_class(
             vision_config=asdict(vision),
             text_config=text_config,
             emb_token_id=tokenizer.convert_tokens_to_ids(EMB),
@@ -182,28 +182,30 @@ class MMGem(PreTrainedModel):
 
         chunk: pixel_values [B, 3, S, S] · input_ids [B, T] caption, [EMB], padding ·
         length [B] of the caption · labels [B, T] caption, </s>, then -100 · valid [B] ·
-        patches [B, keep] that the ViT sees, all without it.
+        patches [B, keep] that the ViT sees, all without it · negative.input_ids [B, m - 1, T'], negative.length
+        [B, m - 1]: hard negative captions of each row, none without it.
         """
         pooled = self._pooled(chunk["pixel_values"], chunk.get("patches"))
         embed = self.llm.get_input_embeddings()
-        tokens = embed(chunk["input_ids"])  # [B, T, H]
+        ids, length = _texts(chunk)  # [B m, T], [B m]
+        tokens = embed(ids)  # [B m, T, H]
         image = F.normalize(pooled.float(), dim=-1)
+        b, n = len(pooled), len(tokens)
         if not separable:
             hidden = self.llm.base_model(inputs_embeds=tokens, use_cache=False).last_hidden_state
-            text = self._at_emb(hidden, chunk["length"])
-            return {"left": image, "right": text, "scalars": read_scalars(self)}
+            text = self._at_emb(hidden, length)
+            return {"left": image, "right": _by_row(text, b), "scalars": read_scalars(self)}
 
-        b = len(tokens)
         visual = self.h3(pooled)[:, None]  # [B, 1, H]
         cap = embed(chunk["input_ids"].new_full((b, 1), self.config.cap_token_id))
-        generation = torch.cat([visual, cap, tokens[:, :-1]], 1)  # [B, T + 1, H]
-        both = torch.cat([F.pad(tokens, (0, 0, 0, 1)), generation])  # [2 B, T + 1, H]
+        generation = torch.cat([visual, cap, tokens[:: n // b, :-1]], 1)  # [B, T + 1, H]
+        both = torch.cat([F.pad(tokens, (0, 0, 0, 1)), generation])  # [B m + B, T + 1, H]
         hidden = self.llm.base_model(inputs_embeds=both, use_cache=False).last_hidden_state
         labels = torch.where(chunk["valid"][:, None], chunk["labels"], -100)
         counted = labels >= 0
-        total = self.llm.lm_head(hidden[b:, 1:][counted], labels[counted])
-        text = self._at_emb(hidden[:b], chunk["length"])
-        return {"left": image, "right": text, "scalars": read_scalars(self), "sums": {"generate": total}}
+        total = self.llm.lm_head(hidden[n:, 1 : 1 + labels.shape[1]][counted], labels[counted])
+        text = self._at_emb(hidden[:n], length)
+        return {"left": image, "right": _by_row(text, b), "scalars": read_scalars(self), "sums": {"generate": total}}
 
     @staticmethod
     def counts(chunk: Any) -> dict[str, float]:
@@ -238,3 +240,19 @@ class MMGem(PreTrainedModel):
             pad_token_id=self.config.pad_token_id,
             **{"do_sample": False, **kwargs},
         )
+
+
+def _texts(chunk: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions and their hard negatives, row by row: ids [B m, T] padded on the right, lengths [B m]."""
+    ids, length = chunk["input_ids"], chunk["length"]
+    if "negative.input_ids" not in chunk:
+        return ids, length
+    negative = chunk["negative.input_ids"]
+    longest = max(ids.shape[1], negative.shape[2])
+    both = [F.pad(x, (0, longest - x.shape[-1])) for x in (ids[:, None], negative)]
+    return torch.cat(both, 1).flatten(0, 1), torch.cat([length[:, None], chunk["negative.length"]], 1).flatten()
+
+
+def _by_row(text: torch.Tensor, b: int) -> torch.Tensor:
+    """[B m, E] -> [B, m, E], or as it is for m = 1."""
+    return text if len(text) == b else text.unflatten(0, (b, -1))

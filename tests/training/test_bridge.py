@@ -1,0 +1,158 @@
+"""LiMBeR and MAPL: only the mapping changes, its captions learn to tell pictures apart, chunks change no gradient."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from curation.errors import UserError
+from tests.training.plain import differences
+from tests.training.test_gradient_cache import patched_float
+from training.config import ObjectiveConfig
+from training.distributed import World
+from training.families import build
+from training.family_config import MappingConfig, VisionConfig
+from training.gradient_cache import Outputs, gradient_cached_step
+from training.models.bridge import Bridge, from_export
+from training.models.clip import Clip, export
+from training.objectives.infonce import InfoNCE
+from training.optim import parameter_groups
+from training.tokenizer import train_bpe
+from training.train import parse
+
+COLOURS = {
+    "red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "pink": (1, 0, 1), "black": (0, 0, 0),
+}  # fmt: skip
+CAPTIONS = [f"a {colour} thing beside another {colour} thing" for colour in COLOURS]
+MAPPINGS = {
+    "limber": "{kind: linear}",
+    "mapl": "{kind: transformer, tokens: 3, width: 16, layers: 2, heads: 2}",
+}
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory):
+    """A CLIP's export and a causal LM that knows the captions but no pictures, both as their libraries write them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("backbones")
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    clip = Clip({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, ObjectiveConfig())
+    export(clip, clip.state_dict(), {"size": [32, 32]}, folder / "clip")
+    tokenizer = train_bpe(CAPTIONS, 300)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    special = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    ids = [[*special[0], *tokenizer(text, add_special_tokens=False)["input_ids"], *special[1]] for text in CAPTIONS]
+    steps = torch.optim.AdamW(lm.parameters(), lr=1e-2)
+    for _ in range(150):
+        lm(input_ids=torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
+        steps.step()
+        steps.zero_grad()
+    lm.save_pretrained(folder / "lm")
+    tokenizer.save_pretrained(str(folder / "lm"))
+    return folder
+
+
+def made(backbones, tmp_path, name):
+    arguments = ["--config", f"recipes/train/tiny_{name}.yaml", "--data", ".", "--out", ".", "--loader.batch", "12"]
+    arguments += ["--mmgem.vision.arch", f"local-dir:{backbones / 'clip'}", "--mmgem.mapping", MAPPINGS[name]]
+    arguments += ["--mmgem.language.name_or_path", str(backbones / "lm")]
+    config = parse([*arguments, "--mmgem.tokenizer.name_or_path", str(backbones / "lm")])[0]
+    torch.manual_seed(1)
+    return config, build(config, tmp_path / "tokenizer", list)
+
+
+def batch_of(family, n, shuffled=False):
+    numbers = torch.arange(n) % len(CAPTIONS)
+    noise = torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    pixels = torch.tensor(list(COLOURS.values()))[numbers][:, :, None, None] + 0.1 * noise
+    text = family.encode_text([CAPTIONS[i] for i in numbers.roll(1 if shuffled else 0).tolist()])
+    return {
+        "pixel_values": pixels.to(next(family.model.parameters()).dtype),
+        **text,
+        "valid": torch.ones(n, dtype=torch.bool),
+    }
+
+
+def step(model, chunks):
+    return gradient_cached_step(
+        forward=lambda chunk, separable: Outputs(**model(chunk, separable=separable)),
+        backward=lambda loss: loss.backward(),
+        chunks=chunks,
+        counts={"generate": sum(model.counts(c)["generate"] for c in chunks)},
+        weights={},
+        coupled=InfoNCE(),
+        world=World(),
+    )
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_only_the_mapping_changes_and_captions_learn_the_pictures(backbones, tmp_path, name):
+    config, family = made(backbones, tmp_path, name)
+    model = family.model
+    groups = parameter_groups(model.named_parameters(), config.optim)
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trains == {n for n, _ in model.named_parameters() if n.startswith("mapping.")}
+    before = {n: x.clone() for n, x in model.state_dict().items()}
+    batch, wrong = batch_of(family, 6), batch_of(family, 6, shuffled=True)
+    optimizer = torch.optim.AdamW([{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups], lr=1e-2)
+    for _ in range(200):
+        loss = float(step(model, [batch])["loss_generate"])
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        shuffled = float(model(wrong, True)["sums"]["generate"] / model.counts(wrong)["generate"])
+    assert loss < 0.2 * shuffled, (loss, shuffled)
+    after = model.state_dict()
+    assert all(torch.equal(after[n], x) for n, x in before.items() if not n.startswith("mapping."))
+    assert not any(torch.equal(after[n], before[n]) for n in trains if not n.endswith("in_proj_bias"))
+    written = family.tokenizer.batch_decode(model.eval().generate(batch["pixel_values"]), skip_special_tokens=True)
+    assert sum(text.strip() == caption for text, caption in zip(written, CAPTIONS)) >= 5, written
+
+    family.export(model.state_dict(), tmp_path / "export")
+    again = Bridge.from_pretrained(tmp_path / "export").eval()
+    assert torch.equal(again.generate(batch["pixel_values"]), model.generate(batch["pixel_values"]))
+    lm = json.loads((backbones / "lm" / "config.json").read_text())
+    assert again.llm.config.vocab_size == lm["vocab_size"], "a frozen LM gets no new words"
+    for call in (again.get_image_features, again.get_text_features):
+        with pytest.raises(UserError, match=r"mmgem\.mapping: .* embeds nothing"):
+            call(batch["pixel_values"])
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_float64_equals_the_full_batch_written_plainly(backbones, tmp_path, name):
+    """One forward of the LM's own over visual tokens and caption, its own whole logits, and a hole left out."""
+    config, family = made(backbones, tmp_path, name)
+    model = family.model.double()
+    parameter_groups(model.named_parameters(), config.optim)
+    batch = batch_of(family, 7)
+    batch["valid"][2] = False
+    visual = model._visual(batch["pixel_values"])
+    assert visual.shape[:2] == (7, {"limber": 4, "mapl": 3}[name])
+    words = model.llm.get_input_embeddings()(batch["input_ids"])
+    logits = model.llm(inputs_embeds=torch.cat([visual, words], 1)).logits[:, visual.shape[1] - 1 : -1]
+    keep = batch["valid"]
+    expected_loss = F.cross_entropy(logits[keep].flatten(0, 1), batch["labels"][keep].flatten())
+    expected_loss.backward()
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    expected = {n: p.grad.clone() for n, p in own.items()}
+    for chunk in (1, 3, 7):
+        model.zero_grad()
+        with patched_float():
+            metrics = step(model, [dict(zip(batch, part)) for part in zip(*(x.split(chunk) for x in batch.values()))])
+        whole, worst = differences({n: p.grad for n, p in own.items()}, expected)
+        assert whole < 1e-12 and worst < 1e-11, (chunk, whole, worst)
+        assert abs(float(metrics["loss"] - expected_loss.detach())) < 1e-12 and "loss_embed" not in metrics
+
+
+def test_bad_mappings_and_towers_are_one_line(backbones, tmp_path):
+    with pytest.raises(UserError, match=r"mmgem\.mapping\.heads: 3 does not divide width 16"):
+        MappingConfig(width=16, heads=3)
+    with pytest.raises(UserError, match=r"mmgem\.mapping\.tokens: 0"):
+        MappingConfig(tokens=0)
+    with pytest.raises(UserError, match=r"mmgem\.vision\.arch: .* is no export of a CLIP"):
+        from_export(tmp_path, VisionConfig())
