@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -18,6 +19,7 @@ from curation.manifest import read_manifest
 from training import checkpoint
 from training.config import TrainConfig, as_dict
 from training.families import Family, build
+from training.regions import Region, region_weights
 
 
 def rebuild(config: TrainConfig, tokenizer: Path) -> Family:
@@ -65,7 +67,7 @@ class Model:
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """Unit embeddings, fp32 [B, D]."""
-        model, inputs = self.family.model, self.family.encode_text(texts)
+        model, inputs = self.family.model, (self.family.encode_query or self.family.encode_text)(texts)
         if "attention_mask" in inputs:
             return model.get_text_features(**{n: x.to(self.device) for n, x in inputs.items()}).pooler_output.cpu()
         ids = inputs["input_ids"].to(self.device)
@@ -79,6 +81,39 @@ class Model:
         ids = self.family.model.generate(pixels.to(self.device), max_new_tokens=max_new_tokens)
         return [text.strip() for text in self.family.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
+    @property
+    def can_regions(self) -> bool:
+        """Whether it embeds and describes parts of pictures."""
+        return hasattr(self.family.model, "pooled_region")
+
+    def region_weights(self, region: Region, size: tuple[int, int]) -> np.ndarray:
+        """float32 [N]: over the patches of a picture of this (width, height). Raises ValueError where the model sees
+        nothing of it."""
+        return region_weights(region, size, self.family.image.grid, self.preprocess["resize_mode"])
+
+    @torch.no_grad()
+    def feature_maps(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, N, Dv], on the device."""
+        return self.family.model.feature_map(pixels.to(self.device))
+
+    @torch.no_grad()
+    def embed_regions(self, maps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Unit embeddings, fp32 [B, D], of a region [B, N] of each feature map [B, N, Dv]."""
+        return self.family.model.get_region_features(maps, weights).pooler_output.cpu()
+
+    @torch.no_grad()
+    def caption_regions(self, maps: torch.Tensor, weights: torch.Tensor, max_new_tokens: int = 32) -> list[str]:
+        """A greedy caption of a region of each feature map."""
+        ids = self.family.model.generate_region(maps, weights, max_new_tokens=max_new_tokens)
+        return [text.strip() for text in self.family.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def heat_map(self, picture: Image.Image, text: str) -> np.ndarray:
+        """float32 [h, w]: the cosine of each patch with the text."""
+        assert self.family.encode_query is not None
+        ids = self.family.encode_query([text])["input_ids"].to(self.device)
+        return self.family.model.heat_map(self.images([picture]).to(self.device), ids)[0].float().cpu().numpy()
+
 
 def config_from(record: dict[str, Any]) -> TrainConfig:
     from training.config import make_parser
@@ -89,11 +124,14 @@ def config_from(record: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{name: getattr(parsed, name) for name in TrainConfig.__dataclass_fields__})
 
 
-def load(folder: Path) -> Model:
+def load(folder: Path, embed_tokens: int | None = None) -> Model:
     """Open RUN/checkpoints/step_*, or a RUN/export together with its run.
 
+    Args:
+        embed_tokens: what a text is cut to when it is embedded, instead of what the recipe says (mmgem).
+
     Raises:
-        UserError: no such folder, cut short, or not a checkpoint of ours.
+        UserError: no such folder, cut short, or not a checkpoint of ours; texts that it cannot read in one piece.
     """
     from open_clip.transform import image_transform
 
@@ -101,14 +139,14 @@ def load(folder: Path) -> Model:
     exported = sorted(set(folder.glob("*.safetensors")) - set(folder.glob("rank_*")))  # those are a checkpoint's
     if not exported:
         manifest = checkpoint.check(folder)
-        config, run = config_from(manifest["config"]), folder.parent.parent
+        config, run = _reading(config_from(manifest["config"]), embed_tokens), folder.parent.parent
         words = run / "tokenizer"
         family = rebuild(config, words)
         family.model.load_state_dict(checkpoint.consolidated(folder))
         step, weights_hash = manifest["step"], manifest["weights_hash"]
         name = f"{run.name}/{folder.name}"
     else:
-        family, config, step = _exported(folder)
+        family, config, step = _exported(folder, embed_tokens)
         weights_hash, name = file_hash(exported), f"{run.name}/{folder.name}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family.model.eval().to(device)
@@ -136,12 +174,21 @@ def load(folder: Path) -> Model:
     return Model(name, step, weights_hash, preprocess, can_caption, family, transform, device)
 
 
-def _exported(folder: Path) -> tuple[Family, TrainConfig, int]:
+def _reading(config: TrainConfig, embed_tokens: int | None) -> TrainConfig:
+    """The recipe with texts of this length."""
+    if embed_tokens is None:
+        return config
+    if config.mmgem is None:
+        raise UserError(f"--embed-tokens {embed_tokens}: {config.family} reads texts as it was trained; leave it out")
+    return replace(config, mmgem=replace(config.mmgem, embed_tokens=embed_tokens))
+
+
+def _exported(folder: Path, embed_tokens: int | None) -> tuple[Family, TrainConfig, int]:
     """An export's family, from the recipe in it."""
     record = read_manifest(folder / "gemsmith.json")
     if record is None:
         raise UserError(f"--checkpoint {folder}: has no gemsmith.json; name an export that `gemsmith train` wrote")
-    config = config_from(record["config"])
+    config = _reading(config_from(record["config"]), embed_tokens)
     if config.adapter is not None and config.adapter.merge:
         config = replace(config, adapter=None)
     family = rebuild(config, folder)

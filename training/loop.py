@@ -129,6 +129,7 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
         family.model.checkpoint_activations()
     groups = parameter_groups(family.model.named_parameters(), config.optim)
     optimizer, used = Sharded(groups, config.optim), zero.Used(family.model.named_parameters())
+    frozen = {name: p.data for name, p in family.model.named_parameters() if not p.requires_grad}
     # ZeRO-3 gathers a transformer block at a time: its hooks on every small module of a block cost more than they save.
     deepspeed.utils.set_z3_leaf_modules(family.model, sorted(family.model.blocks), raise_if_not_found=False)
     engine, *_ = deepspeed.initialize(
@@ -136,6 +137,8 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     )
     engine.train()
     optimizer.attach(zero.shards(engine), world)
+    optimizer.frozen = zero.exact(engine, frozen)
+    del frozen
     if engine.zero_optimization_stage() == 0:
         optimizer.clip = config.optim.gradient_clipping
     loader = Loader(
