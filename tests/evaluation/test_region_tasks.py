@@ -35,6 +35,7 @@ class RegionModel(SmallModel):
         self.calls.append(("maps", len(pixels)))
         return torch.nn.functional.avg_pool2d(pixels, 2).flatten(2).transpose(1, 2)
 
+    @torch.no_grad()
     def embed_regions(self, maps, weights):
         self.calls.append(("regions", len(maps)))
         colour = torch.einsum("bn,bnd->bd", weights, maps)

@@ -20,6 +20,7 @@ from training.gradient_cache import Outputs, gradient_cached_step
 from training.inference import config_from, load
 from training.models.mmgem_regions import TRAINED, begin_from
 from training.objectives.infonce import InfoNCE
+from training.train import parse
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +212,14 @@ def test_a_checkpoint_of_another_model_is_refused(shards, first, tmp_path):
     lone = dataclasses.replace(stage2_config("captioning", first).mmgem, init=None)
     with pytest.raises(UserError, match=r"mmgem\.init: stage 2 begins from"):
         begin.check(dataclasses.replace(stage2_config("captioning", first), mmgem=lone))
+
+
+@pytest.mark.parametrize(
+    ("stage", "batch", "steps", "prompts"), [("captioning", 2048, 60_000, 64), ("retrieval", 49_152, 15_000, 0)]
+)
+def test_the_papers_numbers_are_in_the_recipes(stage, batch, steps, prompts):
+    recipe = ["--config", f"recipes/train/mmgem_stage2_{stage}.yaml", "--data", "d", "--out", "o"]
+    config = parse(recipe)[0]
+    assert (config.loader.batch, config.steps, config.mmgem.prompts) == (batch, steps, prompts)
+    with pytest.raises(UserError, match=r"mmgem\.init: stage 2 begins from"):
+        begin.check(config)

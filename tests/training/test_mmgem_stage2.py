@@ -49,6 +49,7 @@ def test_each_part_trains_alone_and_embeddings_keep_their_bits(runs):
     assert models[1].caption(pixels, 5) == models[2].caption(pixels, 5), "h4 is not on the way to the captions"
 
 
+@pytest.mark.long  # a third launch
 def test_a_run_cut_short_resumes_to_the_same_bits(runs):
     *_, retrieval, again = runs
     wanted = load_file(retrieval / "export/model.safetensors")
