@@ -59,7 +59,8 @@ class Seen:
         if not getattr(model, "can_regions", False):
             raise UserError(f"--tasks {task}: checkpoint {model.name} takes no regions; leave the task out")
         self.model, self.data = model, data
-        weights, kept = [], []
+        weights: list[np.ndarray] = []
+        kept: list[int] = []
         for number, (region, owner) in enumerate(zip(data.regions, data.owner.tolist(), strict=True)):
             if limit is not None and len(kept) == limit:
                 break
