@@ -1,8 +1,9 @@
 """Evaluation data: read, checked and named by content before anything is graded.
 
 Two layouts. Retrieval and captioning read a folder of img2dataset tars (all
-captions of a sample, as `curation.captions` reads them); classification reads
-CLIP_benchmark's webdataset layout. One folder may hold both.
+captions of a sample, as `curation.captions` reads them), and the region tasks
+the `regions` in their json; classification reads CLIP_benchmark's webdataset
+layout. One folder may hold both.
 
 Every image is decoded once while opening, so that what cannot be read is left
 out of every task alike, with a reason, and the number of queries does not
@@ -19,10 +20,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from curation.captions import read_captions
 from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.tar import IMAGE_EXTENSIONS, Bytes, Member, Sample, open_shard, samples
+from training.regions import Region, read_region, size_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -82,6 +86,20 @@ class ClassificationData:
     labels: list[int]
     class_names: list[str]
     templates: list[str]
+    left_out: list[dict[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionData:
+    """R regions of N pictures: `owner` [R] is the picture of each, ascending; `sizes` [N] are (width, height)."""
+
+    name: str
+    content_hash: str
+    pictures: Pictures
+    uids: list[str]
+    sizes: list[tuple[int, int]]
+    regions: list[Region]
+    owner: np.ndarray
     left_out: list[dict[str, str]]
 
 
@@ -195,6 +213,54 @@ def open_retrieval(folder: Path) -> RetrievalData:
         captions=[captions for _, captions in extras],
         left_out=left_out,
     )
+
+
+def open_regions(folder: Path) -> RegionData:
+    """The regions of a folder of img2dataset tars; samples without any are none of this data, and no error.
+
+    Raises:
+        UserError: no folder, no tar in it, or no usable region.
+    """
+    paths = sorted(_folder(folder).glob("*.tar"))
+    if not paths:
+        raise UserError(f"--data {folder}: holds no .tar; the region tasks read img2dataset tars at its top")
+    pictures, extras, left_out = _read(paths, _uid_and_regions)
+    _checked(folder, pictures, left_out)
+    regions: list[Region] = []
+    owner: list[int] = []
+    kept = [number for number, (_, _, found) in enumerate(extras) if found]
+    broken = []
+    for place, number in enumerate(kept):
+        uid, size, found = extras[number]
+        for entry in found:
+            try:
+                regions.append(read_region(entry, *size))
+                owner.append(place)
+            except ValueError as reason:
+                broken.append({"shard": "", "key": uid, "reason": str(reason)})
+    if not regions:
+        why = f"all {len(broken)} broken, the first {broken[0]['reason']}" if broken else "no json names `regions`"
+        raise UserError(f"--data {folder}: no usable region ({why}); name a set with boxes or masks")
+    if broken:
+        print(f"{folder}: {len(broken)} regions left out, the first is {broken[0]['key']}: {broken[0]['reason']}")
+    return RegionData(
+        name=folder.resolve().name,
+        content_hash=file_hash(paths),
+        pictures=Pictures(pictures.shards, [pictures.places[number] for number in kept]),
+        uids=[extras[number][0] for number in kept],
+        sizes=[extras[number][1] for number in kept],
+        regions=regions,
+        owner=np.array(owner),
+        left_out=left_out + broken,
+    )
+
+
+def _uid_and_regions(shard: Bytes, sample: Sample, image: Member) -> tuple[str, tuple[int, int], list[Any]]:
+    """(uid, (width, height), the regions as the json has them)"""
+    uid, _ = _uid_and_captions(shard, sample, image)
+    record = json.loads(_payload(shard, sample.members["json"])) if "json" in sample.members else {}
+    found = record.get("regions") if isinstance(record, dict) else None
+    return uid, size_of(_payload(shard, image)), found if isinstance(found, list) else []
 
 
 def _lines(path: Path) -> list[str]:

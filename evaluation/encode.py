@@ -105,7 +105,7 @@ def encode_images(model: Model, pictures: Pictures, *, cache: Path | None = None
     def compute(indices: list[int]) -> "Tensor":
         return model.embed_images(model.images([pictures[index] for index in indices]))
 
-    return _encoded(model, "images", pictures.content_hash, len(pictures), compute, cache, batch)
+    return encoded(model, "images", pictures.content_hash, len(pictures), compute, cache, batch)
 
 
 def encode_texts(model: Model, texts: Sequence[str], *, cache: Path | None = None, batch: int = BATCH) -> np.ndarray:
@@ -123,11 +123,11 @@ def encode_texts(model: Model, texts: Sequence[str], *, cache: Path | None = Non
     def compute(indices: list[int]) -> "Tensor":
         return model.embed_texts([unique[index] for index in indices])
 
-    found = _encoded(model, "texts", config_hash(unique), len(unique), compute, cache, batch)
+    found = encoded(model, "texts", config_hash(unique), len(unique), compute, cache, batch)
     return found[[row[text] for text in texts]]
 
 
-def _encoded(
+def encoded(
     model: Model,
     modality: str,
     content: str,

@@ -20,6 +20,8 @@ from evaluation.encode import Model
 from evaluation.tasks import TASKS
 from evaluation.tasks.captioning import CaptioningSettings
 from evaluation.tasks.classification import ClassificationSettings
+from evaluation.tasks.region_captioning import RegionCaptioningSettings
+from evaluation.tasks.region_retrieval import RegionRetrievalSettings
 from evaluation.tasks.retrieval import RetrievalSettings
 
 Load = Callable[[Path], Model]
@@ -34,6 +36,8 @@ class EvaluateConfig:
     retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
     classification: ClassificationSettings = field(default_factory=ClassificationSettings)
     captioning: CaptioningSettings = field(default_factory=CaptioningSettings)
+    region_retrieval: RegionRetrievalSettings = field(default_factory=RegionRetrievalSettings)
+    region_captioning: RegionCaptioningSettings = field(default_factory=RegionCaptioningSettings)
 
 
 def load_config(overrides: Sequence[str]) -> EvaluateConfig:
@@ -55,11 +59,11 @@ def load_config(overrides: Sequence[str]) -> EvaluateConfig:
     return EvaluateConfig(**{name: getattr(parsed, name) for name in EvaluateConfig.__dataclass_fields__})
 
 
-def load_checkpoint(checkpoint: Path) -> Model:
+def load_checkpoint(checkpoint: Path, embed_tokens: int | None = None) -> Model:
     """The project's own loader; torch is imported with it."""
     from training.inference import load
 
-    return load(checkpoint)
+    return load(checkpoint, embed_tokens)
 
 
 def open_sources(tasks: Sequence[str], data: Sources) -> dict[str, Any]:

@@ -175,7 +175,8 @@ def export(arguments: list[str]) -> int:
 
 
 def _grading(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tasks", required=True, help="retrieval, classification, captioning: a list with commas")
+    names = "retrieval, classification, captioning, region_retrieval, region_captioning"
+    parser.add_argument("--tasks", required=True, help=f"{names}: a list with commas")
     parser.add_argument(
         "--data", action="append", required=True, metavar="[TASK=]DIR", help="a folder for all tasks, or TASK=DIR each"
     )
@@ -199,14 +200,16 @@ def _sources(tasks: Sequence[str], data: Sequence[str]) -> Any:
 def evaluate(arguments: list[str]) -> int:
     parser = _parser("evaluate")
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step_* or RUN/export")
+    parser.add_argument("--embed-tokens", type=int, help="cut texts there and not where training did (mmgem)")
     _grading(parser)
     a, overrides = parser.parse_known_args(arguments)
     from evaluation.evaluate import evaluate as run
-    from evaluation.evaluate import load_config
+    from evaluation.evaluate import load_checkpoint, load_config
 
     _set_threads(a.threads)
     tasks = a.tasks.split(",")
     run(
+        load=lambda folder: load_checkpoint(folder, a.embed_tokens),
         checkpoint=a.checkpoint,
         tasks=tasks,
         data=_sources(tasks, a.data),
@@ -214,6 +217,21 @@ def evaluate(arguments: list[str]) -> int:
         cache=a.cache,
         config=load_config(overrides),
     )
+    return 0
+
+
+@command("heatmap", "where a picture shows a text, drawn over it")
+def heatmap(arguments: list[str]) -> int:
+    parser = _parser("heatmap")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step_* or RUN/export")
+    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    a = parser.parse_args(arguments)
+    from evaluation.heatmap import heat_map
+
+    found = heat_map(a.checkpoint, a.image, a.text, a.out)
+    print(f"{a.out}: cosine {found.min():.3f} to {found.max():.3f} over {found.shape[0]} x {found.shape[1]} patches")
     return 0
 
 

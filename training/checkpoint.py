@@ -163,7 +163,7 @@ def _collect(engine: Any, optimizer: Sharded) -> tuple[dict[str, torch.Tensor], 
             tensors[f"{kind}.{number}"] = torch.cat([whole[s.start : s.start + s.size] for s in held]).cpu()
         table[str(number)] = [[s.name, s.offset, s.size, taken] for s, taken in zip(held, state.steps)]
     for number, (stretch, values) in enumerate(zero.frozen(engine).items()):
-        tensors[f"{WEIGHTS}.frozen{number}"] = values.clone().cpu()
+        tensors[f"{WEIGHTS}.frozen{number}"] = optimizer.frozen.get(stretch, values).clone().cpu()
         table[f"frozen{number}"] = [[stretch.name, stretch.offset, stretch.size, 0]]
     if World.current().rank == 0:
         for name, value in _persistent_buffers(engine.module):
@@ -300,6 +300,8 @@ def resume(engine: Any, optimizer: Sharded, folder: Path) -> int:
             for kind in MOMENTS:
                 reader.read(kind, stretch, state.moments[kind][part])
     for stretch, values in zero.frozen(engine, everywhere=True).items():
+        reader.read(WEIGHTS, stretch, values)
+    for stretch, values in optimizer.frozen.items():
         reader.read(WEIGHTS, stretch, values)
     buffers = dict(engine.module.named_buffers())
     for name, value in reader.buffers().items():

@@ -130,8 +130,9 @@ class OptimConfig:
     groups: list[GroupConfig] = field(default_factory=list)
 
 
-Kind = Literal["pairs", "images", "texts", "rows"]
-"""What a sample is to a step: a picture and a caption, one of them alone, or what a family reads of its own source."""
+Kind = Literal["pairs", "images", "texts", "rows", "regions"]
+"""What a sample is to a step: a picture and a caption, one of them alone, what a family reads of its own source, or one
+of the picture's regions and its phrase, another in each epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +303,10 @@ class TrainConfig:
                 raise UserError(
                     f"loader.sources.{name}.kind: {self.family} trains on {' and '.join(known)}, not {source.kind}"
                 )
+        if any(source.kind == "regions" for source in self.loader.sources.values()) and self.loader.crop_scale[0] < 1:
+            raise UserError("loader.crop_scale: a crop may cut a region off; with kind regions leave it at [1, 1]")
+        if self.mmgem is not None:
+            self.mmgem.check_stage(self.loader.sources, self.adapter)
         if self.vlm2vec is not None and self.loader.retain == "auto":
             raise UserError("loader.retain: auto measures pictures of one size; vlm2vec needs a number")
 

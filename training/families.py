@@ -4,6 +4,7 @@ A family is its model, how captions become tensors, what its images look like,
 and how it is exported for people who take the model away.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from curation.errors import UserError
 from training.config import AdapterConfig, TrainConfig
 from training.data import Drawn, ImageSpec, Source
 from training.family_config import ClipRecipe, MMGemRecipe, TokenizerConfig
@@ -19,10 +21,12 @@ from training.family_config import ClipRecipe, MMGemRecipe, TokenizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """encode_text: captions -> tensors of a chunk · encode_query: captions -> input of `embed_texts` ·
+    """encode_text: captions -> tensors of a chunk ·
+    encode_query: texts -> tensors to embed outside training, where they may be longer ·
     export: (state dict, folder) writes what `from_pretrained` or open_clip reads · read_export: the state back ·
     extra: (kind, rows) -> more tensors of a chunk, drawn from each row's `draw` ·
-    prepare: trains or loads what `extra` needs of these sources, before the first chunk ·
+    prepare: trains or loads what `extra` needs of these sources, or the weights that the run begins from, before the
+    first chunk ·
     mismatched: (draw) -> whether the pair of that row is given another's text too, to be told apart ·
     encode_images: pictures -> input of `get_image_features`, where they are not squares of one size."""
 
@@ -36,6 +40,7 @@ class Family:
     prepare: Callable[[Sequence[Source]], None] | None = None
     mismatched: Callable[[int], bool] | None = None
     encode_images: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None
+    encode_query: Callable[[list[str]], dict[str, torch.Tensor]] | None = None
 
 
 def _kept_tokenizer(
@@ -59,6 +64,8 @@ def _swaps(recipe: ClipRecipe | MMGemRecipe, encode_text: Any) -> Any:
 
 
 def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
+    from training import begin
+    from training.models import mmgem_regions
     from training.models.bridge import Bridge
     from training.models.mmgem import MMGem
     from training.tokenizer import EMB, load_tokenizer
@@ -75,15 +82,23 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         embed_dim=recipe.embed_dim,
         objective={k: v for k, v in vars(config.objective).items() if k != "weights"},
         resize_mode=config.loader.resize_mode,
+        prompts=recipe.prompts,
+        h4=recipe.h4,
         **({} if recipe.mapping is None else {"mapping": asdict(recipe.mapping)}),
     )
+    if recipe.stage2 is not None:
+        mmgem_regions.begin_stage(model, recipe.stage2)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     emb = tokenizer.convert_tokens_to_ids(EMB) if recipe.mapping is None else pad  # a bridge never reads it
 
-    def encode_text(texts: list[str]) -> dict[str, torch.Tensor]:
-        ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=config.loader.max_tokens - 1)[
-            "input_ids"
-        ]
+    longest_text = model.config.text_config.get("max_position_embeddings", math.inf)
+    embed_tokens = recipe.embed_tokens or config.loader.max_tokens
+    for name, tokens in {"mmgem.embed_tokens": embed_tokens, "loader.max_tokens": config.loader.max_tokens}.items():
+        if tokens > longest_text:
+            raise UserError(f"{name}: {tokens} is more than the {longest_text} positions of the LLM; lower it")
+
+    def encode_text(texts: list[str], max_tokens: int = config.loader.max_tokens) -> dict[str, torch.Tensor]:
+        ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_tokens - 1)["input_ids"]
         longest = max(map(len, ids)) + 1
         return {
             "input_ids": torch.tensor([row + [emb] + [pad] * (longest - 1 - len(row)) for row in ids]),
@@ -104,10 +119,17 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         mean=tuple(model.config.image_mean),
         std=tuple(model.config.image_std),
     )
+
+    def prepare(sources: Sequence[Source]) -> None:
+        assert recipe.init is not None
+        mmgem_regions.begin_from(model, begin.weights(recipe.init), recipe.init)
+
     return Family(
         model=model,
-        image=spec,
+        image=replace(spec, grid=model.grid),
         encode_text=encode_text,
+        encode_query=lambda texts: encode_text(texts, embed_tokens),
+        prepare=prepare if recipe.init is not None else None,
         export=export,
         read_export=lambda folder: kind.from_pretrained(folder).state_dict(),
         tokenizer=tokenizer,

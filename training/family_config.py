@@ -3,6 +3,7 @@
 A new family is a section here, a line in `LOSSES` and in `KINDS`, and a field of `TrainConfig`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +17,12 @@ LOSSES = {
 }
 """The families, by the name of their section, and the losses of each beside the coupled one."""
 
-KINDS = {"mmgem": ("pairs",), "clip": ("pairs",), "flava": ("pairs", "images", "texts"), "vlm2vec": ("pairs", "rows")}
+KINDS = {
+    "mmgem": ("pairs", "regions"),
+    "clip": ("pairs",),
+    "flava": ("pairs", "images", "texts"),
+    "vlm2vec": ("pairs", "rows"),
+}
 """What a source of each may hold."""
 
 
@@ -83,12 +89,21 @@ class MappingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MMGemRecipe:
-    """MM-GEM stage 1 (arXiv 2405.19333): ViT and one causal LLM that embeds and captions.
+    """MM-GEM (arXiv 2405.19333): ViT and one causal LLM that embeds and captions.
 
     mapping: instead, captions alone through a mapping between the two, which the recipe freezes (LiMBeR, MAPL) ·
-    negatives, tagger: hard negative captions, as a `clip:` section has them.
+    negatives, tagger: hard negative captions, as a `clip:` section has them ·
+    init: RUN/export or RUN/checkpoints/step_* to begin from, whose vision, language, tokenizer and embed_dim it takes ·
+    stage2: what trains on regions, all else frozen: captioning (h3 and the prompts) or retrieval (h4) ·
+    prompts: soft prompts in place of [CAP]; 0: none yet · h4: whether there is a layer for regions after h1 ·
+    embed_tokens: what a text is cut to when it is embedded outside training; null: loader.max_tokens.
     """
 
+    init: str | None = None
+    stage2: Literal["captioning", "retrieval"] | None = None
+    prompts: int = 0
+    h4: bool = False
+    embed_tokens: int | None = None
     vision: VisionConfig = field(default_factory=VisionConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -102,6 +117,25 @@ class MMGemRecipe:
             raise UserError(f"mmgem.negatives: {self.negatives} is below 0; 0 takes none")
         if self.negatives and self.mapping is not None:
             raise UserError("mmgem.negatives: a mapping has no contrastive loss for them; remove one of the two")
+        if self.stage2 is not None and (self.negatives or self.mapping is not None):
+            raise UserError(f"mmgem.stage2: {self.stage2} trains on regions alone; remove negatives and mapping")
+
+    def check_stage(self, sources: Mapping[str, Any], adapter: Any) -> None:
+        """
+        Raises:
+            UserError: data or an adapter that the stage cannot train with; numbers that cannot be.
+        """
+        wanted = "pairs" if self.stage2 is None else "regions"
+        kinds = {name: source.kind for name, source in sources.items()} or {"data": "pairs"}
+        if wrong := next((name for name, kind in kinds.items() if kind != wanted), None):
+            stage = "stage 1" if self.stage2 is None else f"stage2: {self.stage2}"
+            raise UserError(f"loader.sources.{wrong}.kind: mmgem in {stage} trains on {wanted}, not {kinds[wrong]}")
+        if self.stage2 is not None and adapter is not None:
+            raise UserError(f"adapter: stage2 {self.stage2} freezes all but its own parts; remove it")
+        if self.prompts < 0:
+            raise UserError(f"mmgem.prompts: {self.prompts} is below 0; the paper takes 64")
+        if self.embed_tokens is not None and self.embed_tokens < 2:
+            raise UserError(f"mmgem.embed_tokens: {self.embed_tokens} leaves no room for a text; give 2 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

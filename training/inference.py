@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -19,6 +20,7 @@ from training import checkpoint
 from training.config import TrainConfig, as_dict
 from training.families import Family, build
 from training.processor import processor_of
+from training.regions import Region, region_weights
 
 
 def rebuild(config: TrainConfig, tokenizer: Path) -> Family:
@@ -76,6 +78,39 @@ class Model:
         ids = self.family.model.generate(pixels.to(self.device), max_new_tokens=max_new_tokens)
         return [text.strip() for text in self.family.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
+    @property
+    def can_regions(self) -> bool:
+        """Whether it embeds and describes parts of pictures."""
+        return hasattr(self.family.model, "pooled_region")
+
+    def region_weights(self, region: Region, size: tuple[int, int]) -> np.ndarray:
+        """float32 [N]: over the patches of a picture of this (width, height). Raises ValueError where the model sees
+        nothing of it."""
+        return region_weights(region, size, self.family.image.grid, self.preprocess["resize_mode"])
+
+    @torch.no_grad()
+    def feature_maps(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, N, Dv], on the device."""
+        return self.family.model.feature_map(pixels.to(self.device))
+
+    @torch.no_grad()
+    def embed_regions(self, maps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Unit embeddings, fp32 [B, D], of a region [B, N] of each feature map [B, N, Dv]."""
+        return self.family.model.get_region_features(maps, weights).pooler_output.cpu()
+
+    @torch.no_grad()
+    def caption_regions(self, maps: torch.Tensor, weights: torch.Tensor, max_new_tokens: int = 32) -> list[str]:
+        """A greedy caption of a region of each feature map."""
+        ids = self.family.model.generate_region(maps, weights, max_new_tokens=max_new_tokens)
+        return [text.strip() for text in self.family.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def heat_map(self, picture: Image.Image, text: str) -> np.ndarray:
+        """float32 [h, w]: the cosine of each patch with the text."""
+        assert self.family.encode_query is not None
+        ids = self.family.encode_query([text])["input_ids"].to(self.device)
+        return self.family.model.heat_map(self.images([picture]).to(self.device), ids)[0].float().cpu().numpy()
+
 
 def config_from(record: dict[str, Any]) -> TrainConfig:
     from training.config import make_parser
@@ -86,24 +121,27 @@ def config_from(record: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{name: getattr(parsed, name) for name in TrainConfig.__dataclass_fields__})
 
 
-def load(folder: Path) -> Model:
+def load(folder: Path, embed_tokens: int | None = None) -> Model:
     """Open RUN/checkpoints/step_*, or a RUN/export together with its run.
 
+    Args:
+        embed_tokens: what a text is cut to when it is embedded, instead of what the recipe says (mmgem).
+
     Raises:
-        UserError: no such folder, cut short, or not a checkpoint of ours.
+        UserError: no such folder, cut short, or not a checkpoint of ours; texts that it cannot read in one piece.
     """
     run, words = folder.parent, folder
     exported = sorted(set(folder.glob("*.safetensors")) - set(folder.glob("rank_*")))  # those are a checkpoint's
     if not exported:
         manifest = checkpoint.check(folder)
-        config, run = config_from(manifest["config"]), folder.parent.parent
+        config, run = _reading(config_from(manifest["config"]), embed_tokens), folder.parent.parent
         words = run / "tokenizer"
         family = rebuild(config, words)
         family.model.load_state_dict(checkpoint.consolidated(folder))
         step, weights_hash = manifest["step"], manifest["weights_hash"]
         name = f"{run.name}/{folder.name}"
     else:
-        family, config, step = _exported(folder)
+        family, config, step = _exported(folder, embed_tokens)
         weights_hash, name = file_hash(exported), f"{run.name}/{folder.name}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family.model.eval().to(device)
@@ -124,14 +162,23 @@ def load(folder: Path) -> Model:
     return Model(name, step, weights_hash, preprocess, can_caption, family, processor, device)
 
 
-def _exported(folder: Path) -> tuple[Family, TrainConfig, int]:
+def _reading(config: TrainConfig, embed_tokens: int | None) -> TrainConfig:
+    """The recipe with texts of this length."""
+    if embed_tokens is None:
+        return config
+    if config.mmgem is None:
+        raise UserError(f"--embed-tokens {embed_tokens}: {config.family} reads texts as it was trained; leave it out")
+    return replace(config, mmgem=replace(config.mmgem, embed_tokens=embed_tokens))
+
+
+def _exported(folder: Path, embed_tokens: int | None) -> tuple[Family, TrainConfig, int]:
     """An export's family, from the recipe in it."""
     import training.auto  # noqa: F401  transformers knows the folder's kind then, and does not warn of it
 
     record = read_manifest(folder / "gemsmith.json")
     if record is None:
         raise UserError(f"--checkpoint {folder}: has no gemsmith.json; name an export that `gemsmith train` wrote")
-    config = config_from(record["config"])
+    config = _reading(config_from(record["config"]), embed_tokens)
     if config.adapter is not None and config.adapter.merge:
         config = replace(config, adapter=None)
     family = rebuild(config, folder)

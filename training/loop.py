@@ -129,8 +129,8 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
         if (world.rank == 0) == first:
             with deferred if cut_up else contextlib.nullcontext():
                 family = build(config, tokenizer, lambda: every_caption(sources, members))
-            if family.prepare is not None:
-                family.prepare(sources)
+                if family.prepare is not None:
+                    family.prepare(sources)
         world.barrier()
     if config.activation_checkpointing:
         family.model.checkpoint_activations()
@@ -139,12 +139,17 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     # ZeRO-3 gathers a transformer block at a time: its hooks on every small module of a block cost more than they save.
     deepspeed.utils.set_z3_leaf_modules(family.model, sorted(family.model.blocks), raise_if_not_found=False)
     if cut_up:
-        partition(family.model, deferred, settings, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        frozen = partition(family.model, deferred, settings, dtype)
+    else:
+        frozen = {n: (0, p.data.view(-1)) for n, p in family.model.named_parameters() if not p.requires_grad}
     engine, *_ = deepspeed.initialize(model=family.model, optimizer=optimizer, config=settings)
     engine.train()
     if reduces_once(config, engine.zero_optimization_stage()):
         zero.sum_in_fp32(engine)
     optimizer.attach(zero.shards(engine), world)
+    optimizer.frozen = zero.exact(engine, frozen)
+    del frozen
     if engine.zero_optimization_stage() == 0:
         optimizer.clip = config.optim.gradient_clipping
     loader = Loader(

@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw
 from curation.errors import UserError
 from training.config import OptimConfig
 from training.distributed import World
-from training.zero import Shard
+from training.zero import Shard, Stretch
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
@@ -102,6 +102,7 @@ class Sharded(torch.optim.Optimizer):
         used: set before each step: the parameters to be stepped; None means all.
         clip: set without ZeRO, whose own optimisers clip and drop what is not finite: the largest norm of the gradient
             (0 = any). `norm` is then the last step's.
+        frozen: fp32 values of what no step moves, as this rank saves them, where the engine holds them in less.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
@@ -110,6 +111,7 @@ class Sharded(torch.optim.Optimizer):
         self.states: dict[int, State] = {}
         self.used: frozenset[str] | None = None
         self.clip: float | None = None
+        self.frozen: dict[Stretch, torch.Tensor] = {}
         self.norm = math.nan
         self.world = World()
 

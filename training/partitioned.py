@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -161,22 +162,32 @@ def _named(func: Any, kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
 
 
 @torch.no_grad()
-def partition(model: nn.Module, deferred: Deferred, settings: dict[str, Any], dtype: torch.dtype) -> None:
+def partition(
+    model: nn.Module, deferred: Deferred, settings: dict[str, Any], dtype: torch.dtype
+) -> dict[str, tuple[int, torch.Tensor]]:
     """Cut the parameters of a deferred model up over the ranks, one after the other, as DeepSpeed would the whole.
 
     Args:
         settings: of `deepspeed.initialize`.
         dtype: that the engine computes in; parameters and buffers are brought to it, as the engine would.
+
+    Returns:
+        This rank's part of each frozen parameter before it was rounded, as (first element, values), by name.
     """
     from deepspeed.runtime.zero import Init
 
-    init = Init(module=nn.Module(), config_dict_or_path=settings, dtype=dtype)
-    for parameter in model.parameters():
+    init, exact = Init(module=nn.Module(), config_dict_or_path=settings, dtype=dtype), {}
+    for name, parameter in model.named_parameters():
         with deferred.values(parameter):
+            before = parameter.data.view(-1)
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
             init._convert_to_zero_parameters([parameter])
+            if not parameter.requires_grad and before.dtype != dtype:
+                size = parameter.partition_numel()
+                exact[name] = (dist.get_rank() * size, before[dist.get_rank() * size :][:size].clone())
     deferred.histories.clear()
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype)
+    return exact

@@ -194,5 +194,6 @@ def processor_of(config: TrainConfig, family: Family) -> Any:
     pictures["resize_mode"] = config.loader.resize_mode
     if config.clip is not None:
         return ClipProcessor(**pictures, max_tokens=family.tokenizer.context_length)
-    kind = MMGemProcessor if config.mmgem is not None else FlavaProcessor
-    return kind(family.tokenizer, **pictures, max_tokens=tokens)
+    if config.mmgem is not None:
+        return MMGemProcessor(family.tokenizer, **pictures, max_tokens=config.mmgem.embed_tokens or tokens)
+    return FlavaProcessor(family.tokenizer, **pictures, max_tokens=tokens)

@@ -17,7 +17,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 
 from curation.errors import UserError, exit_code
 from curation.manifest import claim, read_manifest
-from training import checkpoint
+from training import begin, checkpoint
 from training.config import TrainConfig, as_dict, make_parser
 from training.data import Mixture, fingerprint, named, open_sources
 from training.deepspeed_config import deepspeed_config
@@ -39,12 +39,13 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, str], Path, bool
     except (ArgumentError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from None
     names = TrainConfig.__dataclass_fields__
-    config = TrainConfig(**{name: getattr(parsed, name) for name in names})
+    config = begin.resolved(TrainConfig(**{name: getattr(parsed, name) for name in names}))
     return config, named(config.loader, parsed.data), Path(parsed.out), parsed.overwrite
 
 
 def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size: int, overwrite: bool) -> bool:
     """Check what can be checked before launching and claim the folder; False where the run is complete already."""
+    begin.check(config)
     deepspeed_config(config, world_size)
     sources = open_sources(config.loader, data)
     weights = {source.name: source.weight for source in sources}

@@ -11,7 +11,7 @@ another stage, can read. All three read the same table, made here for every stag
     stage 3     every parameter cut in equal parts; a rank's parts of a group one after another
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,17 @@ def frozen(engine: Any, everywhere: bool = False) -> dict[Stretch, torch.Tensor]
         elif everywhere or world.rank == 0:
             kept[Stretch(name, 0, 0, p.numel())] = p.data.view(-1)
     return kept
+
+
+def exact(engine: Any, before: Mapping[str, tuple[int, torch.Tensor]]) -> dict[Stretch, torch.Tensor]:
+    """Of what `frozen` gives: the values `before` the engine rounded them, as (first element, elements that follow) by
+    the parameter's name. A checkpoint keeps these, so that bf16 training does not change a frozen weight."""
+    found = {}
+    for stretch, values in frozen(engine).items():
+        first, whole = before.get(stretch.name, (0, values))
+        if values.dtype != whole.dtype:
+            found[stretch] = whole[stretch.offset - first :][: stretch.size].cpu().clone()
+    return found
 
 
 def shapes(engine: Any) -> dict[str, list[int]]:

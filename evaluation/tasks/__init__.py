@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluation.data import open_classification, open_retrieval
+from evaluation.data import open_classification, open_regions, open_retrieval
 from evaluation.results import Graded
-from evaluation.tasks import captioning, classification, retrieval
+from evaluation.tasks import captioning, classification, region_captioning, region_retrieval, retrieval
 
 
 class Task(NamedTuple):
@@ -23,4 +23,6 @@ TASKS = {
     "retrieval": Task(open_retrieval, retrieval.grade),
     "classification": Task(open_classification, classification.grade),
     "captioning": Task(open_retrieval, captioning.grade),
+    "region_retrieval": Task(open_regions, region_retrieval.grade),
+    "region_captioning": Task(open_regions, region_captioning.grade),
 }

@@ -119,7 +119,7 @@ def chance_median(total: int, counts: np.ndarray) -> float:
     return float(np.argmax(reached > -1e-9) + np.argmax(reached > 1e-9)) / 2 + 1
 
 
-def _direction(
+def direction(
     name: str, ranks: Ranks, total: int, counts: np.ndarray, clusters: np.ndarray | None, settings: RetrievalSettings
 ) -> Graded:
     """All figures of one direction; `total` candidates, `counts` [n] positives a query."""
@@ -165,8 +165,8 @@ def grade_embeddings(images: np.ndarray, texts: np.ndarray, owner: np.ndarray, s
     to_image = best_ranks(texts, images, everyone, owner)
     one = np.ones(len(texts), dtype=np.int64)
     parts = [
-        _direction("image_to_text", to_text, len(texts), counts, None, settings),
-        _direction("text_to_image", to_image, len(images), one, clusters, settings),
+        direction("image_to_text", to_text, len(texts), counts, None, settings),
+        direction("text_to_image", to_image, len(images), one, clusters, settings),
     ]
     return Graded(
         measurements=[m for part in parts for m in part.measurements],

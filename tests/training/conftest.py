@@ -52,8 +52,11 @@ def coca_config(*overrides: str) -> TrainConfig:
     return parse([*arguments, "--precision", "fp32", "--clip.model_cfg", json.dumps(COCA), *overrides])[0]
 
 
-def write_shards(folder: Path, sizes: list[int], captions: Any = None, members: Any = None) -> Path:
-    """Shards of flat-coloured pictures whose captions name their number; `captions` and `members` of a number: more."""
+def write_shards(
+    folder: Path, sizes: list[int], captions: Any = None, members: Any = None, regions: Any = None
+) -> Path:
+    """Shards of flat-coloured pictures whose captions name their number; `captions`, `members` and `regions` of a
+    number: more."""
     import io
 
     from PIL import Image
@@ -69,6 +72,8 @@ def write_shards(folder: Path, sizes: list[int], captions: Any = None, members: 
             record: dict[str, Any] = {"uid": f"{number:032x}", "caption": f"thing {number} of colour {colour[0]}"}
             if captions is not None:
                 record["captions"] = captions(number)
+            if regions is not None:
+                record["regions"] = regions(number)
             files = {
                 "jpg": buffer.getvalue(),
                 "txt": record["caption"].encode(),

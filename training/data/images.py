@@ -28,6 +28,7 @@ class ImageSpec:
     """Side of the model's input and its statistics.
 
     patches: those of the ViT · keep: how many of them a training step sees (FLIP, arXiv 2212.00794); 0 = all ·
+    grid: (rows, columns) of patches that regions are weights over ·
     raw: the family makes its tensors of pictures and texts itself, by `extra`.
     """
 
@@ -36,6 +37,7 @@ class ImageSpec:
     std: tuple[float, ...]
     patches: int = 0
     keep: int = 0
+    grid: tuple[int, int] = (0, 0)
     raw: bool = False
 
     @classmethod

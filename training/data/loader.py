@@ -38,8 +38,9 @@ from training.data import images
 from training.data.images import ImageSpec
 from training.data.mixture import Mixture
 from training.data.order import Order
-from training.data.shards import REASONS, Hole, Shards, drawn_text, picture
+from training.data.shards import REASONS, Hole, Shards, drawn_region, drawn_text, picture
 from training.data.sources import ONE, Source
+from training.regions import Region, region_weights
 
 PIECE = 16  # rows that a thread reads at a time
 Chunk = dict[str, torch.Tensor]
@@ -53,7 +54,7 @@ class Drawn:
     (the text of the sample after it in its source, or None) of a mismatched pair; of `rows` what the source gave ·
     reason: why it is a hole, "" where it is none, "padding" for what only fills a rank's part · group: int64, equal
     where rows show the same thing: of the json's (or the row's) "group" where it has one, else of the text
-    (or the uid).
+    (or the uid); of a region always the phrase.
     """
 
     draw: int = 0
@@ -74,8 +75,8 @@ class Loader:
         cache: where decoded pictures are kept, a file for each source, or None.
 
     A chunk has "valid" bool [c] and "groups" int64 [c], and by its kind "pixel_values" [c, 3, S, S], what
-    `encode_text` gives, and "patches" int64 [c, keep] (numbers of the patches that the step sees, ascending) where
-    `image.keep` is set.
+    `encode_text` gives, "regions" fp32 [c, N] (a row's region as weights of the patches), and "patches" int64 [c, keep]
+    (numbers of the patches that the step sees, ascending) where `image.keep` is set.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Loader:
         self.holes: Counter[str] = Counter()
         self.timers = Timers()
         self._encoding = threading.Lock()  # Hugging Face's fast tokenizers refuse two threads at once
-        pictures = [source.kind in ("pairs", "images") for source in self.sources]
+        pictures = [source.kind in ("pairs", "images", "regions") for source in self.sources]
         self._decoded = [_Decoded(cache, s, self.side) if cache and p else None for s, p in zip(self.sources, pictures)]
 
     @property
@@ -186,15 +187,21 @@ class Loader:
                 return Drawn(draw, fields, group=hash64("group", str(fields.get("group", fields["uid"]))) >> 1)
             rng = np.random.default_rng(draw)
             read: dict[str, Any] = {}
-            if kind != "images":
+            region, picture_size, flipped = None, (0, 0), False
+            if kind == "regions":
+                region, picture_size = drawn_region(fields, rng)
+                read["text"] = region.phrase
+            elif kind != "images":
                 read["text"] = drawn_text(fields, self.config.captions, rng)
             if kind == "pairs" and self.mismatched is not None and self.mismatched(draw):
                 read["other"] = self._other(source, own + 1)
             if kind != "texts":
                 with self.timers("decode"):
-                    read["pixels"] = self._pixels(source, i, fields, rng)
+                    read["pixels"], flipped = self._pixels(source, i, fields, rng)
+            if region is not None:
+                read["region"] = self._weights(region, picture_size, flipped)
             record = fields.get("json")
-            same = record.get("group") if isinstance(record, dict) else None
+            same = record.get("group") if isinstance(record, dict) and region is None else None
             same = same if same is not None else read.get("text", fields["uid"])
             return Drawn(draw, read, group=hash64("group", str(same)) >> 1)
         except Hole as hole:
@@ -220,8 +227,17 @@ class Loader:
         except Hole:
             return None
 
-    def _pixels(self, source: int, i: int, fields: Mapping[str, Any], rng: np.random.Generator) -> np.ndarray:
-        """The picture as the model sees it but for normalising: uint8 [S, S, 3]."""
+    def _weights(self, region: Region, size: tuple[int, int], flipped: bool) -> np.ndarray:
+        """float32 [N]: the region's weights over the patches of the picture as the model sees it."""
+        try:
+            return region_weights(region, size, self.image.grid, self.config.resize_mode, flipped)
+        except ValueError as reason:
+            raise Hole(str(reason)) from None
+
+    def _pixels(
+        self, source: int, i: int, fields: Mapping[str, Any], rng: np.random.Generator
+    ) -> tuple[np.ndarray, bool]:
+        """The picture as the model sees it but for normalising, uint8 [S, S, 3], and whether it is flipped."""
         config, size = self.config, self.image.size
         low, high = config.crop_scale
         box = images.draw_box(rng, low, high) if low < 1.0 else images.WHOLE
@@ -234,13 +250,14 @@ class Loader:
                 pixels = images.cut(decoded(i, payload, config.resize_mode), size, box)
         except Exception:  # Pillow's decoders raise almost anything
             raise Hole("image_broken") from None
-        if config.flip and rng.random() < 0.5:
+        flipped = config.flip and rng.random() < 0.5
+        if flipped:
             pixels = pixels[:, ::-1]
         if config.color_jitter_prob and rng.random() < config.color_jitter_prob:
             pixels = images.jitter(np.ascontiguousarray(pixels), config.color_jitter, rng)
         if config.gray_scale_prob and rng.random() < config.gray_scale_prob:
             pixels = images.grey(np.ascontiguousarray(pixels))
-        return pixels
+        return pixels, flipped
 
     def normalise(self, pixels: np.ndarray, out: torch.Tensor) -> None:
         """uint8 [S, S, 3] -> out [3, S, S]"""
@@ -254,9 +271,12 @@ class Loader:
         """The tensors of a chunk whose rows are all read."""
         chunk: Chunk = {"valid": torch.tensor([not row.reason for row in rows])}
         chunk["groups"] = torch.tensor([row.group for row in rows])
-        if kind in ("pairs", "texts") and not self.image.raw:
+        if kind in ("pairs", "texts", "regions") and not self.image.raw:
             with self._encoding, self.timers("tokenise"):
                 chunk |= self.encode_text([row.fields.get("text", "") for row in rows])
+        if kind == "regions":
+            whole = np.full(int(np.prod(self.image.grid)), 1 / np.prod(self.image.grid), np.float32)
+            chunk["regions"] = torch.from_numpy(np.stack([row.fields.get("region", whole) for row in rows]))
         if pixels is not None and self.image.keep:
             chunk["patches"] = torch.from_numpy(np.stack([self._patches(row.draw) for row in rows]))
         if self.extra is not None:
@@ -290,7 +310,7 @@ class _Making:
         loader = self.loader
         try:
             with self.lock:
-                if self.pixels is None and self.kind in ("pairs", "images") and not loader.image.raw:
+                if self.pixels is None and self.kind in ("pairs", "images", "regions") and not loader.image.raw:
                     shape = (len(self.places), 3, loader.image.size, loader.image.size)
                     self.pixels = torch.empty(shape, dtype=loader.dtype, pin_memory=loader.pinned)
             for i in range(start, stop):

@@ -19,6 +19,7 @@ import numpy as np
 from curation import files, tar
 from curation.captions import read_captions
 from curation.errors import UserError
+from training import regions
 from training.data.cache import ShardCache
 
 Fields = Mapping[str, Any]
@@ -26,6 +27,7 @@ Fields = Mapping[str, Any]
 REASONS = (
     *("shard_gone", "json_broken", "caption_missing", "caption_not_utf8", "captions_broken"),
     *("image_missing", "image_broken", "unreadable"),
+    *regions.REASONS,
 )
 """Why a sample is a hole."""
 FETCHES = 2  # shards that are fetched at a time, ahead of need
@@ -226,6 +228,24 @@ def weighted_texts(fields: Fields, members: Mapping[str, float]) -> dict[str, fl
     if not texts:
         raise ValueError("caption_missing")
     return texts
+
+
+def drawn_region(fields: Fields, rng: np.random.Generator) -> tuple[regions.Region, tuple[int, int]]:
+    """One of the sample's regions, each as likely, and the (width, height) of its picture.
+
+    Raises:
+        Hole: there is none, or the drawn one cannot be used.
+    """
+    payload = picture(fields)
+    try:
+        size = regions.size_of(payload)
+    except Exception:  # Pillow's decoders raise almost anything
+        raise Hole("image_broken") from None
+    try:
+        found = regions.entries(fields.get("json"))
+        return regions.read_region(found[int(rng.integers(len(found)))], *size), size
+    except ValueError as reason:
+        raise Hole(str(reason)) from None
 
 
 def picture(fields: Fields) -> bytes:

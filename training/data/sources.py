@@ -36,8 +36,8 @@ class Samples(Protocol):
 
     def sample(self, i: int) -> Mapping[str, Any]:
         """The fields of sample i, read by several threads at once: "uid", of which its random draws are made, and for
-        pairs, images and texts the members as webdataset names them, for rows the "row" and, where several show the
-        same thing, their "group". A `Hole` where it cannot be had."""
+        pairs, regions, images and texts the members as webdataset names them, for rows the "row" and, where several
+        show the same thing, their "group". A `Hole` where it cannot be had."""
 
     def ahead(self, parts: Sequence[int]) -> None:
         """These parts will be read soon, in this order."""

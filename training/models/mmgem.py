@@ -1,4 +1,4 @@
-"""MM-GEM stage 1: one causal LLM that embeds texts and writes captions, and a ViT (arXiv 2405.19333, section 3).
+"""MM-GEM: one causal LLM that embeds texts and writes captions, and a ViT (arXiv 2405.19333, section 3). Stage 1:
 
     V      = ViT(image)                        [B, N, Dv]  feature map
     V_emb  = h1(V)                             [B, N, E]
@@ -6,6 +6,8 @@
     text   = unit(h2(LLM(caption [EMB])))      [B, E]      hidden state at [EMB]
     V_in   = h3(mean_N V_emb)                  [B, 1, H]
     L_gen  = CE(LLM(V_in [CAP] caption) -> caption </s>)
+
+What stage 2 adds for regions, soft prompts and h4, and how it trains, is training/models/mmgem_regions.py.
 
 Both passes through the LLM are stacked on the batch axis where both are asked
 for, so that ZeRO-3 gathers each layer once. Captions are padded on the right:
@@ -23,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from training.config import ObjectiveConfig
 from training.family_config import LanguageConfig, VisionConfig
+from training.models import mmgem_regions
 from training.models.head import Head
 from training.models.kind import check_kind, opened
 from training.models.patches import only, take_over
@@ -35,7 +38,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 class MMGemConfig(PretrainedConfig):
     """vision_config: open_clip's vision_cfg · text_config: the LLM's own config, as a dict ·
-    objective: the coupled loss's section of the recipe (which scalars there are, and where they begin)."""
+    objective: the coupled loss's section of the recipe (which scalars there are, and where they begin) ·
+    prompts, h4: the parts of stage 2 that the model has."""
 
     model_type = "mmgem"
 
@@ -49,6 +53,8 @@ class MMGemConfig(PretrainedConfig):
         eos_token_id: int = 0,
         pad_token_id: int = 0,
         objective: dict[str, Any] | None = None,
+        prompts: int = 0,
+        h4: bool = False,
         image_mean: tuple[float, ...] = MEAN,
         image_std: tuple[float, ...] = STD,
         resize_mode: str = "squash",
@@ -59,6 +65,7 @@ class MMGemConfig(PretrainedConfig):
         self.embed_dim = embed_dim
         self.emb_token_id, self.cap_token_id = emb_token_id, cap_token_id
         self.objective = objective or {}
+        self.prompts, self.h4 = prompts, h4
         self.image_mean, self.image_std, self.resize_mode = list(image_mean), list(image_std), resize_mode
         super().__init__(**{"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, **kwargs})
 
@@ -93,7 +100,6 @@ class MMGem(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _no_split_modules = {"ResidualAttentionBlock", "LlamaDecoderLayer"}  # noqa: RUF012
-    separable = ("generate",)
 
     def __init__(self, config: MMGemConfig) -> None:
         super().__init__(config)
@@ -111,7 +117,11 @@ class MMGem(PreTrainedModel):
         self.h1 = nn.Linear(width, config.embed_dim)
         self.h2 = nn.Linear(hidden, config.embed_dim)
         self.h3 = nn.Linear(config.embed_dim, hidden)
+        self.h4 = nn.Linear(config.embed_dim, config.embed_dim) if config.h4 else None
+        self.prompts = nn.Parameter(0.02 * torch.randn(config.prompts, hidden)) if config.prompts else None
         self.scalars = add_scalars(self, ObjectiveConfig(**config.objective))
+        self.stage2: str | None = None
+        self.separable: tuple[str, ...] = ("generate",)
         self.post_init()
 
     def checkpoint_activations(self) -> None:
@@ -120,8 +130,11 @@ class MMGem(PreTrainedModel):
         self.llm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The towers have initialised themselves as their own libraries do; only h1, h2, h3 are ours."""
-        if isinstance(module, nn.Linear) and module in (self.h1, self.h2, self.h3):
+        """The towers have initialised themselves as their own libraries do; only h1 to h4 are ours."""
+        if module is self.h4 and isinstance(module, nn.Linear):
+            nn.init.eye_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear) and module in (self.h1, self.h2, self.h3):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             nn.init.zeros_(module.bias)
 
@@ -166,13 +179,39 @@ class MMGem(PreTrainedModel):
             model.vision.load_state_dict(_vision_tower(config.vision_config, vision.pretrained).state_dict())
         return model
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the ViT's patches."""
+        rows, columns = self.vision.grid_size
+        return rows, columns
+
+    def feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """V: [B, 3, S, S] -> [B, N, Dv], patches row by row."""
+        _, patches = self.vision(pixel_values.to(self.h1.weight.dtype))
+        return patches
+
     def _pooled(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """mean_N h1(V): [B, 3, S, S] -> [B, E]; over the patches of `kept` [B, keep] alone where it is given."""
         with only(self.vision, kept):
-            _, patches = self.vision(pixel_values.to(self.h1.weight.dtype))
+            patches = self.feature_map(pixel_values)
         return self.h1(patches).mean(1)
 
-    def _at_emb(self, hidden: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    def pooled_region(self, patches: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+        """h1 of regions: V [B, N, Dv] and weights [B, N] of one region each (training/regions.py) -> [B, E]."""
+        found = torch.einsum("bn,bnd->bd", regions.to(patches.device).float(), patches.float())
+        return self.h1(found.to(patches.dtype))
+
+    def region_embedding(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Unit embeddings of `pooled_region`'s [B, E], fp32; through h4 where stage 2 has made one."""
+        return F.normalize((pooled if self.h4 is None else self.h4(pooled)).float(), dim=-1)
+
+    def caption_prompt(self, pooled: torch.Tensor) -> torch.Tensor:
+        """h3 and [CAP], or the soft prompts in its place: [B, E] -> [B, 1 + P, H]."""
+        ids = torch.full((1,), self.config.cap_token_id, device=pooled.device)
+        cap = self.llm.get_input_embeddings()(ids) if self.prompts is None else self.prompts
+        return torch.cat([self.h3(pooled)[:, None], cap.expand(len(pooled), -1, -1)], 1)
+
+    def at_emb(self, hidden: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """Unit text embeddings from hidden states [B, T, H]; [EMB] stands at position `length`."""
         at = hidden[torch.arange(len(hidden), device=hidden.device), length]
         return F.normalize(self.h2(at).float(), dim=-1)
@@ -183,8 +222,10 @@ class MMGem(PreTrainedModel):
         chunk: pixel_values [B, 3, S, S] · input_ids [B, T] caption, [EMB], padding ·
         length [B] of the caption · labels [B, T] caption, </s>, then -100 · valid [B] ·
         patches [B, keep] that the ViT sees, all without it · negative.input_ids [B, m - 1, T'], negative.length
-        [B, m - 1]: hard negative captions of each row, none without it.
+        [B, m - 1]: hard negative captions of each row, none without it · regions [B, N] in stage 2.
         """
+        if self.stage2 is not None:
+            return mmgem_regions.outputs(self, chunk, separable)
         pooled = self._pooled(chunk["pixel_values"], chunk.get("patches"))
         embed = self.llm.get_input_embeddings()
         ids, length = _texts(chunk)  # [B m, T], [B m]
@@ -193,23 +234,22 @@ class MMGem(PreTrainedModel):
         b, n = len(pooled), len(tokens)
         if not separable:
             hidden = self.llm.base_model(inputs_embeds=tokens, use_cache=False).last_hidden_state
-            text = self._at_emb(hidden, length)
+            text = self.at_emb(hidden, length)
             return {"left": image, "right": _by_row(text, b), "scalars": read_scalars(self)}
 
-        visual = self.h3(pooled)[:, None]  # [B, 1, H]
-        cap = embed(chunk["input_ids"].new_full((b, 1), self.config.cap_token_id))
-        generation = torch.cat([visual, cap, tokens[:: n // b, :-1]], 1)  # [B, T + 1, H]
+        generation = torch.cat([self.caption_prompt(pooled), tokens[:: n // b, :-1]], 1)  # [B, T + 1, H]
         both = torch.cat([F.pad(tokens, (0, 0, 0, 1)), generation])  # [B m + B, T + 1, H]
         hidden = self.llm.base_model(inputs_embeds=both, use_cache=False).last_hidden_state
         labels = torch.where(chunk["valid"][:, None], chunk["labels"], -100)
         counted = labels >= 0
         total = self.llm.lm_head(hidden[n:, 1 : 1 + labels.shape[1]][counted], labels[counted])
-        text = self._at_emb(hidden[:n], length)
+        text = self.at_emb(hidden[:n], length)
         return {"left": image, "right": _by_row(text, b), "scalars": read_scalars(self), "sums": {"generate": total}}
 
-    @staticmethod
-    def counts(chunk: Any) -> dict[str, float]:
+    def counts(self, chunk: Any) -> dict[str, float]:
         """Tokens to be predicted in the chunk, known before any forward pass."""
+        if not self.separable:
+            return {}
         return {"generate": float((chunk["labels"][chunk["valid"]] >= 0).sum())}
 
     @torch.no_grad()
@@ -224,14 +264,34 @@ class MMGem(PreTrainedModel):
         """`pooler_output`: unit text embeddings [B, E]; the [EMB] token is the last real token of each row."""
         at = (input_ids == self.config.emb_token_id).int().argmax(1)
         hidden = self.llm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return BaseModelOutputWithPooling(pooler_output=self._at_emb(hidden, at), last_hidden_state=hidden)
+        return BaseModelOutputWithPooling(pooler_output=self.at_emb(hidden, at), last_hidden_state=hidden)
+
+    @torch.no_grad()
+    def get_region_features(self, patches: torch.Tensor, regions: torch.Tensor) -> BaseModelOutputWithPooling:
+        """`pooler_output`: unit embeddings [B, E] of the regions [B, N] of the feature maps [B, N, Dv]."""
+        return BaseModelOutputWithPooling(pooler_output=self.region_embedding(self.pooled_region(patches, regions)))
+
+    @torch.no_grad()
+    def heat_map(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Cosine of each patch, as a region of its own, with its row's text: [B, 3, S, S], [B, T] -> [B, h, w]."""
+        patches = self.region_embedding(self.h1(self.feature_map(pixel_values)))  # [B, N, E]
+        text = self.get_text_features(input_ids).pooler_output
+        return torch.einsum("bne,be->bn", patches, text).unflatten(1, self.grid)
 
     @torch.no_grad()
     def generate(self, pixel_values: torch.Tensor, max_new_tokens: int = 50, **kwargs: Any) -> torch.Tensor:
         """Caption token ids [B, T] (greedy unless asked otherwise); ends with </s>, then padding."""
-        visual = self.h3(self._pooled(pixel_values))[:, None]
-        ids = torch.full((len(visual), 1), self.config.cap_token_id, device=visual.device)
-        prompt = torch.cat([visual, self.llm.get_input_embeddings()(ids)], 1)
+        return self._written(self._pooled(pixel_values), max_new_tokens, **kwargs)
+
+    @torch.no_grad()
+    def generate_region(
+        self, patches: torch.Tensor, regions: torch.Tensor, max_new_tokens: int = 50, **kwargs: Any
+    ) -> torch.Tensor:
+        """As `generate`, of the regions [B, N] of the feature maps [B, N, Dv]."""
+        return self._written(self.pooled_region(patches, regions), max_new_tokens, **kwargs)
+
+    def _written(self, pooled: torch.Tensor, max_new_tokens: int, **kwargs: Any) -> torch.Tensor:
+        prompt = self.caption_prompt(pooled)
         return self.llm.generate(
             inputs_embeds=prompt,
             attention_mask=prompt.new_ones(prompt.shape[:2], dtype=torch.long),
