@@ -29,7 +29,7 @@ class Arm:
     says: str
     overrides: tuple[str, ...] = ()
     data: tuple[str, ...] = ("{data}/train",)
-    times: int = 1
+    times: float = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,8 +78,9 @@ def _means(summary: Mapping[str, Any], arm: str) -> list[Any]:
 def _asks(test: Mapping[str, Any]) -> str:
     """The hypothesis in words."""
     h = test["hypothesis"]
-    how = "is higher for" if h["margin"] is None else f"is at most {h['margin']:.0%} lower for"
-    return f"{_words(h['metric'])} {how} {h['arm']} than for {h['against']}"
+    wanted, feared = ("lower", "higher") if h["lower"] else ("higher", "lower")
+    how = wanted if h["margin"] is None else f"at most {h['margin']:.0%} {feared}"
+    return f"{_words(h['metric'])} is {how} for {h['arm']} than for {h['against']}"
 
 
 def _test(test: Mapping[str, Any]) -> dict[str, Any]:

@@ -139,10 +139,10 @@ def words_of_training(claim: Claim, seed: Seed, arm: str) -> list[str]:
         return [word.replace("{data}", str(fill["data"])).replace("{shared}", str(fill["shared"])) for word in words]
 
     data = [word for folder in filled(claim.arms[arm].data) for word in ("--data", folder)]
-    samples = seed.workshop.size("samples", least=256) * claim.arms[arm].times
+    samples = max(round(seed.workshop.size("samples", least=256) * claim.arms[arm].times), 256)
     words = ["--config", claim.recipe, *data, "--out", seed.arm(arm) / "run", "--ranks", 1, "--seed", seed.number]
     words += ["--samples", samples, "--precision", precision(), "--deepspeed", "ds_configs/zero1.json"]
-    words += ["--checkpoint_every", 100_000, "--log_every", 5]
+    words += ["--checkpoint_every", 100, "--log_every", 5]
     return [*map(str, words), *filled(claim.overrides), *filled(claim.arms[arm].overrides)]
 
 

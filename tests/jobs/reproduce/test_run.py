@@ -135,7 +135,7 @@ def test_a_failed_step_names_its_reason_and_its_log_and_the_rest_is_kept(bench) 
 )
 def test_wrong_words(options, said, tmp_path) -> None:
     with pytest.raises(UserError, match=said):
-        reproduce(**{"name": "toy", "out": tmp_path, **options})
+        reproduce(**{"name": "joint", "out": tmp_path, **options})
 
 
 def test_a_claim_is_tried_by_one_at_a_time(tmp_path) -> None:
