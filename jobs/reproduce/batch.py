@@ -10,8 +10,7 @@ import json
 from pathlib import Path
 
 from jobs.reproduce.claim import Arm, Claim, Hypothesis, Score
-from jobs.reproduce.workshop import HELDOUT, Seed, Workshop
-from jobs.steps import precision
+from jobs.reproduce.workshop import HELDOUT, Seed, Workshop, training
 
 SIZES = {"samples": 8_192, "start": 16_384, "train": 4_000, "heldout": 1_000}
 SMALL, LARGE, WHOLE = "batch 16", "batch 256", "256 at once"
@@ -30,12 +29,10 @@ def prepare(workshop: Workshop) -> None:
     workshop.synth(shared / "before", workshop.size("train", least=256), START)
     workshop.step("write_rows", shared / "rows.log", shared / "before", shared / "before_rows")
     rows = shared / "before_rows" / "asked" / "caption"
-    workshop.gemsmith(
-        shared / "start.log", "train", "--config", CLAIM.recipe, "--data", f"caption={rows}",
-        "--out", shared / "before_run", "--ranks", 2, "--seed", START, "--precision", precision(),
-        "--samples", workshop.size("start", least=256), "--loader.batch", 32, "--loader.chunk", 16,
-        "--loader.retain", 16, "--deepspeed", "ds_configs/zero1.json", *CAPTIONS,
-    )  # fmt: skip
+    samples = workshop.size("start", least=256)
+    words = training(CLAIM.recipe, shared / "before_run", seed=START, samples=samples, ranks=2)
+    batches = ("--loader.batch", 32, "--loader.chunk", 16, "--loader.retain", 16)
+    workshop.gemsmith(shared / "start.log", *words, "--data", f"caption={rows}", *batches, *CAPTIONS)
     workshop.step("write_backbone", shared / "start.log", shared / "before_run" / "export", shared / "start")
 
 

@@ -24,12 +24,14 @@ class Score(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """`overrides` and `data` are words of `gemsmith train`, in which `{data}` is the seed's folder of data and
-    `{shared}` the claim's · times: how many times the claim's samples it sees, where it has more streams."""
+    `{shared}` the claim's · times: how many times the claim's samples it sees, where it has more streams ·
+    run: one that `prepare_seed` has trained, which is graded as it is."""
 
     says: str
     overrides: tuple[str, ...] = ()
     data: tuple[str, ...] = ("{data}/train",)
     times: float = 1
+    run: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class Hypothesis:
 
     margin: None says that `arm` is better: the interval of the mean difference lies above 0. A share m says that it is
     no worse: the interval lies above -m times what `against` scores above chance (a model that guesses has no margin).
+    0 says that the two are the same, in every seed to the last bit.
     lower: the metric is a cost, so that "above" is below, and the bound of no worse is +m times what `against` costs.
     """
 

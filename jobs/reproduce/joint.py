@@ -12,6 +12,8 @@ from jobs.reproduce.workshop import HELDOUT, Seed, Workshop, score
 
 GRADED = {"both": ("retrieval", "captioning"), "contrastive": ("retrieval",), "captions": ("captioning",)}
 
+STEPS = ("--loader.batch", "32", "--loader.chunk", "32", "--loader.retain", "32")
+
 
 def prepare(workshop: Workshop) -> None:
     workshop.synth(workshop.shared / "heldout", workshop.size("heldout", least=64), HELDOUT)
@@ -50,9 +52,7 @@ CLAIM = Claim(
     "10 % of CIDEr-D against captioning alone, at equal samples and equal work.",
     recipe="recipes/train/tiny_mmgem.yaml",
     sizes={"samples": 12_288, "train": 4_000, "heldout": 2_000, "captioned": 400},
-    overrides=(
-        "--loader.batch", "32", "--loader.chunk", "32", "--loader.retain", "32", "--loader.captions", "random",
-    ),
+    overrides=(*STEPS, "--loader.captions", "random"),
     arms={
         "both": Arm(says="both losses, unweighted, as the paper sums them"),
         "contrastive": Arm(

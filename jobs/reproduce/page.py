@@ -78,6 +78,8 @@ def _means(summary: Mapping[str, Any], arm: str) -> list[Any]:
 def _asks(test: Mapping[str, Any]) -> str:
     """The hypothesis in words."""
     h = test["hypothesis"]
+    if h["margin"] == 0:
+        return f"{_words(h['metric'])} is the same for {h['arm']} and for {h['against']}, in every seed"
     wanted, feared = ("lower", "higher") if h["lower"] else ("higher", "lower")
     how = wanted if h["margin"] is None else f"at most {h['margin']:.0%} {feared}"
     return f"{_words(h['metric'])} is {how} for {h['arm']} than for {h['against']}"

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ from curation.manifest import read_manifest, write_manifest
 from jobs.reproduce.claim import Claim
 from jobs.reproduce.claims import CLAIMS
 from jobs.reproduce.verdict import judge
-from jobs.reproduce.workshop import Seed, Workshop, locked
-from jobs.steps import precision
+from jobs.reproduce.workshop import Seed, Workshop, locked, training
 from training.config import ROOT
 
 SEEDS = 5
@@ -131,27 +131,28 @@ def _once(mark: Path, work: Callable[[], None]) -> None:
         write_manifest(mark, {})
 
 
+def _filled(words: Iterable[str], seed: Seed) -> list[str]:
+    folders = {"{data}": str(seed.data), "{shared}": str(seed.workshop.shared)}
+    return [reduce(lambda word, name: word.replace(name, folders[name]), folders, word) for word in words]
+
+
 def words_of_training(claim: Claim, seed: Seed, arm: str) -> list[str]:
-    """The words after `gemsmith train` of one arm."""
-    fill = {"data": seed.data, "shared": seed.workshop.shared}
-
-    def filled(words: Iterable[str]) -> list[str]:
-        return [word.replace("{data}", str(fill["data"])).replace("{shared}", str(fill["shared"])) for word in words]
-
-    data = [word for folder in filled(claim.arms[arm].data) for word in ("--data", folder)]
-    samples = max(round(seed.workshop.size("samples", least=256) * claim.arms[arm].times), 256)
-    words = ["--config", claim.recipe, *data, "--out", seed.arm(arm) / "run", "--ranks", 1, "--seed", seed.number]
-    words += ["--samples", samples, "--precision", precision(), "--deepspeed", "ds_configs/zero1.json"]
-    words += ["--checkpoint_every", 100, "--log_every", 5]
-    return [*map(str, words), *filled(claim.overrides), *filled(claim.arms[arm].overrides)]
+    """The words of `gemsmith` that train one arm."""
+    settings = claim.arms[arm]
+    samples = max(round(seed.workshop.size("samples", least=256) * settings.times), 256)
+    words = training(claim.recipe, seed.arm(arm) / "run", seed=seed.number, samples=samples)
+    words += [word for folder in settings.data for word in ("--data", folder)]
+    return _filled([*words, *claim.overrides, *settings.overrides], seed)
 
 
 def _arm(claim: Claim, seed: Seed, arm: str) -> dict[str, Any]:
     """Train and grade one arm of one seed, unless its result is there."""
     result = seed.arm(arm) / "result.json"
     if (found := read_manifest(result)) is None:
-        begun, run = time.monotonic(), seed.arm(arm) / "run"
-        seed.workshop.gemsmith(seed.arm(arm) / "log", "train", *words_of_training(claim, seed, arm))
+        begun, made = time.monotonic(), claim.arms[arm].run
+        run = seed.arm(arm) / "run" if made is None else Path(*_filled([made], seed))
+        if made is None:
+            seed.workshop.gemsmith(seed.arm(arm) / "log", *words_of_training(claim, seed, arm))
         scores = claim.grade(seed, arm, run)
         found = {"scores": scores, "seconds": time.monotonic() - begun}
         write_manifest(result, found)

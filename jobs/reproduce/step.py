@@ -34,11 +34,27 @@ def write_backbone(export: str, out: str) -> None:
     AutoProcessor.from_pretrained(export).save_pretrained(out)
 
 
+def grade_bits(checkpoint: Path, first: Path, pool: Path) -> dict[str, tuple[float, float]]:
+    """same_bits: share of the pool's pictures and texts whose embeddings by the two checkpoints have the same bits."""
+    import numpy as np
+
+    from evaluation.data import open_retrieval
+    from evaluation.encode import encode_images, encode_texts
+    from training.inference import load
+
+    data = open_retrieval(pool)
+    texts = [captions[0] for captions in data.captions]
+    models = [load(checkpoint), load(first)]
+    a, b = (np.concatenate([encode_images(m, data.pictures), encode_texts(m, texts)]) for m in models)
+    return {"same_bits": (float((a.view(np.uint32) == b.view(np.uint32)).all(axis=1).mean()), 0.0)}
+
+
 STEPS: dict[str, Callable[..., Any]] = {
     "write_rows": rows.write_rows,
     "make_tokenizer": make_tokenizer,
     "write_backbone": write_backbone,
     "grade_rows": rows.grade_rows,
+    "grade_bits": grade_bits,
     "grade_probes": probes.grade_probes,
 }
 

@@ -45,14 +45,18 @@ def judge(hypothesis: Hypothesis, arm: Sequence[float], against: Sequence[float]
     low, high = t_interval(difference)
     margin = None if hypothesis.margin is None else hypothesis.margin * max(above, 0.0)
     bound = (margin or 0.0) * (1 if hypothesis.lower else -1)
-    better, worse = (high < bound, low > bound) if hypothesis.lower else (low > bound, high < bound)
+    if hypothesis.margin == 0:
+        better = bool((difference == 0).all())
+        worse = not better
+    else:
+        better, worse = (high < bound, low > bound) if hypothesis.lower else (low > bound, high < bound)
     return Judgement(
         hypothesis=hypothesis,
         difference=float(difference.mean()),
         interval=(low, high),
         bound=bound,
         share=float(difference.mean()) / above if above > 0 else None,
-        within=None if margin is None else bool(low > -margin and high < margin),
+        within=None if margin is None or hypothesis.margin == 0 else bool(low > -margin and high < margin),
         signs=int((difference > 0).sum()),
         verdict="holds" if better else "contradicted" if worse else "not shown",
     )

@@ -21,7 +21,7 @@ from typing import Any
 from curation.errors import UserError
 from evaluation import results
 from jobs.reproduce.claim import Score
-from jobs.steps import tool
+from jobs.steps import precision, tool
 from training.config import ROOT
 
 HELDOUT = 1_000_003
@@ -133,11 +133,18 @@ class Seed:
         )  # fmt: skip
         return {row["metric"]: row for row in results.read(out) if row["task"] == task}
 
-    def grade(self, grader: str, arm: str, run: Path, data: Path) -> dict[str, Score]:
+    def grade(self, grader: str, arm: str, run: Path, *data: Path) -> dict[str, Score]:
         """Scores by a grading step."""
         out = self.arm(arm) / f"{grader}.json"
-        self.workshop.step(grader, self.arm(arm) / "log", run / "export", data, out)
+        self.workshop.step(grader, self.arm(arm) / "log", run / "export", *data, out)
         return {name: Score(*found) for name, found in json.loads(out.read_text()).items()}
+
+
+def training(recipe: str, out: Path, *, seed: int, samples: int, ranks: int = 1) -> list[str]:
+    """The words of `gemsmith` that all trainings share. One rank needs no partition: ZeRO-1 runs the fastest there."""
+    words = ["train", "--config", recipe, "--out", out, "--ranks", ranks, "--seed", seed, "--samples", samples]
+    words += ["--precision", precision(), "--deepspeed", "ds_configs/zero1.json"]
+    return [*map(str, words), "--checkpoint_every", "100", "--log_every", "5"]
 
 
 def score(row: dict[str, Any]) -> Score:

@@ -41,10 +41,10 @@ def configs(name: str, folder: Path) -> dict[str, tuple[TrainConfig, dict[str, s
     """(recipe, data) of every arm, as `gemsmith train` reads its words."""
     claim, seed = CLAIMS[name], seed_of(name, folder)
     found = {}
-    for arm in claim.arms:
+    for arm in (name for name, arm in claim.arms.items() if arm.run is None):
         words = words_of_training(claim, seed, arm)
         where = words.index("--ranks")
-        config, data, _, _ = parse(words[:where] + words[where + 2 :])
+        config, data, _, _ = parse(words[1:where] + words[where + 2 :])
         found[arm] = config, data
     return found
 
@@ -65,7 +65,7 @@ def test_arms_differ_only_in_what_they_are_about(name: str, tmp_path: Path) -> N
     }
     assert {next((d for d in DIFFER[name] if key.startswith(d)), key) for key in keys} == DIFFER[name]
     assert all(config.seed == 3 for config, _ in found.values())
-    if not DIFFER[name]:
+    if name in ("instruct", "curate"):
         assert len({tuple(data.values()) for _, data in found.values()}) == len(found), "then their data differ"
 
 

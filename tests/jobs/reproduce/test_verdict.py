@@ -66,3 +66,9 @@ def test_equal_arms_are_no_worse_and_not_better() -> None:
     assert judge(NO_WORSE, values, values, 0.0).within is True
     assert judge(BETTER, values, values, 0.0).verdict == "not shown"
     assert judge(BETTER, values, values, 0.0).signs == 0
+
+
+def test_the_same_is_the_same_to_the_last_bit() -> None:
+    same = Hypothesis(metric="m", arm="a", against="b", margin=0.0)
+    assert judge(same, [1.0, 0.3], [1.0, 0.3], 0.0).verdict == "holds"
+    assert judge(same, [1.0, 0.3], [1.0, np.nextafter(0.3, 1)], 0.0).verdict == "contradicted"
