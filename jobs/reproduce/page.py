@@ -16,6 +16,15 @@ from evaluation.report import PALETTE, environment
 from jobs.reproduce.claims import CLAIMS
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
+LABELS = {
+    "mrr": "MRR",
+    "region_mrr": "region MRR",
+    "cider_d": "CIDEr-D",
+    "region_cider_d": "region CIDEr-D",
+    "bleu_4": "BLEU-4",
+    "mean": "mean hit@1",
+    "peak_memory_mib": "peak memory (MiB)",
+}
 TAGS = {"holds": "good", "contradicted": "bad", "not shown": ""}
 
 
@@ -62,7 +71,7 @@ def overall(summary: Mapping[str, Any]) -> str:
 
 
 def _words(metric: str) -> str:
-    return metric.replace("_", " ")
+    return LABELS.get(metric, metric.replace("_", " "))
 
 
 def _means(summary: Mapping[str, Any], arm: str) -> list[Any]:

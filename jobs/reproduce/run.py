@@ -90,18 +90,15 @@ def _try(name: str, out: Path, seeds: Sequence[int], scale: float, workers: int,
             repetitions = [Seed(workshop, number) for number in seeds]
             with ThreadPoolExecutor(workers) as pool:
                 try:
-                    jobs = {
-                        pool.submit(_once, seed.data / "done.json", lambda seed=seed: claim.prepare_seed(seed)): seed
-                        for seed in repetitions
+                    for made in as_completed([pool.submit(_prepare, claim, seed) for seed in repetitions]):
+                        made.result()
+                    done = {
+                        pool.submit(_arm, claim, seed, arm): (seed, arm) for seed in repetitions for arm in claim.arms
                     }
-                    for future in as_completed(jobs):
-                        future.result()
-                    arms = [(seed, arm) for seed in repetitions for arm in claim.arms]
-                    done = {pool.submit(_arm, claim, seed, arm): (seed, arm) for seed, arm in arms}
-                    for count, future in enumerate(as_completed(done), start=1):
-                        seed, arm = done[future]
-                        figures = ", ".join(f"{m} {v[0]:.4g}" for m, v in future.result()["scores"].items())
-                        print(f"{name}: seed {seed.number}, {arm}: {figures} ({count} of {len(arms)})", flush=True)
+                    for count, graded in enumerate(as_completed(done), start=1):
+                        seed, arm = done[graded]
+                        figures = ", ".join(f"{m} {v[0]:.4g}" for m, v in graded.result()["scores"].items())
+                        print(f"{name}: seed {seed.number}, {arm}: {figures} ({count} of {len(done)})", flush=True)
                 finally:
                     workshop.stop()  # what still runs where a step failed, or this was told to end
                     pool.shutdown(cancel_futures=True)
@@ -129,6 +126,10 @@ def _once(mark: Path, work: Callable[[], None]) -> None:
     if read_manifest(mark) is None:
         work()
         write_manifest(mark, {})
+
+
+def _prepare(claim: Claim, seed: Seed) -> None:
+    _once(seed.data / "done.json", lambda: claim.prepare_seed(seed))
 
 
 def _filled(words: Iterable[str], seed: Seed) -> list[str]:
