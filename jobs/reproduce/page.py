@@ -97,7 +97,7 @@ def _asks(test: Mapping[str, Any]) -> str:
 def _test(test: Mapping[str, Any]) -> dict[str, Any]:
     low, high = test["interval"]
     share = "-" if test["share"] is None else f"{test['share']:+.1%}"
-    within = "" if test["within"] is None else "whole interval within the margin" if test["within"] else "not within it"
+    within = "" if test["within"] is None else "within ±margin" if test["within"] else "not within ±margin"
     return {
         "asks": _asks(test),
         "difference": f"{test['difference']:+.4g}",

@@ -103,6 +103,7 @@ def _try(name: str, out: Path, seeds: Sequence[int], scale: float, workers: int,
                     workshop.stop()  # what still runs where a step failed, or this was told to end
                     pool.shutdown(cancel_futures=True)
         finally:
+            workshop.stop()
             wall = before + time.monotonic() - begun
             write_manifest(folder / "seconds.json", {"wall_s": wall})
             signal.signal(signal.SIGTERM, previous)
