@@ -290,7 +290,7 @@ def demo(arguments: list[str]) -> int:
 @command("reproduce", "a paper's claim shown in small: arms, paired seeds, a verdict with intervals, one page")
 def reproduce(arguments: list[str]) -> int:
     parser = _parser("reproduce")
-    parser.add_argument("name", help="joint, batch, instruct, flava, curate; or all")
+    parser.add_argument("name", help="joint, stage2, batch, instruct, flava, curate; or all")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--seeds", type=int, default=5, help="paired repetitions (default: 5, as registered)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the registered sizes, for a rehearsal")

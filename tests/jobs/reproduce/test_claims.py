@@ -5,6 +5,7 @@ Whole claims, at a fiftieth of their sizes, run through the real commands in `ma
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jobs.reproduce.claims import CLAIMS
 from jobs.reproduce.instruct import SOURCES
 from jobs.reproduce.run import words_of_training
 from jobs.reproduce.workshop import Seed, Workshop
-from tests.conftest import gemsmith
+from tests.conftest import ROOT, gemsmith
 from training.config import TrainConfig, as_dict
 from training.train import parse
 
@@ -25,6 +26,7 @@ DIFFER = {
     "joint": {"objective.weights.generate", "objective.weights.embed"},
     "batch": {"samples", "loader.batch", "loader.chunk", "loader.retain", "optim.lr", "optim.warmup_steps"},
     "instruct": set(),
+    "stage2": set(),
     "flava": {
         "samples", "flava.masks.mismatched", "loader.sources.images", "loader.sources.texts",
         *(f"objective.weights.{name}" for name in ("itm", "mim", "mlm", "mmm_image", "mmm_text")),
@@ -75,6 +77,12 @@ def test_every_hypothesis_is_about_arms_and_metrics_that_there_are(name: str) ->
     assert claim.hypotheses and set(claim.arms) == {arm for h in claim.hypotheses for arm in (h.arm, h.against)}
     assert {h.metric for h in claim.hypotheses} <= set(claim.shown)
     assert claim.minutes <= 30
+
+
+@pytest.mark.parametrize("name", sorted(CLAIMS))
+def test_every_claim_is_on_the_page_and_in_the_help(name: str) -> None:
+    assert f"| `{name}` |" in (ROOT / "docs" / "reproduce.md").read_text()
+    assert re.search(rf"\b{name}\b.*; or all", gemsmith("reproduce", "--help").stdout.replace("\n", " "))
 
 
 @pytest.fixture(scope="module")
