@@ -3,6 +3,7 @@
 What the stand-in cannot show (that the words it is given train and grade) is in test_claims.py.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from jobs.reproduce.claim import Arm, Claim, Hypothesis, Score
 from jobs.reproduce.claims import CLAIMS
 from jobs.reproduce.page import write_page
 from jobs.reproduce.run import reproduce
-from jobs.reproduce.workshop import locked
+from jobs.reproduce.workshop import Seed, locked, training
 from tests.conftest import ROOT
 
 STAND_IN = """#!{python}
@@ -121,6 +122,20 @@ def test_a_failed_step_names_its_reason_and_its_log_and_the_rest_is_kept(bench) 
     before = len(said("train"))
     (summary,) = reproduce("toy", out, seeds=2, workers=1)
     assert summary["holds"] and len(said("train")) == before + 4 - done
+
+
+def test_an_arm_may_be_a_run_that_was_made_before(bench, monkeypatch) -> None:
+    out, said, _ = bench
+
+    def prepare_seed(seed: Seed) -> None:
+        words = training("recipe", seed.data / "made", seed=seed.number, samples=256)
+        seed.workshop.gemsmith(seed.data / "made.log", *words)
+
+    arms = {"good": Arm(says="good"), "plain": Arm(says="made before", run="{data}/made")}
+    monkeypatch.setitem(CLAIMS, "toy", dataclasses.replace(toy(), arms=arms, prepare_seed=prepare_seed))
+    (summary,) = reproduce("toy", out, seeds=2, workers=2)
+    assert summary["arms"]["plain"]["m"] == pytest.approx([0.5, 0.51])
+    assert len(said("train")) == 4, "two made before, two arms"
 
 
 @pytest.mark.parametrize(
