@@ -12,7 +12,7 @@ from jobs.reproduce.claim import Arm, Claim, Hypothesis, Score
 from jobs.reproduce.workshop import HELDOUT, Seed, Workshop
 
 UNPAIRED = 2_000_029  # added to a seed: scenes of its unpaired pictures and texts
-BATCH = 64
+BATCH = 32
 SINGLE = {"pairs": {"kind": "pairs"}}
 STREAMS = SINGLE | {"images": {"kind": "images"}, "texts": {"kind": "texts"}}
 NO_OTHERS = {name: 0.0 for name in ("itm", "mim", "mlm", "mmm_image", "mmm_text")}
@@ -43,8 +43,9 @@ CLAIM = Claim(
     recipe="recipes/train/tiny_flava.yaml",
     sizes={"samples": 5_120, "train": 3_000, "unpaired": 1_500, "heldout": 2_400},
     overrides=(
-        "--flava.tokenizer.name_or_path", "{data}/tokenizer", "--loader.batch", str(BATCH), "--loader.unit", str(BATCH),
-        "--loader.mixing", "round_robin", "--loader.captions", "random",
+        "--flava.tokenizer.name_or_path", "{data}/tokenizer", "--loader.captions", "random",
+        "--loader.mixing", "round_robin",
+        *(word for name in ("batch", "chunk", "retain", "unit") for word in (f"--loader.{name}", str(BATCH))),
     ),
     arms={
         "all losses": Arm(
@@ -71,6 +72,7 @@ CLAIM = Claim(
         "unpaired data is what the other losses are for. A difference is that of the whole scheme.",
         "image, text: mean average precision of 27 questions (which shapes, which colours) from [CLS]. multimodal: "
         "accuracy of whether a statement fits the picture, from the two [CLS] and [CLS_M] together, in both arms.",
+        "Batches of 32, so that a few minutes have steps enough to learn in.",
         "1.9 million weights from scratch, k-means codes in place of DALL-E's, and scenes in place of 35 tasks.",
     ),
     prepare=prepare,
