@@ -327,6 +327,22 @@ def demo(arguments: list[str]) -> int:
     return 0
 
 
+@command("reproduce", "a paper's claim shown in small: arms, paired seeds, a verdict with intervals, one page")
+def reproduce(arguments: list[str]) -> int:
+    parser = _parser("reproduce")
+    parser.add_argument("name", help="joint, stage2, batch, instruct, flava, curate; or all")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--seeds", type=int, default=5, help="paired repetitions (default: 5, as registered)")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the registered sizes, for a rehearsal")
+    parser.add_argument("--workers", type=int, help="arms that run side by side, a core each (default: all cores)")
+    parser.add_argument("--overwrite", action="store_true", help="discard what the claim's folder holds")
+    a = parser.parse_args(arguments)
+    from jobs.reproduce.run import reproduce as run
+
+    run(a.name, a.out, seeds=a.seeds, scale=a.scale, workers=a.workers, overwrite=a.overwrite)
+    return 0
+
+
 def main() -> None:
     # The launcher's ranks and Ray's workers inherit both: forked tokenizers warn, and Ray reports its use, unless told.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import pyarrow.parquet as pq
 from curation.errors import UserError
 from curation.manifest import claim, write_manifest
 from jobs.memory import PeakMemory
+from jobs.steps import precision, tool
 from training.config import ROOT
 
 ARMS = ("raw", "curated", "oracle")
@@ -75,11 +75,7 @@ class Story:
             raise UserError(f"demo: the step {name!r} ended with {code}; what it printed above says why")
 
     def gemsmith(self, name: str, *arguments: object, beside: Sequence[object] | None = None) -> None:
-        self.run(name, _tool("gemsmith"), *arguments, beside=beside)
-
-
-def _tool(name: str) -> str:
-    return str(Path(sys.executable).with_name(name))
+        self.run(name, tool("gemsmith"), *arguments, beside=beside)
 
 
 def demo(out: Path, seed: int, sizes: DemoSizes | None = None, *, overwrite: bool = False) -> dict[str, Any]:
@@ -135,13 +131,6 @@ def make_data(story: Story) -> None:
     )  # fmt: skip
 
 
-def precision() -> str:
-    """bf16 where the processor multiplies it, else fp32: emulated bf16 is slower than fp32."""
-    import torch
-
-    return "bf16" if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else "fp32"
-
-
 def make_scorer(story: Story) -> None:
     """A small CLIP on the trusted pairs."""
     story.gemsmith(
@@ -176,12 +165,12 @@ def train_arm(story: Story, arm: str) -> None:
     """Through the plain launcher, with every checkpoint graded as it lands."""
     out, run = story.out, story.out / "runs" / arm
     watch = [
-        _tool("gemsmith"), "watch", "--run", run, "--tasks", "retrieval", "--data", out / "heldout",
+        tool("gemsmith"), "watch", "--run", run, "--tasks", "retrieval", "--data", out / "heldout",
         "--out", out / "watched" / arm / "results.jsonl", "--threads", 1, "--idle-seconds", 300,
         "--config", "recipes/evaluate/tiny_demo.yaml", "--retrieval.limit", story.sizes.watched,
     ]  # fmt: skip
     story.run(
-        f"train {arm}", _tool("deepspeed"), "--num_accelerators", 2, "training/train.py",
+        f"train {arm}", tool("deepspeed"), "--num_accelerators", 2, "training/train.py",
         "--config", "recipes/train/tiny_mmgem.yaml", "--data", out / arm / "shards", "--out", run,
         "--seed", story.seed, "--precision", precision(), "--samples", story.sizes.arm_samples,
         "--mmgem.tokenizer.name_or_path", tokenizer(story),

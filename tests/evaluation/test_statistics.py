@@ -23,6 +23,12 @@ def test_mean_interval_against_scipy(scores):
     assert ours == statistics.mean_interval(scores[0], samples=20_000), "the same scores, the same interval"
 
 
+@pytest.mark.parametrize("size", [2, 5, 400])
+def test_t_interval_against_scipy(scores, size):
+    values = scores[0][:size]
+    assert statistics.t_interval(values) == pytest.approx(tuple(stats.ttest_1samp(values, 0).confidence_interval(0.95)))
+
+
 @pytest.mark.parametrize("size", [400, 399])
 def test_median_interval_against_scipy(scores, size):
     ours = statistics.median_interval(scores[0][:size], samples=5_000)

@@ -25,6 +25,7 @@ FLAGS = {
     "compare": "--help",
     "report": "--help",
     "demo": "--help --out --overwrite --seed",
+    "reproduce": "--help --out --overwrite --scale --seeds --workers",
 }
 TRAIN_FLAGS = """
 --activation_checkpointing --adapter --background_save --checkpoint_every --clip --config --data --deepspeed --help
