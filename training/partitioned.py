@@ -177,6 +177,7 @@ def partition(
     from deepspeed.runtime.zero import Init
 
     init, exact = Init(module=nn.Module(), config_dict_or_path=settings, dtype=dtype), {}
+    parameter: Any
     for name, parameter in model.named_parameters():
         with deferred.values(parameter):
             before = parameter.data.view(-1)
