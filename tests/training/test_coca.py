@@ -165,6 +165,7 @@ def test_a_caption_loss_needs_a_decoder():
 def test_two_zero3_ranks_equal_one_process(shards, tmp_path):
     """Captions, contrastive loss and hard negatives together, under the real launcher: 1e-5 in float32."""
     negatives = ("--clip.negatives", "1", "--loader.chunk", "4", "--loader.retain", "0")
+    (tmp_path / "run").mkdir()
     saved, _ = launched(shards, tmp_path / "run", "3", *negatives, family="coca")
     config = coca_config(*negatives)
     family = build(config, tmp_path / "tokenizer", list)
