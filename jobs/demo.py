@@ -41,7 +41,7 @@ class DemoSizes:
     heldout: int = 4_000
     classes: int = 1_600
     scorer_samples: int = 40_960
-    arm_samples: int = 14_336  # the same for every arm
+    arm_samples: int = 24_576  # the same for every arm
     watched: int = 500  # held-out scenes that checkpoints are graded on while they land
     captioned: int = 500
 
