@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from curation.manifest import write_json
 from curation.synth import synthesise
 from jobs.reproduce import rows, step
 from jobs.reproduce.claims import CLAIMS
@@ -42,6 +43,9 @@ def seed_of(name: str, folder: Path) -> Seed:
 def configs(name: str, folder: Path) -> dict[str, tuple[TrainConfig, dict[str, str]]]:
     """(recipe, data) of every arm, as `gemsmith train` reads its words."""
     claim, seed = CLAIMS[name], seed_of(name, folder)
+    if name == "stage2":  # what the recipe takes over from the run before
+        first = parse(["--config", "recipes/train/tiny_mmgem.yaml", "--data", ".", "--out", "."])[0]
+        write_json(seed.data / "captioning" / "export" / "gemsmith.json", {"config": as_dict(first)})
     found = {}
     for arm in (name for name, arm in claim.arms.items() if arm.run is None):
         words = words_of_training(claim, seed, arm)
