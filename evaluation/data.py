@@ -133,11 +133,7 @@ def _image_member(shard: Bytes, sample: Sample) -> Member:
 
 
 def _uid_and_captions(shard: Bytes, sample: Sample, image: Member) -> tuple[str, list[str]]:
-    members = sample.members
-    try:
-        record = json.loads(_payload(shard, members["json"])) if "json" in members else {}
-    except (ValueError, RecursionError):
-        raise _Unreadable("json_broken") from None
+    members, record = sample.members, _record(shard, sample)
     try:
         scored, captions = read_captions(record, _payload(shard, members["txt"]) if "txt" in members else None)
     except ValueError as reason:
@@ -257,10 +253,19 @@ def open_regions(folder: Path) -> RegionData:
 
 def _uid_and_regions(shard: Bytes, sample: Sample, image: Member) -> tuple[str, tuple[int, int], list[Any]]:
     """(uid, (width, height), the regions as the json has them)"""
-    uid, _ = _uid_and_captions(shard, sample, image)
-    record = json.loads(_payload(shard, sample.members["json"])) if "json" in sample.members else {}
-    found = record.get("regions") if isinstance(record, dict) else None
-    return uid, size_of(_payload(shard, image)), found if isinstance(found, list) else []
+    record = _record(shard, sample)
+    found, uid = (record.get(name) if isinstance(record, dict) else None for name in ("regions", "uid"))
+    payload = _payload(shard, image)
+    if not isinstance(uid, str) or not uid:
+        uid = hashlib.md5(payload).hexdigest()
+    return uid, size_of(payload), found if isinstance(found, list) else []
+
+
+def _record(shard: Bytes, sample: Sample) -> Any:
+    try:
+        return json.loads(_payload(shard, sample.members["json"])) if "json" in sample.members else {}
+    except (ValueError, RecursionError):
+        raise _Unreadable("json_broken") from None
 
 
 def _lines(path: Path) -> list[str]:

@@ -25,6 +25,7 @@ from torch import nn
 
 from curation.errors import UserError
 from training.config import AdapterConfig
+from training.models.head import Head
 
 FOLDER, TRAINED = "adapter", "trained.safetensors"
 PREFIX = "base_model.model."
@@ -74,9 +75,13 @@ def _origin(module: nn.Module) -> dict[str, Any]:
 def _peft_config(module: nn.Module, config: AdapterConfig) -> Any:
     import peft
 
+    targets: Any = config.target_modules
+    if targets == "all-linear" and not hasattr(module, "get_output_embeddings"):
+        # peft spares the output head of transformers' models alone; ours gives a loss, to which nothing can be added.
+        targets = [n for n, x in module.named_modules() if isinstance(x, nn.Linear) and not isinstance(x, Head)]
     shared: dict[str, Any] = {
         **_origin(module),
-        "target_modules": config.target_modules,
+        "target_modules": targets,
         "modules_to_save": config.modules_to_save or None,
         "r": config.r,
     }

@@ -49,9 +49,6 @@ def resolved(config: TrainConfig) -> TrainConfig:
         raise UserError(f"mmgem.init: {init} keeps its weights in an adapter; name an export made with --merge")
     if recipe.stage2 is None and (first.mmgem.prompts or first.mmgem.h4):
         raise UserError(f"mmgem.stage2: {init} has been through stage 2; write captioning or retrieval")
-    for name in TAKEN:
-        if getattr(recipe, name) not in (getattr(MMGemRecipe(), name), getattr(first.mmgem, name)):
-            raise UserError(f"mmgem.{name}: is that of {init}; remove it")
     if config.loader.resize_mode != first.loader.resize_mode:
         raise UserError(f"loader.resize_mode: {init} was trained with {first.loader.resize_mode}; write that")
     if config.objective.coupled != first.objective.coupled:
@@ -70,6 +67,9 @@ def resolved(config: TrainConfig) -> TrainConfig:
         h4=recipe.stage2 == "retrieval" or first.mmgem.h4,
         embed_tokens=recipe.embed_tokens or first.mmgem.embed_tokens or first.loader.max_tokens,
     )
+    for name in TAKEN:  # a recipe may also be one that was completed before: RUN/config.yaml
+        if getattr(recipe, name) not in (getattr(side, name) for side in (MMGemRecipe(), first.mmgem, taken)):
+            raise UserError(f"mmgem.{name}: is that of {init}; remove it")
     return replace(config, mmgem=taken)
 
 

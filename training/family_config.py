@@ -119,6 +119,10 @@ class MMGemRecipe:
             raise UserError("mmgem.negatives: a mapping has no contrastive loss for them; remove one of the two")
         if self.stage2 is not None and (self.negatives or self.mapping is not None):
             raise UserError(f"mmgem.stage2: {self.stage2} trains on regions alone; remove negatives and mapping")
+        if self.mapping is not None and (self.init is not None or self.prompts or self.h4):
+            raise UserError(
+                "mmgem.mapping: takes no run to begin from and no part of stage 2; remove init, prompts, h4"
+            )
 
     def check_stage(self, sources: Mapping[str, Any], adapter: Any) -> None:
         """
@@ -130,8 +134,8 @@ class MMGemRecipe:
         if wrong := next((name for name, kind in kinds.items() if kind != wanted), None):
             stage = "stage 1" if self.stage2 is None else f"stage2: {self.stage2}"
             raise UserError(f"loader.sources.{wrong}.kind: mmgem in {stage} trains on {wanted}, not {kinds[wrong]}")
-        if self.stage2 is not None and adapter is not None:
-            raise UserError(f"adapter: stage2 {self.stage2} freezes all but its own parts; remove it")
+        if self.init is not None and adapter is not None:
+            raise UserError("adapter: a run from mmgem.init trains weights of its own; remove one of the two")
         if self.prompts < 0:
             raise UserError(f"mmgem.prompts: {self.prompts} is below 0; the paper takes 64")
         if self.embed_tokens is not None and self.embed_tokens < 2:

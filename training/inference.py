@@ -81,7 +81,7 @@ class Model:
     @property
     def can_regions(self) -> bool:
         """Whether it embeds and describes parts of pictures."""
-        return hasattr(self.family.model, "pooled_region")
+        return hasattr(self.family.model, "h1")
 
     def region_weights(self, region: Region, size: tuple[int, int]) -> np.ndarray:
         """float32 [N]: over the patches of a picture of this (width, height). Raises ValueError where the model sees

@@ -88,8 +88,10 @@ class Trainer:
         self.number = number
         zero.begin_step(self.engine)
         shards = [state.shard for state in self.optimizer.states.values()]
-        learned = [name for name in self.family.model.scalars if name in self.used.names]
-        self.masters = zero.masters(shards, learned, self.world)
+        shards += [zero.Shard(values, (s.name,), [s], True) for s, values in self.optimizer.frozen.items()]
+        rounded = self.config.precision == "bf16"  # then the frozen ones too
+        names = [name for name in self.family.model.scalars if rounded or name in self.used.names]
+        self.masters = zero.masters(shards, names, self.world)
 
     def step(self, number: int, chunks: Sequence[Chunk]) -> dict[str, float]:
         set_lr(self.engine.optimizer, share := factor(number, self.config.steps, self.config.optim))

@@ -6,7 +6,7 @@ they train on. A claim holds where all its hypotheses do.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,6 +56,7 @@ class Claim:
     """One claim and how it is tried.
 
     title, source, says: what the paper claims, where, and what is tried here · recipe: of recipes/train ·
+    recipes: what else its preparation trains or curates with ·
     sizes: samples that each arm sees, pairs of each set · overrides: words of all arms · why: reasons for the choices
     made beforehand, and what is smaller or other than in the paper · prepare: makes what all seeds share ·
     prepare_seed: makes a seed's data · grade: (seed, arm, folder of its run) -> scores · shown: metrics on the
@@ -75,4 +76,5 @@ class Claim:
     grade: "Callable[[Seed, str, Path], dict[str, Score]]"
     shown: tuple[str, ...]
     minutes: int
-    overrides: tuple[str, ...] = field(default=())
+    overrides: tuple[str, ...] = ()
+    recipes: tuple[str, ...] = ()

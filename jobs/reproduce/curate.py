@@ -55,6 +55,7 @@ CLAIM = Claim(
     says="A model that sees a filtered part of a raw pool several times retrieves better than one that sees the whole "
     "pool for the same number of samples.",
     recipe="recipes/train/tiny_mmgem.yaml",
+    recipes=("recipes/train/tiny_clip.yaml", "recipes/curate/tiny_demo.yaml", "recipes/curate/tiny_raw.yaml"),
     sizes={
         "samples": 12_288, "pool": 8_000, "trusted": 4_000, "reference": 800, "heldout": 2_000,
         "scorer_samples": 16_384,

@@ -114,7 +114,7 @@ def _try(name: str, out: Path, seeds: Sequence[int], scale: float, workers: int,
 def registered(claim: Claim) -> dict[str, Any]:
     """All that was chosen beforehand: another of any of it is another experiment."""
     return {
-        "recipe": file_hash([ROOT / claim.recipe]),
+        "recipe": file_hash([ROOT / name for name in (claim.recipe, *claim.recipes)]),
         "sizes": claim.sizes,
         "overrides": claim.overrides,
         "arms": {name: dataclasses.asdict(arm) for name, arm in claim.arms.items()},

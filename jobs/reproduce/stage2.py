@@ -53,6 +53,7 @@ CLAIM = Claim(
     says="After stage 2, regions find their phrases and phrases their regions better than by RoIAlign on stage 1's "
     "features alone, captions of regions score higher, and whole pictures and texts are embedded to the same bits.",
     recipe="recipes/train/tiny_mmgem_stage2_retrieval.yaml",
+    recipes=("recipes/train/tiny_mmgem.yaml", "recipes/train/tiny_mmgem_stage2_captioning.yaml"),
     sizes={
         "samples": 12_288, "stage1": 12_288, "captioning": 6_144, "train": 4_000, "heldout": 600, "captioned": 400,
     },

@@ -20,6 +20,7 @@ from training.gradient_cache import Outputs, gradient_cached_step
 from training.inference import load
 from training.models.clip import Clip, export, read_export
 from training.models.coca import EOT, PAD, SOT, Coca, Words
+from training.models.head import Head
 from training.objectives.infonce import InfoNCE
 
 WEIGHTS = {"embed": 1.0, "generate": 2.0}
@@ -206,3 +207,11 @@ def test_a_run_exports_what_captions(shards, tmp_path):
         said.append(model.caption(model.images(pictures), max_new_tokens=5))
         assert model.embed_images(model.images(pictures)).shape == model.embed_texts(["a", "b", "c"]).shape == (3, 16)
     assert said[0] == said[1] and len(said[0]) == 3 and all(isinstance(text, str) for text in said[0])
+
+
+@pytest.mark.parametrize("kind", ["lora", "vera"])
+def test_adapters_leave_the_output_head_alone(kind, tmp_path):
+    model = build(coca_config("--adapter", f"{{kind: {kind}, module: towers}}"), tmp_path / "tokenizer", list).model
+    adapted = [name for name, module in model.named_modules() if hasattr(module, f"{kind}_dropout")]
+    assert type(model.towers.text_decoder.head) is Head
+    assert any("text_decoder" in name for name in adapted) and any("visual" in name for name in adapted)

@@ -20,7 +20,7 @@ from training.gradient_cache import Outputs, gradient_cached_step
 from training.inference import config_from, load
 from training.models.mmgem_regions import TRAINED, begin_from
 from training.objectives.infonce import InfoNCE
-from training.train import parse
+from training.train import parse, save_config
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_long_texts_are_embedded_whole_where_the_recipe_says_so(shards, first, t
         (["--loader.crop_scale", "[0.5, 1.0]"], r"loader\.crop_scale"),
         (["--loader.sources", "{regions: {kind: pairs}}"], r"stage2: captioning trains on regions, not pairs"),
         (["--mmgem.stage2", "null"], r"stage 1 trains on pairs, not regions"),
-        (["--adapter", "{module: llm}"], r"adapter: stage2 captioning"),
+        (["--adapter", "{module: llm}"], r"adapter: a run from mmgem\.init"),
         (["--mmgem.init", "/nothing/here"], r"mmgem\.init: /nothing/here: no such folder"),
         (["--objective.coupled", "siglip"], r"objective\.coupled"),
         (["--mmgem.prompts", "-1"], r"mmgem\.prompts"),
@@ -202,6 +202,12 @@ def test_recipes_that_contradict_the_checkpoint_are_refused(more, named, first):
     with pytest.raises(UserError, match=named) as error:
         stage2_config("captioning", first, *more)
     assert "\n" not in str(error.value)
+
+
+def test_a_completed_recipe_is_a_recipe(first, tmp_path):
+    config = stage2_config("captioning", first)
+    save_config(config, tmp_path)
+    assert parse(["--config", str(tmp_path / "config.yaml"), "--data", "d", "--out", "o"])[0] == config
 
 
 def test_a_checkpoint_of_another_model_is_refused(shards, first, tmp_path):

@@ -91,7 +91,7 @@ class Bridge(MMGem):
         """As MM-GEM's; vision.arch may also be local-dir:FOLDER, the export of a CLIP, whose sizes are then its own."""
         weights = None
         if vision.arch and vision.arch.startswith(LOCAL):
-            vision, weights = from_export(Path(vision.arch.removeprefix(LOCAL)), vision)
+            vision, weights = from_export(Path(vision.arch.removeprefix(LOCAL)), vision, settings["resize_mode"])
         model: Any = super().from_backbones(vision, language, tokenizer, **settings)
         if weights is not None:
             model.vision.load_state_dict(weights)
@@ -140,20 +140,23 @@ class Bridge(MMGem):
     get_text_features = get_image_features
 
 
-def from_export(folder: Path, vision: VisionConfig) -> tuple[VisionConfig, dict[str, torch.Tensor]]:
+def from_export(folder: Path, vision: VisionConfig, resize_mode: str) -> tuple[VisionConfig, dict[str, torch.Tensor]]:
     """The sizes and the weights of the vision tower in an open_clip export, without its projection.
 
     Raises:
-        UserError: no such export, or no ViT's.
+        UserError: no such export, no plain ViT's, or one that saw pictures resized in another way.
     """
     try:
-        sizes = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
+        record = json.loads((folder / "open_clip_config.json").read_text())
+        sizes = record["model_cfg"]["vision_cfg"]
         tensors = load_file(folder / "open_clip_model.safetensors")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"mmgem.vision.arch: {LOCAL}{folder} is no export of a CLIP ({error!r})") from None
     known = {name: value for name, value in sizes.items() if name in VisionConfig.__dataclass_fields__}
-    if known.keys() != sizes.keys() or not isinstance(sizes["layers"], int):
-        raise UserError(f"mmgem.vision.arch: {folder} has a tower that is no plain ViT; take a CLIP's")
+    if known.keys() != sizes.keys() or not isinstance(sizes["layers"], int) or record["model_cfg"].get("quick_gelu"):
+        raise UserError(f"mmgem.vision.arch: {folder} has a tower that is no plain ViT with GELU; take a CLIP's")
+    if (seen := record.get("preprocess_cfg", {}).get("resize_mode", resize_mode)) != resize_mode:
+        raise UserError(f"loader.resize_mode: {folder} was trained with {seen}; write that")
     weights = {n.removeprefix("visual."): x for n, x in tensors.items() if n.startswith("visual.")}
     weights.pop("proj")
     return VisionConfig(**{**known, "patch_dropout": vision.patch_dropout}), weights
