@@ -190,17 +190,23 @@ def _folder(folder: Path) -> Path:
     return folder
 
 
+def _img2dataset(folder: Path, read: Any) -> tuple[list[Path], Pictures, list[Any], list[dict[str, str]]]:
+    """(tars, pictures, what `read` finds of each sample, samples left out)"""
+    paths = sorted(_folder(folder).glob("*.tar"))
+    if not paths:
+        raise UserError(f"--data {folder}: holds no .tar; all but classification read img2dataset tars at its top")
+    pictures, extras, left_out = _read(paths, read)
+    _checked(folder, pictures, left_out)
+    return paths, pictures, extras, left_out
+
+
 def open_retrieval(folder: Path) -> RetrievalData:
     """Images and captions of a folder of img2dataset tars.
 
     Raises:
         UserError: no folder, no tar in it, or no usable sample.
     """
-    paths = sorted(_folder(folder).glob("*.tar"))
-    if not paths:
-        raise UserError(f"--data {folder}: holds no .tar; retrieval and captioning read img2dataset tars at its top")
-    pictures, extras, left_out = _read(paths, _uid_and_captions)
-    _checked(folder, pictures, left_out)
+    paths, pictures, extras, left_out = _img2dataset(folder, _uid_and_captions)
     return RetrievalData(
         name=folder.resolve().name,
         content_hash=file_hash(paths),
@@ -217,11 +223,7 @@ def open_regions(folder: Path) -> RegionData:
     Raises:
         UserError: no folder, no tar in it, or no usable region.
     """
-    paths = sorted(_folder(folder).glob("*.tar"))
-    if not paths:
-        raise UserError(f"--data {folder}: holds no .tar; the region tasks read img2dataset tars at its top")
-    pictures, extras, left_out = _read(paths, _uid_and_regions)
-    _checked(folder, pictures, left_out)
+    paths, pictures, extras, left_out = _img2dataset(folder, _uid_and_regions)
     regions: list[Region] = []
     owner: list[int] = []
     kept = [number for number, (_, _, found) in enumerate(extras) if found]

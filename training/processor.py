@@ -11,6 +11,7 @@ processors resize tensors and give other pixels.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,7 @@ Pictures = Image.Image | Sequence[Image.Image]
 Texts = str | Sequence[str]
 
 
-class PairProcessor(ProcessorMixin):
+class PairProcessor(ProcessorMixin, ABC):
     """Square pictures and texts, each on its own. A kind says by `ids` what its text encoder reads."""
 
     FILE = "processor_config.json"
@@ -71,9 +72,9 @@ class PairProcessor(ProcessorMixin):
             interpolation="bicubic",
         )
 
+    @abstractmethod
     def ids(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """input_ids [B, T], and what else the text encoder reads."""
-        raise NotImplementedError
 
     def __call__(self, images: Pictures | None = None, text: Texts | None = None, return_tensors: str = "pt") -> Any:
         """pixel_values [B, 3, S, S] of pictures, input_ids and attention_mask [B, T] of texts, or both."""

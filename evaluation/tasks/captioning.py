@@ -114,26 +114,48 @@ def grade(
     pictures, references = data.pictures.head(settings.limit), data.captions[: settings.limit]
     fixed = best_fixed_caption(settings.fixed_captions, references) if settings.fixed_captions else None
     captions = write_captions(model, pictures, max_new_tokens=settings.max_new_tokens, batch=batch)
+    return graded(captions, references, data.uids[: len(captions)], samples=settings.bootstrap, fixed=fixed)
+
+
+def graded(
+    captions: list[str],
+    references: list[list[str]],
+    uids: Sequence[str],
+    *,
+    samples: int,
+    fixed: float | None = None,
+    picture: np.ndarray | None = None,
+) -> Graded:
+    """cider_d and bleu_4 of captions [n] against their references, with the captions as records.
+
+    Args:
+        samples: of the bootstrap · fixed: what one caption for all reaches, as CIDEr-D's chance ·
+            picture: int [n], of 0, 1, ...: captions of one number are one cluster of the intervals. None: all apart.
+    """
     scores, counts = cider_d(captions, references), bleu_counts(captions, references)
-    n, samples = len(captions), settings.bootstrap
+    n, by_picture = len(captions), counts
+    if picture is not None:
+        by_picture = np.zeros((picture.max() + 1, counts.shape[1]))
+        np.add.at(by_picture, picture, counts)
     measurements = [
         Measurement(
             metric="cider_d",
             value=float(scores.mean()),
             n=n,
             chance=fixed,
-            ci95=statistics.mean_interval(scores, samples=samples),
+            ci95=statistics.mean_interval(scores, clusters=picture, samples=samples),
         ),
         Measurement(
             metric="bleu_4",
             value=float(bleu4(counts.sum(axis=0)[None])[0]),
             n=n,
             chance=None,
-            ci95=statistics.statistic_interval(counts, bleu4, samples=samples),
+            ci95=statistics.statistic_interval(by_picture, bleu4, samples=samples),
         ),
     ]
     records: list[dict[str, Any]] = [
         {"uid": uid, "caption": caption, "references": texts, "cider_d": score}
-        for uid, caption, texts, score in zip(data.uids[:n], captions, references, scores.tolist(), strict=True)
+        for uid, caption, texts, score in zip(uids, captions, references, scores.tolist(), strict=True)
     ]
-    return Graded(measurements=measurements, per_query={"cider_d": scores}, records=records)
+    clusters = {} if picture is None else {"cluster/cider_d": picture}
+    return Graded(measurements=measurements, per_query={"cider_d": scores, **clusters}, records=records)

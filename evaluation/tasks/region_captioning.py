@@ -6,7 +6,6 @@ n-gram counts are summed over a picture before pictures are resampled.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,8 +13,8 @@ from curation.errors import UserError
 from evaluation import encode, statistics
 from evaluation.data import RegionData
 from evaluation.regions import RegionModel, Seen
-from evaluation.results import Graded, Measurement
-from evaluation.tasks.captioning import bleu4, bleu_counts, cider_d
+from evaluation.results import Graded
+from evaluation.tasks.captioning import graded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,29 +49,6 @@ def grade(
         captions += model.caption_regions(*seen.batch(indices), max_new_tokens=settings.max_new_tokens)
     captions = captions[: len(seen.phrases)]
     references = [[phrase] for phrase in seen.phrases]
-    scores, counts = cider_d(captions, references), bleu_counts(captions, references)
+    uids = [data.uids[owner] for owner in seen.owner.tolist()]
     _, picture = np.unique(seen.owner, return_inverse=True)
-    by_picture = np.zeros((picture.max() + 1, counts.shape[1]))
-    np.add.at(by_picture, picture, counts)
-    n, samples = len(captions), settings.bootstrap
-    measurements = [
-        Measurement(
-            metric="cider_d",
-            value=float(scores.mean()),
-            n=n,
-            chance=None,
-            ci95=statistics.mean_interval(scores, clusters=picture, samples=samples),
-        ),
-        Measurement(
-            metric="bleu_4",
-            value=float(bleu4(counts.sum(axis=0)[None])[0]),
-            n=n,
-            chance=None,
-            ci95=statistics.statistic_interval(by_picture, bleu4, samples=samples),
-        ),
-    ]
-    records: list[dict[str, Any]] = [
-        {"uid": data.uids[owner], "caption": caption, "references": texts, "cider_d": score}
-        for owner, caption, texts, score in zip(seen.owner.tolist(), captions, references, scores.tolist(), strict=True)
-    ]
-    return Graded(measurements=measurements, per_query={"cider_d": scores, "cluster/cider_d": picture}, records=records)
+    return graded(captions, references, uids, samples=settings.bootstrap, picture=picture)

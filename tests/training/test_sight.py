@@ -122,8 +122,8 @@ def test_a_rank_keeps_its_warnings_and_its_libraries_words(tmp_path):
     assert "WARNING DeepSpeed: of DeepSpeed" in text and "UserWarning: of a library" in text
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="W&B is installed")
-def test_wandb_that_is_not_installed_is_one_clear_line():
+def test_wandb_that_is_not_installed_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_wandb(None)
     with pytest.raises(UserError, match=r"log\.wandb: gems needs the wandb package; `pip install"):
         check_wandb("gems")
