@@ -3,7 +3,8 @@
     pool ──┬── as it is ─────────────▶ raw arm     ─┐
            ├── gemsmith curate ──────▶ curated arm ─┼─▶ same model, same samples seen ─▶ same held-out scenes
            └── truth.parquet ────────▶ oracle arm  ─┘
-    trusted pairs ─▶ small CLIP ─▶ the CLIPScore of `curate` (the data-filtering-network recipe)
+    trusted pairs ─▶ small CLIP ─┬▶ the CLIPScore of `curate` (the data-filtering-network recipe)
+                                 └▶ the ViT that every arm begins from, as MM-GEM begins from OpenCLIP's
 
 Every step is the command that users run, as a process of its own: nothing here
 has another way in. The training goes through the plain `deepspeed` launcher
@@ -29,19 +30,20 @@ from jobs.steps import precision, tool
 from training.config import ROOT
 
 ARMS = ("raw", "curated", "oracle")
+RECIPE = "recipes/train/tiny_demo.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSizes:
     """Pairs in each set, and samples seen by each model. The pool and the clean sets of one seed share no scene."""
 
-    pool: int = 16_000
+    pool: int = 12_000
     trusted: int = 6_000  # trains the scorer
     reference: int = 1_000  # sets its threshold: trusted pairs that it was not trained on
     heldout: int = 4_000
     classes: int = 1_600
-    scorer_samples: int = 40_960
-    arm_samples: int = 24_576  # the same for every arm
+    scorer_samples: int = 24_576
+    arm_samples: int = 12_288  # the same for every arm
     watched: int = 500  # held-out scenes that checkpoints are graded on while they land
     captioned: int = 500
 
@@ -55,10 +57,10 @@ class Story:
     sizes: DemoSizes
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(self, name: str, *command: object, beside: Sequence[object] | None = None) -> None:
-        """Run a step, with another process beside it; both must end well."""
+    def run(self, name: str, *command: object, beside: Sequence[object] | None = None, threads: int = 1) -> None:
+        """Run a step of so many threads a process, with another process beside it; both must end well."""
         print(f"\n=== {name}: {' '.join(map(str, command[:2]))} ...", flush=True)
-        begun, environment = time.monotonic(), {**os.environ, "OMP_NUM_THREADS": "1"}
+        begun, environment = time.monotonic(), {**os.environ, "OMP_NUM_THREADS": str(threads)}
         companion = None
         if beside is not None:
             # The training has the cores; grading takes what it leaves.
@@ -74,8 +76,8 @@ class Story:
         if code:
             raise UserError(f"demo: the step {name!r} ended with {code}; what it printed above says why")
 
-    def gemsmith(self, name: str, *arguments: object, beside: Sequence[object] | None = None) -> None:
-        self.run(name, tool("gemsmith"), *arguments, beside=beside)
+    def gemsmith(self, name: str, *arguments: object, threads: int = 1) -> None:
+        self.run(name, tool("gemsmith"), *arguments, threads=threads)
 
 
 def demo(out: Path, seed: int, sizes: DemoSizes | None = None, *, overwrite: bool = False) -> dict[str, Any]:
@@ -132,11 +134,12 @@ def make_data(story: Story) -> None:
 
 
 def make_scorer(story: Story) -> None:
-    """A small CLIP on the trusted pairs."""
+    """A small CLIP on the trusted pairs, by one rank: ranks would exchange its many words, most of its weights."""
     story.gemsmith(
         "train scorer", "train", "--config", "recipes/train/tiny_clip.yaml", "--data", story.out / "trusted",
         "--out", story.out / "scorer", "--seed", story.seed, "--precision", precision(),
-        "--samples", story.sizes.scorer_samples,
+        "--samples", story.sizes.scorer_samples, "--ranks", 1, "--deepspeed", "ds_configs/zero0.json",
+        "--loader.chunk", 128, "--loader.retain", 128, threads=2,
     )  # fmt: skip
 
 
@@ -171,7 +174,8 @@ def train_arm(story: Story, arm: str) -> None:
     ]  # fmt: skip
     story.run(
         f"train {arm}", tool("deepspeed"), "--num_accelerators", 2, "training/train.py",
-        "--config", "recipes/train/tiny_mmgem.yaml", "--data", out / arm / "shards", "--out", run,
+        "--config", RECIPE, "--mmgem.vision.arch", f"local-dir:{out / 'scorer' / 'export'}",
+        "--data", out / arm / "shards", "--out", run,
         "--seed", story.seed, "--precision", precision(), "--samples", story.sizes.arm_samples,
         "--mmgem.tokenizer.name_or_path", tokenizer(story),
         beside=watch,
@@ -187,7 +191,7 @@ def tokenizer(story: Story) -> Path:
         from training.tokenizer import load_tokenizer, save_tokenizer
         from training.train import parse
 
-        recipe = parse(["--config", str(ROOT / "recipes/train/tiny_mmgem.yaml"), "--data", ".", "--out", "."])[0]
+        recipe = parse(["--config", str(ROOT / RECIPE), "--data", ".", "--out", "."])[0]
         assert recipe.mmgem is not None
         size = recipe.mmgem.tokenizer.vocab_size
         captions = Shards(story.out / "raw" / "shards").every_caption

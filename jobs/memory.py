@@ -2,7 +2,8 @@
 
 PSS counts a page shared by n processes 1/n times in each, so the sum over
 processes is what they really take together: Ray workers and training ranks
-share most of torch.
+share most of torch. The kernel walks every page table for it, at the cost of whoever is
+measured, so it is not done often.
 """
 
 import threading
@@ -14,7 +15,7 @@ import psutil
 class PeakMemory:
     """A context: `peak_mib` is the largest sum seen."""
 
-    def __init__(self, every_seconds: float = 2.0) -> None:
+    def __init__(self, every_seconds: float = 5.0) -> None:
         self.peak_mib = 0.0
         self._every, self._stop = every_seconds, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)

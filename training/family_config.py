@@ -30,6 +30,7 @@ KINDS = {
 class VisionConfig:
     """A ViT: an open_clip architecture by name (with weights), or sizes for one from scratch.
 
+    arch: also local-dir:FOLDER, the export of a CLIP, whose sizes are then the tower's ·
     patch_dropout: share of patches left out while training (FLIP, arXiv 2212.00794).
     """
 

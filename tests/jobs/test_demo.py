@@ -68,5 +68,4 @@ def test_curation_pays(tmp_path, seed):
     assert summary["oracle_over_raw"] >= 0.15
     assert summary["p_value"] < 0.01 and summary["gap_closed"] >= 0.70
     assert summary["clean_recall"] >= 0.90 and summary["clean_precision"] >= 0.95
-    assert summary["wall_s"] <= 900 and summary["peak_pss_mib"] <= 8192
     assert summary["wall_s"] <= 15 * 60 and summary["peak_pss_mib"] <= 8192

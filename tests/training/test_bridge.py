@@ -1,8 +1,9 @@
-"""LiMBeR and MAPL: only the mapping changes, its captions learn to tell pictures apart, chunks change no gradient."""
+"""LiMBeR and MAPL, and towers from an export: only the mapping changes and learns, chunks change no gradient."""
 
 import json
 import shutil
 
+import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
@@ -15,8 +16,9 @@ from training.distributed import World
 from training.families import build
 from training.family_config import MappingConfig, MMGemRecipe, VisionConfig
 from training.gradient_cache import Outputs, gradient_cached_step
-from training.models.bridge import Bridge, from_export
+from training.models.bridge import Bridge
 from training.models.clip import Clip, export
+from training.models.vision import from_export
 from training.objectives.infonce import InfoNCE
 from training.optim import parameter_groups
 from training.tokenizer import train_bpe
@@ -148,6 +150,18 @@ def test_float64_equals_the_full_batch_written_plainly(backbones, tmp_path, name
         whole, worst = differences({n: p.grad for n, p in own.items()}, expected)
         assert whole < 1e-12 and worst < 1e-11, (chunk, whole, worst)
         assert abs(float(metrics["loss"] - expected_loss.detach())) < 1e-12 and "loss_embed" not in metrics
+
+
+def test_mmgem_begins_from_a_clip_that_was_trained_here(backbones, tmp_path):
+    arguments = ["--config", "recipes/train/tiny_mmgem.yaml", "--data", ".", "--out", "."]
+    config = parse([*arguments, "--mmgem.vision.arch", f"local-dir:{backbones / 'clip'}"])[0]
+    family = build(config, tmp_path / "tokenizer", lambda: CAPTIONS)
+    clip, _, _ = open_clip.create_model_and_transforms(f"local-dir:{backbones / 'clip'}")
+    clip.visual.proj, clip.visual.output_tokens = None, True
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(family.model.eval().feature_map(pixels), clip.eval().visual(pixels)[1])
+    assert family.image.size == 32, "the export's sizes, not the recipe's"
 
 
 def test_bad_mappings_and_towers_are_one_line(backbones, tmp_path):

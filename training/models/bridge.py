@@ -14,21 +14,16 @@ a chunk has a separable loss alone and runs forward once. The recipe freezes
 the backbones (`optim.groups`), which is also where one may thaw them.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from curation.errors import UserError
-from training.family_config import LanguageConfig, MappingConfig, VisionConfig
+from training.family_config import MappingConfig
 from training.models.mmgem import MMGem, MMGemConfig
 from training.models.patches import only
-
-LOCAL = "local-dir:"
 
 
 class TransformerMapping(nn.Module):
@@ -84,19 +79,6 @@ class Bridge(MMGem):
     def _init_weights(self, module: nn.Module) -> None:
         """Everything has initialised itself."""
 
-    @classmethod
-    def from_backbones(
-        cls, vision: VisionConfig, language: LanguageConfig, tokenizer: Any, **settings: Any
-    ) -> "Bridge":
-        """As MM-GEM's; vision.arch may also be local-dir:FOLDER, the export of a CLIP, whose sizes are then its own."""
-        weights = None
-        if vision.arch and vision.arch.startswith(LOCAL):
-            vision, weights = from_export(Path(vision.arch.removeprefix(LOCAL)), vision, settings["resize_mode"])
-        model: Any = super().from_backbones(vision, language, tokenizer, **settings)
-        if weights is not None:
-            model.vision.load_state_dict(weights)
-        return model
-
     def _visual(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Visual tokens: [B, 3, S, S] -> [B, k, H]."""
         with only(self.vision, kept):
@@ -138,25 +120,3 @@ class Bridge(MMGem):
         )
 
     get_text_features = get_image_features
-
-
-def from_export(folder: Path, vision: VisionConfig, resize_mode: str) -> tuple[VisionConfig, dict[str, torch.Tensor]]:
-    """The sizes and the weights of the vision tower in an open_clip export, without its projection.
-
-    Raises:
-        UserError: no such export, no plain ViT's, or one that saw pictures resized in another way.
-    """
-    try:
-        record = json.loads((folder / "open_clip_config.json").read_text())
-        sizes = record["model_cfg"]["vision_cfg"]
-        tensors = load_file(folder / "open_clip_model.safetensors")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"mmgem.vision.arch: {LOCAL}{folder} is no export of a CLIP ({error!r})") from None
-    known = {name: value for name, value in sizes.items() if name in VisionConfig.__dataclass_fields__}
-    if known.keys() != sizes.keys() or not isinstance(sizes["layers"], int) or record["model_cfg"].get("quick_gelu"):
-        raise UserError(f"mmgem.vision.arch: {folder} has a tower that is no plain ViT with GELU; take a CLIP's")
-    if (seen := record.get("preprocess_cfg", {}).get("resize_mode", resize_mode)) != resize_mode:
-        raise UserError(f"loader.resize_mode: {folder} was trained with {seen}; write that")
-    weights = {n.removeprefix("visual."): x for n, x in tensors.items() if n.startswith("visual.")}
-    weights.pop("proj")
-    return VisionConfig(**{**known, "patch_dropout": vision.patch_dropout}), weights

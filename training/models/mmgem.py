@@ -28,8 +28,9 @@ from training.family_config import LanguageConfig, VisionConfig
 from training.models import mmgem_regions
 from training.models.head import Head
 from training.models.kind import check_kind, opened
-from training.models.patches import only, take_over
+from training.models.patches import only
 from training.models.scalars import add_scalars, read_scalars
+from training.models.vision import pretrained_tower, vision_tower
 from training.tokenizer import CAP, EMB
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -74,24 +75,6 @@ class MMGemConfig(PretrainedConfig):
         return self
 
 
-def _vision_tower(settings: dict[str, Any], weights: str | None = None) -> Any:
-    """open_clip's ViT without its projection: image [B, 3, S, S] -> (_, patches [B, N, Dv])."""
-    import open_clip
-
-    visual: Any
-    if settings.get("arch"):
-        visual = open_clip.create_model(settings["arch"], pretrained=weights).visual
-    else:
-        from open_clip.model import CLIPVisionCfg, _build_vision_tower
-
-        known = {k: v for k, v in settings.items() if k in CLIPVisionCfg.__dataclass_fields__}
-        visual = _build_vision_tower(embed_dim=settings["width"], vision_cfg=CLIPVisionCfg(**known))
-    take_over(visual, settings.get("patch_dropout") or 0.0)
-    visual.proj = None
-    visual.output_tokens = True
-    return visual
-
-
 class MMGem(PreTrainedModel):
     """A model that embeds images and texts in one space and captions images."""
 
@@ -105,7 +88,7 @@ class MMGem(PreTrainedModel):
         super().__init__(config)
         text = dict(config.text_config)
         text_config = AutoConfig.for_model(text.pop("model_type", "llama"), **{**text, "attention_dropout": 0.0})
-        self.vision: Any = _vision_tower(config.vision_config)
+        self.vision: Any = vision_tower(config.vision_config)
         self.llm = AutoModelForCausalLM.from_config(text_config)
         self.llm.set_output_embeddings(Head.of(self.llm.get_output_embeddings()))
         for module in self.llm.modules():
@@ -150,6 +133,7 @@ class MMGem(PreTrainedModel):
     @classmethod
     def from_backbones(cls, vision: VisionConfig, language: LanguageConfig, tokenizer: Any, **settings: Any) -> "MMGem":
         """Build from the recipe: pretrained towers where it names them, else towers from scratch."""
+        vision, weights = pretrained_tower(vision, settings["resize_mode"])
         if language.name_or_path:
             pretrained = opened(AutoModelForCausalLM, language.name_or_path, "mmgem.language.name_or_path")
             pretrained.resize_token_embeddings(len(tokenizer))
@@ -175,8 +159,8 @@ class MMGem(PreTrainedModel):
         model = cls(config)
         if language.name_or_path:
             model.llm.load_state_dict(pretrained.state_dict())
-        if vision.arch and vision.pretrained:
-            model.vision.load_state_dict(_vision_tower(config.vision_config, vision.pretrained).state_dict())
+        if weights is not None:
+            model.vision.load_state_dict(weights)
         return model
 
     @property
