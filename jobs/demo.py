@@ -41,9 +41,9 @@ class DemoSizes:
     trusted: int = 6_000  # trains the scorer
     reference: int = 1_000  # sets its threshold: trusted pairs that it was not trained on
     heldout: int = 4_000
-    classes: int = 1_600
-    scorer_samples: int = 24_576
-    arm_samples: int = 12_288  # the same for every arm
+    classes: int = 800
+    scorer_samples: int = 30_720
+    arm_samples: int = 10_240  # the same for every arm
     watched: int = 500  # held-out scenes that checkpoints are graded on while they land
     captioned: int = 500
 
