@@ -6,6 +6,7 @@ command's own option goes to its recipe as a dotted override.
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -323,6 +324,7 @@ def demo(arguments: list[str]) -> int:
     a = parser.parse_args(arguments)
     from jobs.demo import demo as run
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step at work is ended too
     run(a.out, a.seed, overwrite=a.overwrite)
     return 0
 

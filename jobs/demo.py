@@ -14,6 +14,7 @@ with `gemsmith watch` grading checkpoints beside it. The page tells the story.
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -61,17 +62,19 @@ class Story:
         """Run a step of so many threads a process, with another process beside it; both must end well."""
         print(f"\n=== {name}: {' '.join(map(str, command[:2]))} ...", flush=True)
         begun, environment = time.monotonic(), {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        companion = None
-        if beside is not None:
-            # The training has the cores; grading takes what it leaves.
-            companion = subprocess.Popen(["nice", "-n", "19", *map(str, beside)], cwd=ROOT, env=environment)
+        # The training has the cores; grading takes what it leaves.
+        commands = [command, *([] if beside is None else [("nice", "-n", "19", *beside)])]
+        # Each in a group of its own, launchers and ranks included, so that one that is left can be ended as a whole.
+        running = [
+            subprocess.Popen([*map(str, words)], cwd=ROOT, env=environment, process_group=0) for words in commands
+        ]
         try:
-            code = subprocess.run([*map(str, command)], cwd=ROOT, env=environment).returncode
-            if companion is not None and not code:
-                code = companion.wait()
+            code = next((code for process in running if (code := process.wait())), 0)
         finally:
-            if companion is not None and companion.poll() is None:
-                companion.terminate()
+            for process in running:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+                    process.wait()
         self.seconds[name] = time.monotonic() - begun
         if code:
             raise UserError(f"demo: the step {name!r} ended with {code}; what it printed above says why")

@@ -1,11 +1,15 @@
 """The whole path in small: every step is a command in a process of its own, as in `make demo`."""
 
 import json
+import subprocess
+import time
 
+import psutil
 import pytest
 
 from curation.noise import KINDS
 from jobs.demo import ARMS, DemoSizes, demo
+from jobs.steps import tool
 
 SMALL = DemoSizes(
     pool=900, trusted=300, reference=150, heldout=120, classes=64,
@@ -54,6 +58,16 @@ def test_the_page_tells_the_story_and_a_second_run_only_points_at_it(story, caps
     assert page.count("data:image/svg+xml") >= 4 and page.count("data:image/jpeg") > 20
     assert demo(out, 7, SMALL)["gap_closed"] == summary["gap_closed"]
     assert "already complete" in capsys.readouterr().out
+
+
+def test_sigterm_ends_the_step_at_work(tmp_path):
+    process = subprocess.Popen([tool("gemsmith"), "demo", "--out", str(tmp_path / "demo")], stdout=subprocess.PIPE)
+    assert process.stdout is not None and any(b"synth pool" in line for line in process.stdout)
+    while not (steps := psutil.Process(process.pid).children()):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not any(step.is_running() for step in steps) and not (tmp_path / "demo" / "summary.json").exists()
 
 
 @pytest.mark.long
