@@ -21,9 +21,9 @@ class Work(Story):
 
     workshop: Workshop
 
-    def run(self, name: str, *command: object, beside: Sequence[object] | None = None) -> None:
+    def run(self, name: str, *command: object, beside: Sequence[object] | None = None, threads: int = 1) -> None:
         assert beside is None
-        self.workshop.run(self.out / "log", *command)
+        self.workshop.run(self.out / "log", *command, threads=threads)
 
 
 def prepare(workshop: Workshop) -> None:

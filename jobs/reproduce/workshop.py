@@ -50,14 +50,14 @@ class Workshop:
         """A registered size at this scale, `least` at least: below that there is nothing to train or grade on."""
         return max(round(self.sizes[what] * self.scale), least)
 
-    def run(self, log: Path, *command: object) -> None:
-        """Run a command to its end.
+    def run(self, log: Path, *command: object, threads: int = 1) -> None:
+        """Run a command of so many threads a process to its end.
 
         Raises:
             UserError: it failed; names the log.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with open(log, "ab") as f:
             with self._guard:
                 if self._closed:
