@@ -133,7 +133,7 @@ class MMGem(PreTrainedModel):
     @classmethod
     def from_backbones(cls, vision: VisionConfig, language: LanguageConfig, tokenizer: Any, **settings: Any) -> "MMGem":
         """Build from the recipe: pretrained towers where it names them, else towers from scratch."""
-        vision, weights = pretrained_tower(vision, settings["resize_mode"])
+        vision, weights = pretrained_tower(vision, settings.get("resize_mode", "squash"))
         if language.name_or_path:
             pretrained = opened(AutoModelForCausalLM, language.name_or_path, "mmgem.language.name_or_path")
             pretrained.resize_token_embeddings(len(tokenizer))
