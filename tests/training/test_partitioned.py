@@ -5,31 +5,27 @@ import json
 import pytest
 import torch
 
-from tests.training.conftest import flava_config, tiny_config
+from tests.training.beginnings import RECIPES, begun, first_step, write
 from tests.training.rank_partitioned import LAYERS, WIDTH
 from tests.training.ranks import launch
-from training.data import Shards
-from training.families import build
+from training import checkpoint
+from training.optim import parameter_groups
 from training.partitioned import Deferred
-from training.train import parse
-
-CLIP = ["--config", "recipes/train/tiny_clip.yaml", "--data", ".", "--out", "."]
-CONFIGS = {
-    "mmgem": lambda: tiny_config(),
-    "flava": lambda: flava_config(),
-    "clip": lambda: parse(CLIP)[0],
-    "lora": lambda: tiny_config("--adapter", "{kind: dora, module: llm}"),
-}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_family_begins_from_the_same_bits(shards, tmp_path, name, monkeypatch):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("beginnings"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_family_begins_from_the_same_bits(folder, tmp_path, name, monkeypatch):
     monkeypatch.setattr("training.partitioned.SMALL", 1)
-    config, captions = CONFIGS[name](), Shards(shards).every_caption
-    whole = build(config, tmp_path / "tokenizer", captions).model
+    config = RECIPES[name](folder)
+    whole = begun(config, folder / "shards", tmp_path / "tokenizer")[0].model
     after = torch.get_rng_state()
     with Deferred() as deferred:
-        parts = build(config, tmp_path / "tokenizer", captions).model
+        parts = begun(config, folder / "shards", tmp_path / "tokenizer")[0].model
     assert torch.equal(torch.get_rng_state(), after), "what is drawn next is the same too"
     held = sum(p.untyped_storage().nbytes() for p in parts.parameters())
     total = sum(p.nbytes for p in whole.parameters())
@@ -45,20 +41,31 @@ def test_every_family_begins_from_the_same_bits(shards, tmp_path, name, monkeypa
 
 
 @pytest.fixture(scope="module")
-def ranks(shards, tmp_path_factory):
+def ranks(folder, tmp_path_factory):
     run = tmp_path_factory.mktemp("partitioned")
-    launch("rank_partitioned.py", 2, shards, run)
+    launch("rank_partitioned.py", 2, folder, run)
     return run
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_on_two_ranks_begins_from_the_same_bits(ranks, shards, precision):
-    found = torch.load(ranks / "beginnings.pt", weights_only=True)[precision]
-    model = build(tiny_config(), ranks / "tokenizer", Shards(shards).every_caption).model
-    expected = dict((model.bfloat16() if precision == "bf16" else model).named_parameters())
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_on_two_ranks_begins_from_the_same_bits_and_steps(ranks, folder, name):
+    """Under bf16 what trains begins rounded, and what is frozen is kept as it was; the loss is that of the whole."""
+    config = RECIPES[name](folder)
+    family, sources = begun(config, folder / "shards", ranks / name / "tokenizer")
+    parameter_groups(family.model.named_parameters(), config.optim)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    frozen = {n for n, p in family.model.named_parameters() if not p.requires_grad}
+    found = checkpoint.consolidated(ranks / name / "checkpoints" / "step_00000000")
+    expected = family.model.state_dict()
     assert found.keys() == expected.keys()
-    for name, value in found.items():
-        assert torch.equal(value, expected[name].float()), name
+    for n, value in expected.items():
+        kept = value if n in frozen or not value.is_floating_point() else value.to(dtype)
+        assert torch.equal(found[n].float(), kept.float()), n
+
+    alone = first_step(config, family, sources)
+    there = json.loads((ranks / "losses.json").read_text())[name]
+    print(name, {"two ranks": there, "one process": alone})
+    assert there == pytest.approx(alone, rel=1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_no_rank_holds_the_whole(ranks):
