@@ -36,7 +36,6 @@ def write(folder: Path) -> Path:
 
 RECIPES: dict[str, Callable[[Path], TrainConfig]] = {
     "mmgem": lambda _: tiny_config(),
-    "mmgem bf16": lambda _: tiny_config(*BF16),
     "mmgem lora": lambda _: tiny_config("--adapter", "{kind: lora, module: llm}"),
     "mmgem dora": lambda _: tiny_config("--adapter", "{kind: dora, module: llm}"),
     "mmgem prompt": lambda _: tiny_config("--adapter", "{kind: prompt, module: llm}"),

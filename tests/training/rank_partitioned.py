@@ -1,7 +1,7 @@
 """One rank of those that test_partitioned.py starts: a deep model built in parts and then whole, in measured memory;
-and a checkpoint of what every kind of ZeRO-3 run begins from, with the loss of its first step.
+and the weights that a ZeRO-3 run begins from.
 
-    rank_partitioned.py FOLDER RUN
+    rank_partitioned.py SHARDS RUN
 """
 
 import json
@@ -16,10 +16,9 @@ sys.path[0] = str(ROOT)
 import torch
 from torch import nn
 
-from tests.training.beginnings import RECIPES
-from training.checkpoint import Saver
-from training.config import TrainConfig
-from training.data import named, open_sources
+from tests.training.conftest import tiny_config
+from training import zero
+from training.data import Shards
 from training.distributed import World, open_group
 from training.loop import make_trainer
 from training.partitioned import Deferred, partition
@@ -62,23 +61,27 @@ def memory() -> dict[str, float]:
     return growth | {"tracked": deferred.peak / 2**20, "same": same}
 
 
-def begin(config: TrainConfig, data: Path, run: Path) -> float:
-    """Save the run's beginning as its checkpoint of step 0, and take its first step; the loss."""
-    run.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(config, open_sources(config.loader, named(config.loader, [str(data)])), run)
-    Saver(run, keep_last=1).save(trainer.engine, trainer.optimizer, 0, {})
-    return trainer.step(0, next(trainer.loader.batches(0, 1)))["loss"]
+def beginning(precision: str, shards: Path, run: Path) -> dict[str, torch.Tensor]:
+    """The fp32 master weights of a run before its first step."""
+    config = tiny_config("--deepspeed", str(ROOT / "ds_configs/zero3.json"), "--precision", precision)
+    trainer = make_trainer(config, Shards(shards), run)
+    shapes = zero.shapes(trainer.engine)
+    found = {name: torch.zeros(torch.Size(shape).numel()) for name, shape in shapes.items()}
+    for shard in zero.shards(trainer.engine):
+        for s in shard.stretches:
+            found[s.name][s.offset : s.offset + s.size] = shard.flat.detach().view(-1)[s.start : s.start + s.size]
+    return {name: trainer.world.sum(flat).view(shapes[name]) for name, flat in found.items()}
 
 
 def main() -> None:
-    folder, run = map(Path, sys.argv[1:3])
+    shards, run = map(Path, sys.argv[1:3])
     open_group()
     rank = World.current().rank
     run.mkdir(parents=True, exist_ok=True)
     (run / f"memory_{rank}.json").write_text(json.dumps(memory()))
-    losses = {name: begin(recipe(folder), folder / "shards", run / name) for name, recipe in RECIPES.items()}
+    begun = {precision: beginning(precision, shards, run) for precision in ("fp32", "bf16")}
     if rank == 0:
-        (run / "losses.json").write_text(json.dumps(losses))
+        torch.save(begun, run / "beginnings.pt")
     torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)
