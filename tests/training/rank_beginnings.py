@@ -7,6 +7,7 @@ loss of its first step.
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,12 +23,15 @@ from training.distributed import World, open_group
 from training.loop import make_trainer
 
 
-def begin(config: TrainConfig, data: Path, run: Path) -> float:
-    """Save the run's beginning as its checkpoint of step 0, and take its first step; the loss."""
+def begin(config: TrainConfig, data: Path, run: Path) -> float | str:
+    """Save the run's beginning as its checkpoint of step 0, and take its first step; the loss, or what went wrong."""
     run.mkdir(parents=True, exist_ok=True)
     trainer = make_trainer(config, open_sources(config.loader, named(config.loader, [str(data)])), run)
     Saver(run, keep_last=1).save(trainer.engine, trainer.optimizer, 0, {})
-    return trainer.step(0, next(trainer.loader.batches(0, 1)))["loss"]
+    try:
+        return trainer.step(0, next(trainer.loader.batches(0, 1)))["loss"]
+    except RuntimeError:  # on every rank alike; the others are tried all the same
+        return traceback.format_exc()
 
 
 def main() -> None:

@@ -64,5 +64,6 @@ def test_a_run_on_two_ranks_begins_from_the_same_bits_and_steps(ranks, folder, n
 
     alone = first_step(config, family, sources)
     there = json.loads((ranks / "losses.json").read_text())[name]
+    assert isinstance(there, float), there
     print(name, {"two ranks": there, "one process": alone})
     assert there == pytest.approx(alone, rel=1e-5 if dtype == torch.float32 else 2e-2)
