@@ -44,7 +44,9 @@ RECIPES: dict[str, Callable[[Path], TrainConfig]] = {
     "limber": lambda folder: bridge_config(folder, "limber", *BF16),
     "mapl": lambda folder: bridge_config(folder, "mapl", *FP32),
     "flava": lambda _: flava_config(*FP32),
+    "flava lora": lambda _: flava_config(*FP32, "--adapter", "{kind: lora, module: image_model}"),
     "clip": lambda _: clip_config(*FP32),
+    "clip lora": lambda _: clip_config(*FP32, "--adapter", "{kind: lora, module: towers}"),
     "coca": lambda _: coca_config("--loader.chunk", "3"),
     "coca vera": lambda _: coca_config("--loader.chunk", "3", "--adapter", "{kind: vera, module: towers}"),
     "vlm2vec": lambda _: vlm_config(),
@@ -64,8 +66,8 @@ def begun(config: TrainConfig, shards: Path, tokenizer: Path) -> tuple[Family, l
     return family, sources
 
 
-def first_step(config: TrainConfig, family: Family, sources: list[Source]) -> float:
-    """The loss of a run's first step, in one process and without an engine; gradients are left in the parameters."""
+def first_step(config: TrainConfig, family: Family, sources: list[Source]) -> tuple[float, float]:
+    """(loss, gradient's norm) of a run's first step in one process, without an engine; gradients stay."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model: Any = family.model.to(dtype)
     loader = Loader(
@@ -83,4 +85,5 @@ def first_step(config: TrainConfig, family: Family, sources: list[Source]) -> fl
         world=World(),
         retain=config.loader.retain > 0,
     )
-    return float(metrics["loss"])
+    gradients = [p.grad.float() for p in model.parameters() if p.grad is not None]
+    return float(metrics["loss"]), float(torch.stack([g.norm() for g in gradients]).norm())
