@@ -15,7 +15,10 @@ around the bare module. `trained.safetensors` beside it holds every tensor that
 trained, so the run's recipe and its backbone make the whole model again.
 """
 
+import inspect
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from curation.errors import UserError
-from training.config import AdapterConfig
+from training.config import AdapterConfig, GroupConfig
 from training.models.head import Head
 
 FOLDER, TRAINED = "adapter", "trained.safetensors"
@@ -52,6 +55,10 @@ def apply(model: nn.Module, config: AdapterConfig) -> None:
             PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](module, settings, adapter_name="default")
         except ValueError as error:
             raise UserError(f"adapter.target_modules: {' '.join(str(error).split())[:300]}") from None
+        if name := next((n for n, x in _unreached(module).items() if not isinstance(x, nn.Linear)), None):
+            raise UserError(
+                f"adapter.target_modules: {name} is part of torch's attention, which passes an adapter by; leave it out"
+            )
     if config.init_from is not None:
         load(module, Path(config.init_from))
 
@@ -62,6 +69,20 @@ def _module(model: nn.Module, config: AdapterConfig) -> Any:
     except AttributeError:
         named = ", ".join(name for name, _ in model.named_children())
         raise UserError(f"adapter.module: the model has no {config.module!r}; it has {named}") from None
+
+
+def check_groups(model: nn.Module, config: AdapterConfig, groups: Sequence[GroupConfig]) -> None:
+    """
+    Raises:
+        UserError: `optim.groups` freezes the adapter, too.
+    """
+    for name, parameter in _module(model, config).named_parameters(prefix=config.module):
+        rule = next((group for group in groups if re.search(group.pattern, name)), None)
+        if parameter.requires_grad and rule is not None and rule.frozen:
+            raise UserError(
+                f"optim.groups: the pattern {rule.pattern!r} freezes the adapter in {config.module} as well; leave "
+                f"{config.module} out of it: all but the adapter is frozen there"
+            )
 
 
 def _origin(module: nn.Module) -> dict[str, Any]:
@@ -76,9 +97,13 @@ def _peft_config(module: nn.Module, config: AdapterConfig) -> Any:
     import peft
 
     targets: Any = config.target_modules
-    if targets == "all-linear" and not hasattr(module, "get_output_embeddings"):
+    unreached = _unreached(module)
+    if targets == "all-linear" and (unreached or not hasattr(module, "get_output_embeddings")):
         # peft spares the output head of transformers' models alone; ours gives a loss, to which nothing can be added.
-        targets = [n for n, x in module.named_modules() if isinstance(x, nn.Linear) and not isinstance(x, Head)]
+        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        spared = {id(head), *map(id, unreached.values())}
+        linear = [(n, x) for n, x in module.named_modules() if isinstance(x, nn.Linear) and not isinstance(x, Head)]
+        targets = [n for n, x in linear if id(x) not in spared]
     shared: dict[str, Any] = {
         **_origin(module),
         "target_modules": targets,
@@ -93,6 +118,12 @@ def _peft_config(module: nn.Module, config: AdapterConfig) -> Any:
         use_dora=config.kind == "dora",
         **shared,
     )
+
+
+def _unreached(module: nn.Module) -> dict[str, Any]:
+    """By name: the linear layers whose weights torch's own attention reads, past whatever is put around them."""
+    found = ((name, x) for name, x in module.named_modules() if isinstance(x, nn.MultiheadAttention))
+    return {f"{name}.out_proj": x.out_proj for name, x in found}
 
 
 def _quantise(module: Any, config: AdapterConfig) -> None:
@@ -141,9 +172,9 @@ def _not_missing(module: Any, incompatible: Any) -> None:
 def _put_prompt(module: Any, config: AdapterConfig) -> None:
     from peft import PromptEmbedding, PromptTuningConfig
 
-    if not hasattr(module, "get_decoder"):
+    decoder = module.get_decoder() if hasattr(module, "get_decoder") else None
+    if decoder is None or "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
         raise UserError(f"adapter.module: a prompt needs a transformers language model; {config.module!r} is none")
-    decoder = module.get_decoder()
     sizes = decoder.config.get_text_config()
     settings = PromptTuningConfig(
         **_origin(module),

@@ -45,6 +45,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     first = config_from(record)
     if first.mmgem is None:
         raise UserError(f"mmgem.init: {init} is a checkpoint of {first.family}; name one of mmgem")
+    if first.mmgem.mapping is not None:
+        raise UserError(f"mmgem.init: {init} is a mapping between backbones, which embeds nothing; name one of mmgem")
     if first.adapter is not None and not (first.adapter.merge and tokenizer == Path(init)):
         raise UserError(f"mmgem.init: {init} keeps its weights in an adapter; name an export made with --merge")
     if recipe.stage2 is None and (first.mmgem.prompts or first.mmgem.h4):

@@ -179,10 +179,11 @@ def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Te
 
 
 def _names(engine: Any) -> dict[str, Any]:
-    """Other names of shared parameters: an LLM's head is often its embedding."""
-    first = {id(p): name for name, p in engine.module.named_parameters()}
-    every = engine.module.named_parameters(remove_duplicate=False)
-    return {"shared": {name: first[id(p)] for name, p in every if first[id(p)] != name}}
+    """Other names of what is shared: an LLM's head is often its embedding, VeRA's matrices are all layers'."""
+    module = engine.module
+    first = {id(x): name for name, x in (*module.named_parameters(), *_persistent_buffers(module))}
+    every = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {"shared": {name: first[id(x)] for name, x in every if first.get(id(x), name) != name}}
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -317,6 +318,7 @@ def consolidated(folder: Path) -> dict[str, torch.Tensor]:
         whole = torch.empty(torch.Size(shape).numel())
         reader.read(WEIGHTS, Stretch(name, 0, 0, whole.numel()), whole)
         state[name] = whole.view(shape)
+    state |= reader.buffers()
     for alias, name in reader.manifest["shared"].items():
         state[alias] = state[name]
-    return {**state, **reader.buffers()}
+    return state

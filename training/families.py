@@ -272,15 +272,16 @@ def build(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
     """The recipe's family; a tokenizer trained on `captions()` is kept in `tokenizer_folder` and used again."""
     torch.manual_seed(config.seed)
     family = FAMILIES[config.family](config, tokenizer_folder, captions)
-    return _adapted(family, config.adapter) if config.adapter is not None else family
+    return family if config.adapter is None else _adapted(family, config, config.adapter)
 
 
-def _adapted(family: Family, config: AdapterConfig) -> Family:
+def _adapted(family: Family, recipe: TrainConfig, config: AdapterConfig) -> Family:
     """The family with the recipe's adapter in its model; it exports the adapter and all else that trained."""
     from training import adapters
 
     model = family.model
     adapters.apply(model, config)
+    adapters.check_groups(model, config, recipe.optim.groups)
 
     def export(state: dict[str, torch.Tensor], folder: Path) -> None:
         model.load_state_dict(state)

@@ -141,6 +141,7 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     # ZeRO-3 gathers a transformer block at a time: its hooks on every small module of a block cost more than they save.
     deepspeed.utils.set_z3_leaf_modules(family.model, sorted(family.model.blocks), raise_if_not_found=False)
     if cut_up:
+        zero.ask_gradients(family.model, family.model.blocks)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         frozen = partition(family.model, deferred, settings, dtype)
     else:

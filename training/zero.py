@@ -113,6 +113,26 @@ def shapes(engine: Any) -> dict[str, list[int]]:
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
 
 
+def ask_gradients(model: nn.Module, blocks: Iterable[str]) -> None:
+    """Have the inputs of blocks that train ask for a gradient, where nothing before them does.
+
+    DeepSpeed takes a leaf module's gradients for ready when those of its inputs are, and at once where no input asks
+    for one: an adapter in the first block above frozen embeddings would be reduced before its gradient is there.
+    """
+    names = set(blocks)
+    for module in model.modules():
+        if type(module).__name__ in names and any(p.requires_grad for p in module.parameters()):
+            module.register_forward_pre_hook(_asking)
+
+
+def _asking(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """states, ... -> the same, the states asking for a gradient."""
+    asked = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    if asked or not inputs or not torch.is_grad_enabled():
+        return None
+    return (inputs[0].detach().requires_grad_(), *inputs[1:])
+
+
 def begin_step(engine: Any) -> None:
     """Stage 3 keeps the last gradients of parameters that a step does not use, and adds to them: clear them."""
     if engine.zero_optimization_stage() == 3:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from jobs.reproduce.workshop import Seed, Workshop
 
 
+LIMIT_S = 30 * 60
+"""What a claim may take on two quiet cores: its data, all arms of all seeds, and their grading."""
+
+
 class Score(NamedTuple):
     """A metric of one trained arm, and what guessing scores (0 where nothing does)."""
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from curation.manifest import read_manifest
 from evaluation.report import PALETTE, environment
+from jobs.reproduce.claim import LIMIT_S
 from jobs.reproduce.claims import CLAIMS
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
@@ -61,6 +62,8 @@ def _section(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "tests": [_test(test) for test in summary["tests"]],
         "figures": [_seeds(summary), _forest(summary)],
+        "time": _time(summary),
+        "in_time": summary["wall_s"] <= LIMIT_S,
     }
 
 
@@ -68,6 +71,12 @@ def overall(summary: Mapping[str, Any]) -> str:
     """The worst verdict of the claim's hypotheses."""
     verdicts = [test["verdict"] for test in summary["tests"]]
     return next((v for v in ("contradicted", "not shown") if v in verdicts), "holds")
+
+
+def _time(summary: Mapping[str, Any]) -> str:
+    """What the claim took, beside what it may take."""
+    within = "within" if summary["wall_s"] <= LIMIT_S else "over"
+    return f"{summary['wall_s'] / 60:.1f} of {LIMIT_S / 60:.0f} minutes, {within} the bound"
 
 
 def _words(metric: str) -> str:
@@ -113,7 +122,7 @@ def _test(test: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_text(summary: Mapping[str, Any]) -> str:
     """The verdict and the tests for a terminal."""
-    lines = [f"{summary['claim']}: {overall(summary)} ({summary['seeds']} seeds, {summary['wall_s']:.0f} s)"]
+    lines = [f"{summary['claim']}: {overall(summary)} ({summary['seeds']} seeds, {_time(summary)})"]
     if summary["scale"] != 1:
         lines[0] += f"; a rehearsal at {summary['scale']:.2g} of its registered sizes"
     for test in map(_test, summary["tests"]):

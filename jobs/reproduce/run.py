@@ -25,7 +25,7 @@ from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.manifest import claim as claim_folder
 from curation.manifest import read_manifest, write_manifest
-from jobs.reproduce.claim import Claim
+from jobs.reproduce.claim import LIMIT_S, Claim
 from jobs.reproduce.claims import CLAIMS
 from jobs.reproduce.verdict import judge
 from jobs.reproduce.workshop import Seed, Workshop, locked, training
@@ -84,6 +84,13 @@ def _try(name: str, out: Path, seeds: Sequence[int], scale: float, workers: int,
         claim_folder(folder, registered(claim) | {"scale": scale}, overwrite=overwrite)
         workshop = Workshop(name, claim.sizes, folder, scale, lock)
         begun, before = time.monotonic(), (read_manifest(folder / "seconds.json") or {"wall_s": 0.0})["wall_s"]
+
+        def so_far() -> float:
+            """Seconds of this and of all earlier runs, written down: a kill leaves out what follows."""
+            wall = before + time.monotonic() - begun
+            write_manifest(folder / "seconds.json", {"wall_s": wall})
+            return wall
+
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             _once(workshop.shared / "done.json", lambda: claim.prepare(workshop))
@@ -99,13 +106,13 @@ def _try(name: str, out: Path, seeds: Sequence[int], scale: float, workers: int,
                         seed, arm = done[graded]
                         figures = ", ".join(f"{m} {v[0]:.4g}" for m, v in graded.result()["scores"].items())
                         print(f"{name}: seed {seed.number}, {arm}: {figures} ({count} of {len(done)})", flush=True)
+                        so_far()
                 finally:
                     workshop.stop()  # what still runs where a step failed, or this was told to end
                     pool.shutdown(cancel_futures=True)
         finally:
             workshop.stop()
-            wall = before + time.monotonic() - begun
-            write_manifest(folder / "seconds.json", {"wall_s": wall})
+            wall = so_far()
             signal.signal(signal.SIGTERM, previous)
         found = {arm: [_result(seed, arm) for seed in repetitions] for arm in claim.arms}
     return summarise(name, found, seeds=len(seeds), scale=scale, wall_s=wall)
@@ -189,4 +196,6 @@ def summarise(
         "seeds": seeds,
         "scale": scale,
         "wall_s": wall_s,
+        "limit_s": LIMIT_S,
+        "in_time": wall_s <= LIMIT_S,
     }

@@ -34,6 +34,18 @@ def flava_config(*overrides: str) -> TrainConfig:
     return parse([*arguments, *FLAVA, *overrides])[0]
 
 
+CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def clip_config(*overrides: str) -> TrainConfig:
+    arguments = ["--config", "recipes/train/tiny_clip.yaml", "--data", ".", "--out", "."]
+    return parse([*arguments, "--clip.model_cfg", json.dumps(CLIP), *overrides])[0]
+
+
 COCA_TEXT = {"context_length": 14, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
 COCA = {
     "embed_dim": 16,
@@ -86,6 +98,14 @@ def write_shards(
             number += 1
         (folder / f"{shard:08d}.tar").write_bytes(b"".join([*parts, tar.END]))
     return folder
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `bridges.write_backbones` writes."""
+    from tests.training.bridges import write_backbones
+
+    return write_backbones(tmp_path_factory.mktemp("backbones"))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,9 @@ from training.config import AdapterConfig, OptimConfig
 from training.optim import parameter_groups
 
 PROJECTIONS = r".*language_model.*\.(q_proj|v_proj|down_proj)"
-KINDS = ("lora", "dora", "vera", "prompt")
+PARTS = {"lora": "lora_", "dora": "lora_", "vera": "vera_lambda", "prompt": "prompt_encoder"}
+"""The kinds, and what the names of their parameters hold."""
+KINDS = tuple(PARTS)
 LAYERED = ("lora", "dora", "vera")
 
 
@@ -52,8 +54,7 @@ def test_only_the_adapter_trains(kind, backbone):
     model.train()
     model(inputs.collate(mixed_rows(0)))["left"].square().mul(torch.arange(32.0)).sum().backward()
     moving = trained(model)
-    part = {"lora": "lora_", "dora": "lora_", "vera": "vera_lambda", "prompt": "prompt_encoder"}[kind]
-    assert moving and all(part in n or "modules_to_save" in n for n in moving)
+    assert moving and all(PARTS[kind] in n or "modules_to_save" in n for n in moving)
     assert any("modules_to_save" in n for n in moving) == bool(saved)
     assert all(p.ndim >= 1 and p.grad is not None and p.grad.any() for p in moving.values())
     assert all(p.grad is None for n, p in model.named_parameters() if n not in moving)

@@ -9,62 +9,22 @@ import torch
 from torch.nn import functional as F
 
 from curation.errors import UserError
+from tests.training.bridges import CAPTIONS, COLOURS, MAPPINGS, bridge_config
 from tests.training.plain import differences
 from tests.training.test_gradient_cache import patched_float
-from training.config import ObjectiveConfig
 from training.distributed import World
 from training.families import build
 from training.family_config import MappingConfig, MMGemRecipe, VisionConfig
 from training.gradient_cache import Outputs, gradient_cached_step
 from training.models.bridge import Bridge
-from training.models.clip import Clip, export
 from training.models.vision import from_export
 from training.objectives.infonce import InfoNCE
 from training.optim import parameter_groups
-from training.tokenizer import train_bpe
 from training.train import parse
-
-COLOURS = {
-    "red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "pink": (1, 0, 1), "black": (0, 0, 0),
-}  # fmt: skip
-CAPTIONS = [f"a {colour} thing beside another {colour} thing" for colour in COLOURS]
-MAPPINGS = {
-    "limber": "{kind: linear}",
-    "mapl": "{kind: transformer, tokens: 3, width: 16, layers: 2, heads: 2}",
-}
-
-
-@pytest.fixture(scope="module")
-def backbones(tmp_path_factory):
-    """A CLIP's export and a causal LM that knows the captions but no pictures, both as their libraries write them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("backbones")
-    torch.manual_seed(0)
-    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
-    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
-    clip = Clip({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, ObjectiveConfig())
-    export(clip, clip.state_dict(), {"size": [32, 32]}, folder / "clip")
-    tokenizer = train_bpe(CAPTIONS, 300)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
-    special = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    ids = [[*special[0], *tokenizer(text, add_special_tokens=False)["input_ids"], *special[1]] for text in CAPTIONS]
-    steps = torch.optim.AdamW(lm.parameters(), lr=1e-2)
-    for _ in range(150):
-        lm(input_ids=torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
-        steps.step()
-        steps.zero_grad()
-    lm.save_pretrained(folder / "lm")
-    tokenizer.save_pretrained(str(folder / "lm"))
-    return folder
 
 
 def made(backbones, tmp_path, name):
-    arguments = ["--config", f"recipes/train/tiny_{name}.yaml", "--data", ".", "--out", ".", "--loader.batch", "12"]
-    arguments += ["--mmgem.vision.arch", f"local-dir:{backbones / 'clip'}", "--mmgem.mapping", MAPPINGS[name]]
-    arguments += ["--mmgem.language.name_or_path", str(backbones / "lm")]
-    config = parse([*arguments, "--mmgem.tokenizer.name_or_path", str(backbones / "lm")])[0]
+    config = bridge_config(backbones, name, "--loader.batch", "12")
     torch.manual_seed(1)
     return config, build(config, tmp_path / "tokenizer", list)
 

@@ -6,33 +6,52 @@ import pytest
 import torch
 
 from curation.errors import UserError
-from tests.training.conftest import flava_config, tiny_config
+from curation.manifest import write_manifest
+from tests.training.bridges import bridge_config
+from tests.training.conftest import coca_config, flava_config, tiny_config
+from training import begin
+from training.config import as_dict
+from training.export import save
 from training.families import build
-from training.family_config import LanguageConfig, TokenizerConfig
+from training.family_config import LanguageConfig, TokenizerConfig, VisionConfig
+from training.models.bridge import Bridge
+from training.models.clip_export import OpenClip
 from training.models.flava import Flava
 from training.models.mmgem import MMGem
+from training.models.vision import pretrained_tower
 from training.models.vlm2vec import Vlm2Vec
 from training.tokenizer import load_tokenizer, train_bpe
 
 CAPTIONS = ["a red cube", "two green cones behind a table"]
 
 
+KINDS = {"mmgem": "mmgem", "flava": "gemsmith_flava", "coca": "gemsmith_open_clip", "limber": "mmgem_bridge"}
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory, backbones):
+    """An export of each, by name."""
     found = {}
-    for name, config in (("mmgem", tiny_config()), ("flava", flava_config())):
+    configs = {"mmgem": tiny_config(), "flava": flava_config(), "coca": coca_config()}
+    for name, config in (configs | {"limber": bridge_config(backbones, "limber")}).items():
         where = tmp_path_factory.mktemp(name)
         family = build(config, where / "tokenizer", lambda: CAPTIONS)
-        family.export(family.model.state_dict(), where / "export")
+        save(config, family, family.model.state_dict(), where / "export")
+        write_manifest(where / "export" / "gemsmith.json", {"steps": 0, "samples": 0, "config": as_dict(config)})
         found[name] = where / "export"
     return found
 
 
 @pytest.mark.parametrize(
-    ("kind", "folder"), [(MMGem, "flava"), (Flava, "mmgem"), (Vlm2Vec, "mmgem"), (Vlm2Vec, "flava")]
+    ("kind", "folder"),
+    [
+        *((MMGem, folder) for folder in ("flava", "coca", "limber")),
+        *((kind, "mmgem") for kind in (Flava, Vlm2Vec, OpenClip, Bridge)),
+        *((Vlm2Vec, "flava"), (OpenClip, "limber"), (Bridge, "coca")),
+    ],
 )
 def test_a_folder_of_another_family_is_refused(kind, folder, folders):
-    with pytest.raises(UserError, match=rf"{kind.__name__}.from_pretrained: .* holds a '.*{folder}'") as refused:
+    with pytest.raises(UserError, match=rf"{kind.__name__}.from_pretrained: .* holds a '{KINDS[folder]}'") as refused:
         kind.from_pretrained(folders[folder])
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="holds no model"):
@@ -42,7 +61,22 @@ def test_a_folder_of_another_family_is_refused(kind, folder, folders):
 def test_the_own_folder_opens(folders):
     opened = MMGem.from_pretrained(folders["mmgem"])
     assert torch.equal(opened.h1.weight, MMGem.from_pretrained(str(folders["mmgem"])).h1.weight)
-    assert isinstance(Flava.from_pretrained(folders["flava"]), Flava)
+    for kind, folder in ((Flava, "flava"), (OpenClip, "coca"), (Bridge, "limber")):
+        assert isinstance(kind.from_pretrained(folders[folder]), kind)
+
+
+@pytest.mark.parametrize(
+    ("folder", "named"), [("coca", "is a checkpoint of clip"), ("limber", "mapping between backbones")]
+)
+def test_a_run_of_mmgem_begins_from_one_of_mmgem(folder, named, folders):
+    with pytest.raises(UserError, match=rf"mmgem\.init: .*{named}") as refused:
+        begin.resolved(tiny_config("--mmgem.init", str(folders[folder])))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tower_that_pools_for_a_decoder_is_none_of_mmgem(folders):
+    with pytest.raises(UserError, match=r"mmgem\.vision\.arch: .* no plain ViT"):
+        pretrained_tower(VisionConfig(arch=f"local-dir:{folders['coca']}"), "squash")
 
 
 def language(name):
@@ -51,7 +85,7 @@ def language(name):
 
 
 def test_a_language_model_that_is_none(folders, tmp_path):
-    for folder in (folders["flava"], tmp_path / "nothing"):
+    for folder in (*(folders[name] for name in ("flava", "coca", "limber")), tmp_path / "nothing"):
         with pytest.raises(UserError, match=r"mmgem.language.name_or_path: .* cannot be read") as refused:
             language(folder)
         assert "\n" not in str(refused.value)

@@ -1,20 +1,19 @@
 """Stage 2 through the launcher: only its own parts move, and whole pictures and texts keep their embeddings' bits."""
 
-import shutil
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.conftest import gemsmith
 from tests.training.stage2 import arguments, region_shards, stage1
+from tests.training.test_train import cut_short
 from training import checkpoint
 from training.inference import load
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """(stage 1's export, the captioning run, the retrieval run from its checkpoint), trained in bf16."""
+    """(stage 1's export, the captioning run, the retrieval run from its checkpoint, its words), trained in bf16."""
     folder = tmp_path_factory.mktemp("stage2")
     shards = region_shards(folder / "shards")
     first = stage1(folder / "stage1", shards)
@@ -23,7 +22,7 @@ def runs(tmp_path_factory):
     gemsmith("train", *arguments("captioning", first, *more), "--out", captions, "--ranks", 2)
     second = [*arguments("retrieval", checkpoint.latest(captions), *more), "--deepspeed", "ds_configs/zero1.json"]
     gemsmith("train", *second, "--out", retrieval, "--ranks", 1)
-    return first, captions, retrieval, [*second, "--out", retrieval, "--ranks", 1]
+    return first, captions, retrieval, second
 
 
 def changed(before, after):
@@ -50,12 +49,10 @@ def test_each_part_trains_alone_and_embeddings_keep_their_bits(runs):
 
 
 @pytest.mark.long  # a third launch
-def test_a_run_cut_short_resumes_to_the_same_bits(runs):
-    *_, retrieval, again = runs
+def test_a_run_cut_short_resumes_to_the_same_bits(runs, tmp_path):
+    *_, retrieval, words = runs
     wanted = load_file(retrieval / "export/model.safetensors")
-    (retrieval / "manifest.json").unlink()
-    shutil.rmtree(retrieval / "export")
-    shutil.rmtree(checkpoint.latest(retrieval))
-    assert "resuming after step 2" in gemsmith("train", *again).stdout
-    found = load_file(retrieval / "export/model.safetensors")
+    again = cut_short(retrieval, tmp_path / "again")
+    assert "resuming after step 2" in gemsmith("train", *words, "--out", again, "--ranks", 1).stdout
+    found = load_file(again / "export/model.safetensors")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

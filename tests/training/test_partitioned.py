@@ -5,43 +5,11 @@ import json
 import pytest
 import torch
 
-from tests.training.conftest import flava_config, tiny_config
+from tests.training.conftest import tiny_config
 from tests.training.rank_partitioned import LAYERS, WIDTH
 from tests.training.ranks import launch
 from training.data import Shards
 from training.families import build
-from training.partitioned import Deferred
-from training.train import parse
-
-CLIP = ["--config", "recipes/train/tiny_clip.yaml", "--data", ".", "--out", "."]
-CONFIGS = {
-    "mmgem": lambda: tiny_config(),
-    "flava": lambda: flava_config(),
-    "clip": lambda: parse(CLIP)[0],
-    "lora": lambda: tiny_config("--adapter", "{kind: dora, module: llm}"),
-}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_family_begins_from_the_same_bits(shards, tmp_path, name, monkeypatch):
-    monkeypatch.setattr("training.partitioned.SMALL", 1)
-    config, captions = CONFIGS[name](), Shards(shards).every_caption
-    whole = build(config, tmp_path / "tokenizer", captions).model
-    after = torch.get_rng_state()
-    with Deferred() as deferred:
-        parts = build(config, tmp_path / "tokenizer", captions).model
-    assert torch.equal(torch.get_rng_state(), after), "what is drawn next is the same too"
-    held = sum(p.untyped_storage().nbytes() for p in parts.parameters())
-    total = sum(p.nbytes for p in whole.parameters())
-    print(name, {"whole": total, "held": held, "peak": deferred.peak})
-    assert held < total / 4
-    expected = dict(whole.named_parameters())
-    for parameter_name, parameter in reversed(list(parts.named_parameters())):  # in any order
-        with deferred.values(parameter):
-            assert torch.equal(parameter, expected.pop(parameter_name)), parameter_name
-    assert not expected
-    for (buffer_name, buffer), other in zip(parts.named_buffers(), whole.buffers()):
-        assert torch.equal(buffer, other), buffer_name
 
 
 @pytest.fixture(scope="module")

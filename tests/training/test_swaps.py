@@ -9,7 +9,7 @@ import torch
 from curation.errors import UserError
 from curation.hashing import hash64
 from tests.training import coupled_oracle
-from tests.training.conftest import tiny_config, write_shards
+from tests.training.conftest import clip_config, tiny_config, write_shards
 from tests.training.coupled_oracle import candidates
 from tests.training.plain import differences
 from tests.training.test_gradient_cache import patched_float
@@ -21,7 +21,6 @@ from training.families import build
 from training.gradient_cache import Outputs, gradient_cached_step, rows_of
 from training.objectives.infonce import InfoNCE
 from training.objectives.siglip import SigLIP
-from training.train import parse
 
 BY_HAND = {
     "A black cat sits on a white chair.": {
@@ -68,11 +67,7 @@ def test_a_draw_is_a_function_of_its_number_and_kinds_are_equally_likely():
     assert all(text[1000:] == long[1000:] and text != long for text in swapped(long, 3, 0))
 
 
-def clip_config(*overrides):
-    sizes = "{embed_dim: 16, vision_cfg: {image_size: 32, layers: 1, width: 32, head_width: 16, patch_size: 16},"
-    sizes += " text_cfg: {context_length: 16, vocab_size: 49408, width: 16, heads: 2, layers: 1}}"
-    arguments = ["--config", "recipes/train/tiny_negclip.yaml", "--data", ".", "--out", ".", "--loader.batch", "12"]
-    return parse([*arguments, "--clip.model_cfg", sizes, "--clip.negatives", "2", *overrides])[0]
+NEGATIVES = ("--loader.batch", "12", "--clip.negatives", "2")
 
 
 CAPTIONS = [
@@ -98,7 +93,7 @@ def chunks_of(pairs, family, config, chunk, *, rank=0, ranks=1):
 def test_the_loss_is_the_pair_by_pair_one(pairs, tmp_path, loss, chunk):
     """Value and all gradients; the texts of the oracle are made here, from what was drawn for each row."""
     siglip = ("--objective.coupled", "siglip") if loss == "siglip" else ()
-    config = clip_config(*siglip)
+    config = clip_config(*NEGATIVES, *siglip)
     family = build(config, tmp_path / "tokenizer", list)
     model = family.model.double()
     chunks = chunks_of(pairs, family, config, chunk)
@@ -135,7 +130,7 @@ def test_the_loss_is_the_pair_by_pair_one(pairs, tmp_path, loss, chunk):
 
 
 def test_chunks_hold_the_swaps_of_their_rows_on_any_number_of_ranks(pairs, tmp_path):
-    config = clip_config()
+    config = clip_config(*NEGATIVES)
     family = build(config, tmp_path / "tokenizer", list)
     (batch,) = chunks_of(pairs, family, config, 12)
     words = family.tokenizer

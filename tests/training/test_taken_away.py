@@ -10,7 +10,8 @@ from PIL import Image
 
 from curation.errors import UserError
 from tests.conftest import ROOT
-from tests.training.conftest import flava_config, tiny_config
+from tests.training.bridges import MAPPINGS, bridge_config
+from tests.training.conftest import clip_config, coca_config, flava_config, tiny_config
 from tests.training.vlm import BACKBONES, RECIPE
 from training.auto import AutoModel, AutoProcessor
 from training.export import cast, save
@@ -20,15 +21,6 @@ from training.train import parse
 COLOURS, SHAPES, TABLES = ("red", "blue", "green"), ("cube", "ball"), ("low", "oak")
 CAPTIONS = [f"a {c} {s} on a {t} table" for c in COLOURS for s in SHAPES for t in TABLES]
 TEXTS = ["a red cube on an oak table", "a ball", "An overlong text, " + "word by word, " * 40]
-OPEN_CLIP = """{embed_dim: 16, vision_cfg: {image_size: 32, layers: 1, width: 32, head_width: 16, patch_size: 8},
- text_cfg: {context_length: 24, vocab_size: 49408, width: 32, heads: 2, layers: 1}}"""
-
-
-def clip_config(*overrides):
-    words = ["--config", "recipes/train/tiny_clip.yaml", "--data", ".", "--out", ".", "--clip.model_cfg", OPEN_CLIP]
-    return parse([*words, *overrides])[0]
-
-
 LORA = ["--adapter.r", "4", "--adapter.merge", "true"]
 QWEN = ["--vlm2vec.backbone", str(BACKBONES["qwen2_vl"])]
 CONFIGS = {
@@ -38,6 +30,7 @@ CONFIGS = {
     "flava": flava_config,
     "clip": clip_config,
     "siglip": lambda: clip_config("--objective.coupled", "siglip"),
+    "coca": coca_config,
     "vlm2vec": lambda: parse([*RECIPE, *QWEN])[0],
     "vlm2vec_merged": lambda: parse([*RECIPE, *QWEN, *LORA, "--adapter.module", "backbone"])[0],
 }
@@ -51,13 +44,14 @@ def pictures(count=7):
 
 
 @pytest.fixture(scope="module")
-def taken(tmp_path_factory):
+def taken(tmp_path_factory, backbones):
     """kind -> (folder as the run exports it, the family with the weights in it)"""
     known = {}
 
     def export(kind):
         if kind not in known:
-            folder, config = tmp_path_factory.mktemp(kind), CONFIGS[kind]()
+            folder = tmp_path_factory.mktemp(kind)
+            config = bridge_config(backbones, kind) if kind in MAPPINGS else CONFIGS[kind]()
             family = build(config, folder / "tokenizer", lambda: CAPTIONS)
             with torch.no_grad():  # far from what any class begins with
                 for number, p in enumerate(family.model.parameters()):
@@ -119,7 +113,7 @@ def test_a_folder_embeds_as_the_trained_model_does(kind, taken):
     assert torch.allclose(torch.cat(alone), wanted, atol=2e-5), "a text alone is the text among others"
 
 
-@pytest.mark.parametrize("kind", ["mmgem", "siglip", "flava", "vlm2vec"])
+@pytest.mark.parametrize("kind", ["mmgem", "siglip", "coca", "flava", "vlm2vec"])
 def test_what_was_taken_away_can_be_saved_again(kind, taken, tmp_path):
     model, processor = (auto.from_pretrained(taken(kind)[0]) for auto in (AutoModel, AutoProcessor))
     model.save_pretrained(tmp_path)
@@ -134,6 +128,27 @@ def test_what_was_taken_away_can_be_saved_again(kind, taken, tmp_path):
         m.get_text_features(**p(text="a red cube")).pooler_output for m, p in ((model, processor), (again, reading))
     )
     assert torch.equal(first, second) and len(first) == 1
+
+
+@pytest.mark.parametrize("kind", ["mmgem", "coca", *MAPPINGS])
+def test_a_folder_writes_as_the_trained_model_does(kind, taken, tmp_path):
+    """Saved again, too; a mapping takes its backbones along, and what it cannot do it says."""
+    folder, config, family = taken(kind)
+    shown = pictures()
+    pixels = torch.stack([by_hand(picture, family.image, config.loader.resize_mode) for picture in shown])
+    wanted = family.tokenizer.batch_decode(family.model.eval().generate(pixels), skip_special_tokens=True)
+    assert len(set(wanted)) > 1, "captions that differ make the comparison sharp"
+    model, processor = (auto.from_pretrained(folder) for auto in (AutoModel, AutoProcessor))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for where in (folder, tmp_path):
+        model, processor = AutoModel.from_pretrained(where).eval(), AutoProcessor.from_pretrained(where)
+        ids = model.generate(processor(images=shown)["pixel_values"])
+        assert processor.batch_decode(ids, skip_special_tokens=True) == wanted
+    if kind in MAPPINGS:
+        for call in (model.get_image_features, model.get_text_features):
+            with pytest.raises(UserError, match=r"mmgem\.mapping: .* embeds nothing"):
+                call(pixels)
 
 
 @pytest.mark.parametrize("kind", ["mmgem", "clip", "flava", "vlm2vec"])

@@ -55,6 +55,17 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
     return {f"{f.name}/{k}": v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
+def cut_short(run: Path, copy: Path) -> Path:
+    """A copy of a finished run, as a kill after its last checkpoint but one leaves it."""
+    shutil.copytree(run, copy)
+    last = checkpoint.latest(copy)
+    assert last is not None
+    for folder in (copy / "export", last):
+        shutil.rmtree(folder)
+    (copy / "manifest.json").unlink()
+    return copy
+
+
 @pytest.fixture(scope="module")
 def finished(shards, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"

@@ -15,11 +15,12 @@ import psutil
 import pytest
 
 from curation.errors import UserError
+from curation.manifest import write_manifest
 from jobs.reproduce import workshop as workshops
 from jobs.reproduce.claim import Arm, Claim, Hypothesis, Score
 from jobs.reproduce.claims import CLAIMS
-from jobs.reproduce.page import write_page
-from jobs.reproduce.run import reproduce
+from jobs.reproduce.page import as_text, write_page
+from jobs.reproduce.run import reproduce, summarise
 from jobs.reproduce.workshop import Seed, locked, training
 from tests.conftest import ROOT
 
@@ -213,3 +214,16 @@ def test_the_page_says_what_was_found(bench) -> None:
     assert page.count("data:image/svg+xml") == 2
     assert "Not tried here: joint, " in page
     assert write_page(out).read_text() == page, "the same figures, the same page"
+
+
+def test_the_time_stands_beside_its_bound(bench) -> None:
+    out, _, _ = bench
+    (summary,) = reproduce("toy", out, seeds=2)
+    assert summary["limit_s"] == 30 * 60 and summary["in_time"]
+    found = {arm: [{"m": (0.5, 0.1)}] * 2 for arm in ("good", "plain")}
+    assert [summarise("toy", found, seeds=2, scale=1, wall_s=s)["in_time"] for s in (1800, 1800.1)] == [True, False]
+    for seconds, says, tag in ((1140.0, "19.0 of 30 minutes, within the bound", "good"), (1860, "31.0 of 30", "bad")):
+        write_manifest(out / "toy.json", summary | {"wall_s": seconds})
+        page = write_page(out).read_text()
+        assert f'<span class="tag {tag}">{says}' in page and page.count(says) == 2, "and in the footer"
+    assert "31.0 of 30 minutes, over the bound" in as_text(summary | {"wall_s": 1860})
