@@ -34,16 +34,17 @@ def flava_config(*overrides: str) -> TrainConfig:
     return parse([*arguments, *FLAVA, *overrides])[0]
 
 
-CLIP = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
+CLIP = """{embed_dim: 16, vision_cfg: {image_size: 32, layers: 1, width: 32, head_width: 16, patch_size: 8},
+ text_cfg: {context_length: 24, vocab_size: 49408, width: 32, heads: 2, layers: 1}}"""
 
 
 def clip_config(*overrides: str) -> TrainConfig:
     arguments = ["--config", "recipes/train/tiny_clip.yaml", "--data", ".", "--out", "."]
-    return parse([*arguments, "--clip.model_cfg", json.dumps(CLIP), *overrides])[0]
+    return parse([*arguments, "--clip.model_cfg", CLIP, *overrides])[0]
+
+
+def siglip_config(*overrides: str) -> TrainConfig:
+    return clip_config("--objective.coupled", "siglip", *overrides)
 
 
 COCA_TEXT = {"context_length": 14, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}

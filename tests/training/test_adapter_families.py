@@ -16,7 +16,7 @@ from training import adapters
 from training.config import as_dict
 from training.export import save
 from training.families import build
-from training.inference import Model, load
+from training.inference import Model, load, rebuild
 from training.optim import parameter_groups
 from training.processor import processor_of
 
@@ -52,12 +52,13 @@ def seen(model):
     return found
 
 
-def taken_away(config, family, folder):
-    """What the trained model sees, and what its export sees."""
+def taken_away(config, family, tokenizer, folder):
+    """What the trained model sees, and what its export sees, written as a run does that ends."""
     model = family.model.float().eval()
     can_caption = hasattr(model, "generate") and family.encode_images is None
     before = seen(Model("", 0, "", {}, can_caption, family, processor_of(config, family), torch.device("cpu")))
-    save(config, family, {name: x.clone() for name, x in model.state_dict().items()}, folder)
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    save(config, rebuild(config, tokenizer), state, folder)
     write_manifest(folder / "gemsmith.json", {"config": as_dict(config), "steps": 0, "samples": 0})
     return before, seen(load(folder))
 
@@ -88,7 +89,7 @@ def test_the_adapter_alone_trains_of_its_module_and_is_read_back(name, kind, sha
     assert not (idle := {n for n in inside if parameters[n].grad is None or not parameters[n].grad.any()}), idle
     assert all(p.grad is None for n, p in parameters.items() if n not in trains)
 
-    assert_same(*taken_away(config, family, tmp_path / "export"))
+    assert_same(*taken_away(config, family, tmp_path / "tokenizer", tmp_path / "export"))
     assert {p.name for p in (tmp_path / "export").iterdir()} >= {adapters.FOLDER, adapters.TRAINED}
 
 
@@ -105,7 +106,7 @@ def test_a_part_frozen_by_recipe_has_no_gradient_and_the_rest_has(name, shards, 
     first_step(config, family, sources)
     assert all(parameters[n].grad is None for n in held)
     assert sum(p.grad is not None and bool(p.grad.any()) for p in map(parameters.get, rest)) > 0.5 * len(rest)
-    assert_same(*taken_away(config, family, tmp_path / "export"))
+    assert_same(*taken_away(config, family, tmp_path / "tokenizer", tmp_path / "export"))
 
 
 @pytest.mark.parametrize(("name", "kind"), REFUSED)

@@ -27,14 +27,14 @@ NUMBERS += ["--samples", str(32 * STEPS), "--checkpoint_every", "2", "--log_ever
 
 
 def dual(recipe, sizes, *more):
-    return ["--config", f"recipes/train/{recipe}.yaml", "--clip.model_cfg", json.dumps(sizes), *more]
+    return ["--config", f"recipes/train/{recipe}.yaml", "--clip.model_cfg", sizes, *more]
 
 
 FAMILIES = {
     "clip": lambda backbones: dual("tiny_clip", CLIP),
     "siglip": lambda backbones: dual("tiny_clip", CLIP, "--objective.coupled", "siglip"),
     "negclip": lambda backbones: dual("tiny_negclip", CLIP),
-    "coca": lambda backbones: dual("tiny_coca", COCA),
+    "coca": lambda backbones: dual("tiny_coca", json.dumps(COCA)),
     **{name: lambda backbones, name=name: bridge(backbones, name) for name in MAPPINGS},
 }
 SHORT = ("siglip", "limber")

@@ -11,7 +11,7 @@ from PIL import Image
 from curation.errors import UserError
 from tests.conftest import ROOT
 from tests.training.bridges import MAPPINGS, bridge_config
-from tests.training.conftest import clip_config, coca_config, flava_config, tiny_config
+from tests.training.conftest import clip_config, coca_config, flava_config, siglip_config, tiny_config
 from tests.training.vlm import BACKBONES, RECIPE
 from training.auto import AutoModel, AutoProcessor
 from training.export import cast, save
@@ -29,7 +29,7 @@ CONFIGS = {
     "mmgem_merged": lambda: tiny_config(*LORA, "--adapter.module", "llm"),
     "flava": flava_config,
     "clip": clip_config,
-    "siglip": lambda: clip_config("--objective.coupled", "siglip"),
+    "siglip": siglip_config,
     "coca": coca_config,
     "vlm2vec": lambda: parse([*RECIPE, *QWEN])[0],
     "vlm2vec_merged": lambda: parse([*RECIPE, *QWEN, *LORA, "--adapter.module", "backbone"])[0],
