@@ -25,6 +25,7 @@ from torch import nn
 
 from curation.errors import UserError
 from training.config import AdapterConfig
+from training.models import dropout
 from training.models.head import Head
 
 FOLDER, TRAINED = "adapter", "trained.safetensors"
@@ -52,6 +53,7 @@ def apply(model: nn.Module, config: AdapterConfig) -> None:
             PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](module, settings, adapter_name="default")
         except ValueError as error:
             raise UserError(f"adapter.target_modules: {' '.join(str(error).split())[:300]}") from None
+        dropout.put_in(module)
     if config.init_from is not None:
         load(module, Path(config.init_from))
 

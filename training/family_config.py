@@ -137,6 +137,12 @@ class MMGemRecipe:
             raise UserError(f"loader.sources.{wrong}.kind: mmgem in {stage} trains on {wanted}, not {kinds[wrong]}")
         if self.init is not None and adapter is not None:
             raise UserError("adapter: a run from mmgem.init trains weights of its own; remove one of the two")
+        dropout = adapter is not None and adapter.dropout and self.mapping is None
+        if dropout and adapter.module.split(".")[0] not in ("vision", "llm"):
+            raise UserError(
+                f"adapter.dropout: with module {adapter.module!r} its masks could not be drawn alike in both passes of "
+                "a step; adapt llm or vision, or set it to 0"
+            )
         if self.prompts < 0:
             raise UserError(f"mmgem.prompts: {self.prompts} is below 0; the paper takes 64")
         if self.embed_tokens is not None and self.embed_tokens < 2:

@@ -34,6 +34,19 @@ def flava_config(*overrides: str) -> TrainConfig:
     return parse([*arguments, *FLAVA, *overrides])[0]
 
 
+CLIP = """{embed_dim: 16, vision_cfg: {image_size: 32, layers: 1, width: 32, head_width: 16, patch_size: 8},
+ text_cfg: {context_length: 24, vocab_size: 49408, width: 32, heads: 2, layers: 1}}"""
+
+
+def clip_config(*overrides: str) -> TrainConfig:
+    arguments = ["--config", "recipes/train/tiny_clip.yaml", "--data", ".", "--out", "."]
+    return parse([*arguments, "--clip.model_cfg", CLIP, *overrides])[0]
+
+
+def siglip_config(*overrides: str) -> TrainConfig:
+    return clip_config("--objective.coupled", "siglip", *overrides)
+
+
 COCA_TEXT = {"context_length": 14, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
 COCA = {
     "embed_dim": 16,
@@ -50,6 +63,15 @@ COCA = {
 def coca_config(*overrides: str) -> TrainConfig:
     arguments = ["--config", "recipes/train/tiny_coca.yaml", "--data", ".", "--out", ".", "--loader.batch", "12"]
     return parse([*arguments, "--precision", "fp32", "--clip.model_cfg", json.dumps(COCA), *overrides])[0]
+
+
+FAMILIES = {
+    "mmgem": tiny_config,
+    "flava": flava_config,
+    "coca": coca_config,
+    "clip": clip_config,
+    "siglip": siglip_config,
+}
 
 
 def write_shards(

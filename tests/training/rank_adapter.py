@@ -8,11 +8,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tests.training.rank_gradients import arguments, save_gradients
+from tests.training.rank_gradients import arguments, gradients, open_ranks, save
 from tests.training.vlm import ADAPTER, RECIPE
 from training.train import parse
 
 if __name__ == "__main__":
     shards, run, *overrides = arguments()
     config = parse([*RECIPE, *ADAPTER, "--optim.gradient_clipping", "0", *overrides])[0]
-    save_gradients(config, shards, Path(run))
+    open_ranks()
+    save(gradients(config, shards, Path(run)), Path(run))

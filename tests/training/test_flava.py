@@ -11,13 +11,12 @@ from curation.errors import UserError
 from curation.hashing import hash64
 from curation.manifest import write_manifest
 from tests.training.conftest import flava_config
-from tests.training.plain import differences, gradients_of, plain_flava_gradients, whole_batch
-from tests.training.test_gradient_cache import patched_float
-from training.config import as_dict
+from tests.training.plain import differences, doubled, gradients_of, patched_float, plain_gradients, whole_batch
+from tests.training.step import cached_gradients
+from training.config import ObjectiveConfig, as_dict
 from training.data import Drawn
 from training.distributed import World
 from training.families import build
-from training.gradient_cache import Outputs, gradient_cached_step
 from training.inference import load
 from training.models.codebook import train_codebook
 from training.models.flava import Flava
@@ -176,26 +175,7 @@ def test_features_are_transformers_features(family, collate, batch):
     torch.testing.assert_close(joint.pooler_output, expected.multimodal_embeddings[:, 0], rtol=1e-4, atol=1e-5)
 
 
-WEIGHTS = {"itm": 1.0, "mmm_image": 0.5, "mmm_text": 2.0}
-
-
-def cached(model, chunks, retain):
-    model.zero_grad()
-    metrics = gradient_cached_step(
-        forward=lambda chunk, separable: Outputs(**model(chunk, separable=separable)),
-        backward=lambda loss: loss.backward(),
-        chunks=chunks,
-        counts={name: sum(model.counts(c)[name] for c in chunks) for name in WEIGHTS},
-        weights=WEIGHTS,
-        coupled=InfoNCE(reduction="mean"),
-        world=World(),
-        retain=retain,
-    )
-    return metrics["loss"], gradients_of(model)
-
-
-def doubled(chunk):
-    return {name: x.double() if x.is_floating_point() else x for name, x in chunk.items()}
+OBJECTIVE = ObjectiveConfig(reduction="mean", weights={"itm": 1.0, "mmm_image": 0.5, "mmm_text": 2.0})
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 11])
@@ -227,12 +207,12 @@ def test_float64_equals_the_full_batch(family, collate, batch, chunk, retain, ca
         for name in ("input_ids", "attention_mask", "masked_ids", "text_labels"):
             part[name] = part[name][:, :longest]
     with patched_float():
-        loss, expected = plain_flava_gradients(model, whole, WEIGHTS)
-        cached_loss, found = cached(model, chunks, retain)
+        loss, expected = plain_gradients(model, [whole], OBJECTIVE)
+        metrics, found = cached_gradients(model, chunks, OBJECTIVE, retain)
     model.float()
     error, worst = differences(found, expected)
     assert error < 1e-13 and worst < 1e-12, (error, worst)
-    assert abs(float(cached_loss - loss)) < 1e-12
+    assert abs(float(metrics["loss"] - loss)) < 1e-12
     assert all(torch.isfinite(g).all() for g in found.values())
     unused = {n for n, g in expected.items() if not g.any()}
     assert {n for n in unused if n.startswith(("mim_head", "mlm_head"))} and "log_scale" not in unused
@@ -246,10 +226,10 @@ def test_a_batch_of_mismatched_pairs_alone_still_learns_to_match(family, collate
         torch.full_like(whole[n], -100) for n in ("text_labels", "image_labels")
     )
     with patched_float():
-        loss, expected = plain_flava_gradients(model, whole, WEIGHTS)
-        cached_loss, found = cached(model, [whole], False)
+        loss, expected = plain_gradients(model, [whole], OBJECTIVE)
+        metrics, found = cached_gradients(model, [whole], OBJECTIVE)
     model.float()
-    assert differences(found, expected)[0] < 1e-13 and float(cached_loss) == pytest.approx(float(loss))
+    assert differences(found, expected)[0] < 1e-13 and float(metrics["loss"]) == pytest.approx(float(loss))
     assert expected["itm_head.seq_relationship.weight"].any() and not found["image_projection.weight"].any()
 
 

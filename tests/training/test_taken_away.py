@@ -10,7 +10,7 @@ from PIL import Image
 
 from curation.errors import UserError
 from tests.conftest import ROOT
-from tests.training.conftest import flava_config, tiny_config
+from tests.training.conftest import clip_config, flava_config, siglip_config, tiny_config
 from tests.training.vlm import BACKBONES, RECIPE
 from training.auto import AutoModel, AutoProcessor
 from training.export import cast, save
@@ -20,14 +20,6 @@ from training.train import parse
 COLOURS, SHAPES, TABLES = ("red", "blue", "green"), ("cube", "ball"), ("low", "oak")
 CAPTIONS = [f"a {c} {s} on a {t} table" for c in COLOURS for s in SHAPES for t in TABLES]
 TEXTS = ["a red cube on an oak table", "a ball", "An overlong text, " + "word by word, " * 40]
-OPEN_CLIP = """{embed_dim: 16, vision_cfg: {image_size: 32, layers: 1, width: 32, head_width: 16, patch_size: 8},
- text_cfg: {context_length: 24, vocab_size: 49408, width: 32, heads: 2, layers: 1}}"""
-
-
-def clip_config(*overrides):
-    words = ["--config", "recipes/train/tiny_clip.yaml", "--data", ".", "--out", ".", "--clip.model_cfg", OPEN_CLIP]
-    return parse([*words, *overrides])[0]
-
 
 LORA = ["--adapter.r", "4", "--adapter.merge", "true"]
 QWEN = ["--vlm2vec.backbone", str(BACKBONES["qwen2_vl"])]
@@ -37,7 +29,7 @@ CONFIGS = {
     "mmgem_merged": lambda: tiny_config(*LORA, "--adapter.module", "llm"),
     "flava": flava_config,
     "clip": clip_config,
-    "siglip": lambda: clip_config("--objective.coupled", "siglip"),
+    "siglip": siglip_config,
     "vlm2vec": lambda: parse([*RECIPE, *QWEN])[0],
     "vlm2vec_merged": lambda: parse([*RECIPE, *QWEN, *LORA, "--adapter.module", "backbone"])[0],
 }

@@ -35,6 +35,7 @@ from transformers.models.flava.modeling_flava import (
 from curation.errors import UserError
 from training.config import ObjectiveConfig
 from training.family_config import LOSSES, FlavaRecipe
+from training.models.dropout import stacked
 from training.models.kind import check_kind
 from training.models.mmgem import MEAN, STD
 from training.models.scalars import add_scalars, read_scalars
@@ -210,8 +211,9 @@ class Flava(PreTrainedModel):
             return {"sums": {"mlm": _sum_at_labels(self.mlm_head, states, chunk["text_labels"])}}
         pixels, hidden, b = chunk["pixel_values"], chunk["image_mask"], len(ids)
         if not separable:
-            text = self.text_model(ids, attention_mask=attention)
-            return self._embedded(self._image(pixels).last_hidden_state, text.last_hidden_state)
+            with stacked(b, b):
+                image, text = self._image(pixels), self.text_model(ids, attention_mask=attention)
+            return self._embedded(image.last_hidden_state, text.last_hidden_state)
 
         image = self._image(torch.cat([pixels, pixels]), torch.cat([torch.zeros_like(hidden), hidden]))
         text = self.text_model(
@@ -219,6 +221,7 @@ class Flava(PreTrainedModel):
             attention_mask=torch.cat([attention, attention]),
             output_hidden_states=True,
         )
+        embedded = self._embedded(image.last_hidden_state[:b], text.last_hidden_state[:b])  # in the first pass's order
         joint = self._joint(image.hidden_states[-1][b:], text.hidden_states[-1][b:], attention)
         n = hidden.shape[1]
         match = F.cross_entropy(
@@ -229,7 +232,7 @@ class Flava(PreTrainedModel):
             "mmm_image": _sum_at_labels(self.mmm_image_head, joint[:, 2 : 2 + n], chunk["image_labels"]),
             "mmm_text": _sum_at_labels(self.mmm_text_head, joint[:, 2 + n :], chunk["text_labels"]),
         }
-        return {**self._embedded(image.last_hidden_state[:b], text.last_hidden_state[:b]), "sums": sums}
+        return {**embedded, "sums": sums}
 
     def _joint(self, image: torch.Tensor, text: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Multimodal states [B, 1 + (1 + N) + L, D] of states before the last norm."""
