@@ -53,6 +53,11 @@ def apply(model: nn.Module, config: AdapterConfig) -> None:
             PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](module, settings, adapter_name="default")
         except ValueError as error:
             raise UserError(f"adapter.target_modules: {' '.join(str(error).split())[:300]}") from None
+        heads = [name for name, x in module.named_modules() if isinstance(getattr(x, "base_layer", None), Head)]
+        if heads:
+            raise UserError(
+                f"adapter.target_modules: {heads[0]} gives a loss, to which an adapter could add nothing; leave it out"
+            )
         dropout.put_in(module)
     if config.init_from is not None:
         load(module, Path(config.init_from))
@@ -78,9 +83,13 @@ def _peft_config(module: nn.Module, config: AdapterConfig) -> Any:
     import peft
 
     targets: Any = config.target_modules
-    if targets == "all-linear" and not hasattr(module, "get_output_embeddings"):
-        # peft spares the output head of transformers' models alone; ours gives a loss, to which nothing can be added.
-        targets = [n for n, x in module.named_modules() if isinstance(x, nn.Linear) and not isinstance(x, Head)]
+    theirs = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    if targets == "all-linear" and (
+        theirs is None or any(type(x) is Head and x is not theirs for x in module.modules())
+    ):
+        # peft spares that one output head; ours give a loss, to which nothing can be added.
+        linear = {n: x for n, x in module.named_modules() if isinstance(x, nn.Linear)}
+        targets = [n for n, x in linear.items() if not isinstance(x, Head) and x is not theirs]
     shared: dict[str, Any] = {
         **_origin(module),
         "target_modules": targets,

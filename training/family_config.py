@@ -196,7 +196,9 @@ class MaskConfig:
 class FlavaRecipe:
     """FLAVA (arXiv 2112.04482): image, text and multimodal encoders of one width, five losses.
 
-    name_or_path: a transformers FLAVA checkpoint to start from; the sizes must be its own.
+    name_or_path: a transformers FLAVA checkpoint to start from; the sizes must be its own ·
+    patch_dropout: share of patches left out while training (FLIP, arXiv 2212.00794), clean or masked; hidden patches
+    among them are not asked for.
     """
 
     name_or_path: str | None = None
@@ -210,6 +212,7 @@ class FlavaRecipe:
     multimodal_layers: int = 6
     max_position_embeddings: int = 512
     embed_dim: int = 768
+    patch_dropout: float = 0.0
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)

@@ -61,7 +61,10 @@ def contrastive(outs, chunks, objective):
 def units(name, chunk):
     """Labels of valid rows: how many terms a separable sum of the chunk has."""
     if LABELS[name] in chunk:
-        return int((chunk[LABELS[name]][chunk["valid"]] >= 0).sum())
+        labels = chunk[LABELS[name]][chunk["valid"]]
+        if LABELS[name] == "image_labels" and "patches" in chunk:
+            labels = torch.stack([row[kept] for row, kept in zip(labels, chunk["patches"][chunk["valid"]])])
+        return int((labels >= 0).sum())
     return int((chunk["input_ids"][chunk["valid"]][:, 1:] != 0).sum())  # CoCa's next tokens
 
 
