@@ -28,6 +28,7 @@ from torch import nn
 
 from curation.errors import UserError
 from training.config import AdapterConfig, GroupConfig
+from training.models import dropout
 from training.models.head import Head
 
 FOLDER, TRAINED = "adapter", "trained.safetensors"
@@ -59,6 +60,12 @@ def apply(model: nn.Module, config: AdapterConfig) -> None:
             raise UserError(
                 f"adapter.target_modules: {name} is part of torch's attention, which passes an adapter by; leave it out"
             )
+        heads = [name for name, x in module.named_modules() if isinstance(getattr(x, "base_layer", None), Head)]
+        if heads:
+            raise UserError(
+                f"adapter.target_modules: {heads[0]} gives a loss, to which an adapter could add nothing; leave it out"
+            )
+        dropout.put_in(module)
     if config.init_from is not None:
         load(module, Path(config.init_from))
 
@@ -97,13 +104,13 @@ def _peft_config(module: nn.Module, config: AdapterConfig) -> Any:
     import peft
 
     targets: Any = config.target_modules
-    unreached = _unreached(module)
-    if targets == "all-linear" and (unreached or not hasattr(module, "get_output_embeddings")):
-        # peft spares the output head of transformers' models alone; ours gives a loss, to which nothing can be added.
-        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-        spared = {id(head), *map(id, unreached.values())}
-        linear = [(n, x) for n, x in module.named_modules() if isinstance(x, nn.Linear) and not isinstance(x, Head)]
-        targets = [n for n, x in linear if id(x) not in spared]
+    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    spared = [*_unreached(module).values(), *(x for x in module.modules() if isinstance(x, Head) and x is not head)]
+    if targets == "all-linear" and (spared or head is None):
+        # peft spares the output head of transformers' models alone: not ours, which give a loss, to which nothing can
+        # be added, nor what torch's attention passes by.
+        left_out = {id(head), *map(id, spared)}
+        targets = [n for n, x in module.named_modules() if isinstance(x, nn.Linear) and id(x) not in left_out]
     shared: dict[str, Any] = {
         **_origin(module),
         "target_modules": targets,

@@ -1,30 +1,36 @@
 """The recipe's DeepSpeed file, checked key by key, with what follows from the recipe filled in.
 
-DeepSpeed drops what it does not know at the top level and what is left at
-"auto"; here both are refused. ds_configs/ holds resolved files; batch sizes,
+DeepSpeed drops what it does not know at the top level and in some sections, and
+what is left at "auto"; here all of it is refused. What a section's keys are,
+DeepSpeed's own classes say. ds_configs/ holds resolved files; batch sizes,
 precision, clipping, optimiser and schedule are the recipe's, so that one file
 serves every recipe.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from curation.errors import UserError
 from training.config import ROOT, TrainConfig
 
-THEIRS = {
-    "activation_checkpointing", "aio", "comms_logger", "communication_data_type", "csv_monitor", "disable_allgather",
-    "dump_state", "flops_profiler", "gradient_predivide_factor", "memory_breakdown", "monitor_config",
-    "prescale_gradients", "steps_per_print", "tensorboard", "wall_clock_breakdown", "wandb", "zero_optimization",
-}  # fmt: skip
-"""Top-level keys of DeepSpeed's documentation that mean something here."""
+SCALARS: dict[str, tuple[type, ...]] = {
+    "communication_data_type": (str,),
+    "dump_state": (bool,),
+    "gradient_predivide_factor": (int, float),
+    "memory_breakdown": (bool,),
+    "prescale_gradients": (bool,),
+    "steps_per_print": (int,),
+    "wall_clock_breakdown": (bool,),
+}
+SECTIONS = ("comms_logger", "csv_monitor", "flops_profiler", "tensorboard", "wandb", "zero_optimization")
+"""Top-level keys of DeepSpeed's that mean something here: single values, and sections with keys of their own."""
 
 DECIDED = {
-    "amp", "bf16", "checkpoint", "data_types", "fp16", "gradient_accumulation_steps", "gradient_clipping",
-    "managed_gradient_accumulation", "optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "activation_checkpointing", "amp", "bf16", "checkpoint", "data_types", "fp16", "gradient_accumulation_steps",
+    "gradient_clipping", "managed_gradient_accumulation", "optimizer", "scheduler", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
 }  # fmt: skip
 """Those that the recipe decides."""
 
@@ -39,22 +45,30 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     path = Path(config.deepspeed)
     path = path if path.exists() else ROOT / config.deepspeed
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(), object_pairs_hook=_once)
     except FileNotFoundError:
         raise UserError(
             f"deepspeed: {config.deepspeed} does not exist; ds_configs/ has zero0, zero1, zero2, zero3, zero3_offload"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"deepspeed: {path} is not JSON ({error}); mend it") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"deepspeed: {path} is no JSON object; write {{...}}")
     if clash := sorted(DECIDED & set(settings)):
         raise UserError(f"deepspeed: {path} sets {', '.join(clash)}, which the recipe decides; remove them there")
-    if unknown := sorted(set(settings) - THEIRS):
+    if unknown := sorted(set(settings) - {*SCALARS, *SECTIONS}):
         raise UserError(f"deepspeed: {path} sets {', '.join(unknown)}, which DeepSpeed would drop; mend or remove them")
-    if automatic := sorted(_automatic(settings)):
+    if automatic := sorted(name for name, value in _values(settings) if value == "auto"):
         raise UserError(f'deepspeed: {path} leaves {", ".join(automatic)} at "auto", which is dropped; write the value')
+    for name in SCALARS.keys() & settings.keys():
+        if type(settings[name]) not in SCALARS[name]:
+            kinds = " or ".join(kind.__name__ for kind in SCALARS[name])
+            raise UserError(f"deepspeed: {path}: {name}: {settings[name]!r} is no {kinds}; write one")
+    if (sent := settings.get("communication_data_type", "fp32")) not in ("fp32", "bf16", "fp16"):
+        raise UserError(f"deepspeed: {path}: communication_data_type: no {sent!r}; take fp32, bf16 or fp16")
     if config.loader.batch % world_size:
         raise UserError(f"loader.batch: {config.loader.batch} does not divide over {world_size} ranks; take a multiple")
-    stage = _check_zero(path, settings.get("zero_optimization", {}), config)
+    stage = _check_sections(path, settings, config)
     once = reduces_once(config, stage)
     if once:
         settings = {"communication_data_type": "fp32"} | settings  # in bf16 the sums would lose what they kept
@@ -79,49 +93,98 @@ def reduces_once(config: TrainConfig, stage: int) -> bool:
     return stage >= 2 and config.reduce_gradients == "step"
 
 
-def _automatic(value: Any, name: str = "") -> Iterator[str]:
-    if value == "auto":
-        yield name
-    elif isinstance(value, dict):
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in found if names.count(name) > 1)} is there twice")
+    return found
+
+
+def _values(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything that is no section, or an empty one."""
+    if isinstance(value, dict) and (value or not name):
         for key, inner in value.items():
-            yield from _automatic(inner, f"{name}.{key}" if name else key)
+            yield from _values(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
 
 
-def _check_zero(path: Path, zero: dict[str, Any], config: TrainConfig) -> int:
-    """The stage."""
+def _check_sections(path: Path, settings: Mapping[str, Any], config: TrainConfig) -> int:
+    """The ZeRO stage."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    kinds: dict[str, Any] = {
+        "comms_logger": CommsLoggerConfig,
+        "csv_monitor": CSVConfig,
+        "tensorboard": TensorBoardConfig,
+        "wandb": WandbConfig,
+        "zero_optimization": DeepSpeedZeroConfig,
+    }
+    for name in sorted(settings.keys() & SECTIONS):
+        if not isinstance(settings[name], dict):
+            raise UserError(f"deepspeed: {path}: {name}: {settings[name]!r} is no section; write {{...}}")
+        # `strict` is an argument of DeepSpeed's classes: no key, and yet not refused by them.
+        known = vars(DeepSpeedFlopsProfilerConfig({})) if name == "flops_profiler" else None
+        for key, _ in _values(settings[name]):
+            if key.split(".")[-1] == "strict" or (known is not None and key not in known):
+                raise UserError(f"deepspeed: {path}: {name}.{key}: DeepSpeed has no such key; mend or remove it")
+        if name in kinds:
+            _parsed(path, name, settings[name], kinds[name])
+    zero = _parsed(path, "zero_optimization", settings.get("zero_optimization", {}), DeepSpeedZeroConfig)
+    for why, holds in refusals(zero, settings, config).items():
+        if holds:
+            raise UserError(f"deepspeed: {path}: zero_optimization: {why}")
+    return int(zero.stage)
+
+
+def _parsed(path: Path, name: str, section: dict[str, Any], kind: Any) -> Any:
     from pydantic import ValidationError
 
     try:
-        parsed = DeepSpeedZeroConfig(**zero)
-    except (ValidationError, ValueError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        where = ".".join(["zero_optimization", *map(str, first["loc"])])
-        raise UserError(f"deepspeed: {path}: {where}: {first['msg']}; mend or remove it") from None
-    stage = int(parsed.stage)
-    # Each of these is refused by DeepSpeed itself, deep in a run's start and in its own words, or is silently wrong.
-    refused = {
+        return kind(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([name, *map(str, first["loc"])])
+        what = "DeepSpeed has no such key" if first["type"] == "extra_forbidden" else first["msg"]
+        raise UserError(f"deepspeed: {path}: {where}: {what}; mend or remove it") from None
+    except (AssertionError, TypeError, ValueError) as error:  # of deprecated keys beside those that replace them
+        raise UserError(f"deepspeed: {path}: {name}: {' '.join(str(error).split())}; mend it") from None
+
+
+def refusals(zero: Any, settings: Mapping[str, Any], config: TrainConfig) -> dict[str, bool]:
+    """{what is refused and its mend: whether it is so here}, of a `DeepSpeedZeroConfig` beside the other settings.
+
+    Each is refused by DeepSpeed itself, deep in a run's start and in its own words, or is silently wrong.
+    """
+    stage, optimizer, param = int(zero.stage), zero.offload_optimizer, zero.offload_param
+    scaled = settings.get("prescale_gradients", False) or settings.get("gradient_predivide_factor", 1.0) != 1.0
+    return {
         "stage 0 keeps no fp32 master weights under bf16: take stage 1, or precision: fp32": stage == 0
         and config.precision == "bf16",
-        "overlap_comm with several backward passes a step needs stage 2 or 3": stage < 2 and bool(parsed.overlap_comm),
+        "overlap_comm with several backward passes a step needs stage 2 or 3": stage < 2 and bool(zero.overlap_comm),
         "offload_optimizer.device: nvme leaves no shard to step; take cpu": bool(
-            parsed.offload_optimizer and str(parsed.offload_optimizer.device) == "nvme"
+            optimizer and str(optimizer.device) == "nvme"
         ),
-        "offload_param.device: nvme leaves nothing to save; take cpu": bool(
-            parsed.offload_param and str(parsed.offload_param.device) == "nvme"
-        ),
+        "offload_param.device: nvme leaves nothing to save; take cpu": bool(param and str(param.device) == "nvme"),
         "offload_optimizer.ratio below 1 needs DeepSpeed's own Adam; leave it at 1": bool(
-            parsed.offload_optimizer and parsed.offload_optimizer.ratio < 1
+            optimizer and optimizer.ratio < 1
         ),
-        "zero_quantized_nontrainable_weights cannot be saved; leave it out": parsed.zero_quantized_nontrainable_weights,
-        "compute_grad_norm: false leaves no norm to judge a step by; leave it out": not parsed.compute_grad_norm,
-        "offload_param needs stage 3": stage < 3 and parsed.offload_param is not None,
-        "offload_optimizer needs stage 3 here": stage < 3 and parsed.offload_optimizer is not None,
+        "offload_optimizer.super_offload needs DeepSpeed's own Adam; leave it out": bool(
+            optimizer and optimizer.super_offload
+        ),
+        "zenflow needs DeepSpeed's own Adam; leave it out": zero.zenflow is not None,
+        "zero_quantized_nontrainable_weights cannot be saved; leave it out": zero.zero_quantized_nontrainable_weights,
+        "compute_grad_norm: false leaves no norm to judge a step by; leave it out": not zero.compute_grad_norm,
+        "offload_param needs stage 3": stage < 3 and param is not None,
+        "offload_optimizer needs stage 3 here": stage < 3 and optimizer is not None,
+        "prescale_gradients and gradient_predivide_factor need reduce_scatter: false; leave them out": stage >= 2
+        and zero.reduce_scatter
+        and scaled,
         "stage 3 cannot cut up qlora's packed weights; take stage 2": stage == 3
         and config.adapter is not None
         and config.adapter.kind == "qlora",
     }
-    for why, holds in refused.items():
-        if holds:
-            raise UserError(f"deepspeed: {path}: zero_optimization: {why}")
-    return stage

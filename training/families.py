@@ -113,7 +113,7 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
 
     side = int(model.vision.image_size[0])
     spec = ImageSpec.of_vit(
-        model.vision,
+        model.grid,
         recipe.vision.patch_dropout,
         size=side,
         mean=tuple(model.config.image_mean),
@@ -146,9 +146,8 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
     assert config.clip is not None
     model = Clip.from_recipe(config.clip, config.objective)
     side = model.model_cfg["vision_cfg"]["image_size"]
-    spec = ImageSpec.of_vit(
-        model.towers.visual, model.patch_dropout, size=side, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD
-    )
+    grid = getattr(model.towers.visual, "grid_size", ())  # a ResNet has none, and drops nothing
+    spec = ImageSpec.of_vit(grid, model.patch_dropout, size=side, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
     tokenizer = Words(context_length=model.model_cfg["text_cfg"].get("context_length", 77))
     preprocess = {
         "size": [side, side],
@@ -211,7 +210,9 @@ def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
 
     return Family(
         model=model,
-        image=ImageSpec(size=recipe.image_size, mean=mean, std=std),
+        image=ImageSpec.of_vit(
+            (extra.grid, extra.grid), recipe.patch_dropout, size=recipe.image_size, mean=mean, std=std
+        ),
         encode_text=encode_text,
         export=export,
         read_export=lambda folder: Flava.from_pretrained(folder).state_dict(),

@@ -137,6 +137,12 @@ class MMGemRecipe:
             raise UserError(f"loader.sources.{wrong}.kind: mmgem in {stage} trains on {wanted}, not {kinds[wrong]}")
         if self.init is not None and adapter is not None:
             raise UserError("adapter: a run from mmgem.init trains weights of its own; remove one of the two")
+        dropout = adapter is not None and adapter.dropout and self.mapping is None
+        if dropout and adapter.module.split(".")[0] not in ("vision", "llm"):
+            raise UserError(
+                f"adapter.dropout: with module {adapter.module!r} its masks could not be drawn alike in both passes of "
+                "a step; adapt llm or vision, or set it to 0"
+            )
         if self.prompts < 0:
             raise UserError(f"mmgem.prompts: {self.prompts} is below 0; the paper takes 64")
         if self.embed_tokens is not None and self.embed_tokens < 2:
@@ -190,7 +196,9 @@ class MaskConfig:
 class FlavaRecipe:
     """FLAVA (arXiv 2112.04482): image, text and multimodal encoders of one width, five losses.
 
-    name_or_path: a transformers FLAVA checkpoint to start from; the sizes must be its own.
+    name_or_path: a transformers FLAVA checkpoint to start from; the sizes must be its own ·
+    patch_dropout: share of patches left out while training (FLIP, arXiv 2212.00794), clean or masked; hidden patches
+    among them are not asked for.
     """
 
     name_or_path: str | None = None
@@ -204,6 +212,7 @@ class FlavaRecipe:
     multimodal_layers: int = 6
     max_position_embeddings: int = 512
     embed_dim: int = 768
+    patch_dropout: float = 0.0
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)

@@ -65,6 +65,22 @@ def coca_config(*overrides: str) -> TrainConfig:
     return parse([*arguments, "--precision", "fp32", "--clip.model_cfg", json.dumps(COCA), *overrides])[0]
 
 
+def vlm2vec_config(*overrides: str) -> TrainConfig:
+    from tests.training.vlm import RECIPE
+
+    return parse([*RECIPE, *overrides])[0]
+
+
+FAMILIES = {
+    "mmgem": tiny_config,
+    "flava": flava_config,
+    "coca": coca_config,
+    "clip": clip_config,
+    "siglip": siglip_config,
+    "vlm2vec": vlm2vec_config,
+}
+
+
 def write_shards(
     folder: Path, sizes: list[int], captions: Any = None, members: Any = None, regions: Any = None
 ) -> Path:

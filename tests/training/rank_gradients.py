@@ -1,6 +1,6 @@
-"""One rank of the two that a test launches: a single gradient-cached step, whose gradients rank 0 saves.
+"""One rank of the two that a test launches: a single gradient-cached step of each family, whose gradients rank 0 saves.
 
-    deepspeed --num_accelerators 2 rank_gradients.py SHARDS RUN STAGE FAMILY OVERRIDE...
+    deepspeed --num_accelerators 2 rank_gradients.py SHARDS RUN STAGE FAMILY,... OVERRIDE...
 
 The gradients are those that DeepSpeed hands to the optimiser, put together from all ranks' shards.
 """
@@ -15,7 +15,7 @@ sys.path[0] = str(ROOT)
 
 import torch
 
-from tests.training.conftest import coca_config, flava_config, tiny_config
+from tests.training.conftest import FAMILIES
 from training import zero
 from training.config import TrainConfig
 from training.data import named, open_sources
@@ -29,22 +29,34 @@ def arguments() -> list[str]:
 
 
 def main() -> None:
-    shards, run, stage, family, *overrides = arguments()
-    path = str(ROOT / f"ds_configs/zero{stage}.json")
-    settings = ["--deepspeed", path, "--optim.gradient_clipping", "0", *overrides]
-    config = {"mmgem": tiny_config, "flava": flava_config, "coca": coca_config}[family](*settings)
-    save_gradients(config, shards, Path(run))
+    shards, run, stage, families, *overrides = arguments()
+    settings = ["--deepspeed", str(ROOT / f"ds_configs/zero{stage}.json"), "--optim.gradient_clipping", "0", *overrides]
+    open_ranks()
+    found = {}
+    for family in families.split(","):
+        found[family] = gradients(FAMILIES[family](*settings), shards, Path(run) / family)
+    save(found, Path(run))
 
 
-def save_gradients(config: TrainConfig, shards: str, run: Path) -> None:
-    """Make a step of the recipe on a folder of shards, or on NAME=DIR,NAME=DIR; the process ends here."""
+def open_ranks() -> None:
     TRAFFIC.install()
     open_group()
+
+
+def gradients(config: TrainConfig, shards: str, run: Path) -> dict[str, Any]:
+    """Make a step of the recipe on a folder of shards, or on NAME=DIR,NAME=DIR."""
     sources = open_sources(config.loader, named(config.loader, shards.split(",")))
     trainer = make_trainer(config, sources, run)
     settle_retention(trainer, None)
     found = one_step(trainer)
-    if trainer.world.rank == 0:
+    trainer.engine.destroy()
+    return found
+
+
+def save(found: Any, run: Path) -> None:
+    """Rank 0 writes RUN/gradients.pt; the process ends here."""
+    if torch.distributed.get_rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
         torch.save(found, run / "gradients.pt")
     torch.distributed.barrier()
     sys.stdout.flush()

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from curation.errors import UserError
 from tests.training.bridges import CAPTIONS, COLOURS, MAPPINGS, bridge_config
-from tests.training.plain import differences
-from tests.training.test_gradient_cache import patched_float
+from tests.training.plain import differences, patched_float
 from training.distributed import World
 from training.families import build
 from training.family_config import MappingConfig, MMGemRecipe, VisionConfig

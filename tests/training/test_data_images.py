@@ -160,7 +160,7 @@ TOWERS = {
 def test_clip_sees_the_kept_patches_in_both_passes_and_all_when_graded():
     torch.manual_seed(0)
     model = Clip.from_recipe(ClipRecipe(model_cfg=TOWERS), ObjectiveConfig()).train()
-    spec = ImageSpec.of_vit(model.towers.visual, model.patch_dropout, size=32, mean=(0,) * 3, std=(1,) * 3)
+    spec = ImageSpec.of_vit(model.towers.visual.grid_size, model.patch_dropout, size=32, mean=(0,) * 3, std=(1,) * 3)
     assert (spec.patches, spec.keep) == (16, 8)
     kept = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 15], [1, 3, 5, 7, 9, 11, 13, 14]])
     chunk = {"pixel_values": torch.randn(2, 3, 32, 32), "input_ids": torch.ones(2, 8, dtype=torch.long)}
@@ -198,4 +198,4 @@ def test_patches_that_cannot_be_dropped_are_one_clear_line():
     with pytest.raises(UserError, match="patch_dropout: Linear is no ViT"):
         take_over(torch.nn.Linear(2, 2), 0.5)
     with pytest.raises(UserError, match=r"patch_dropout: 1.0 is no share"):
-        ImageSpec.of_vit(None, 1.0, size=8, mean=(0,) * 3, std=(1,) * 3)
+        ImageSpec.of_vit((8, 8), 1.0, size=8, mean=(0,) * 3, std=(1,) * 3)

@@ -11,13 +11,12 @@ from curation.errors import UserError
 from curation.hashing import hash64
 from curation.manifest import write_manifest
 from tests.training.conftest import flava_config
-from tests.training.plain import differences, gradients_of, plain_flava_gradients, whole_batch
-from tests.training.test_gradient_cache import patched_float
-from training.config import as_dict
+from tests.training.plain import differences, doubled, gradients_of, patched_float, plain_gradients, whole_batch
+from tests.training.step import cached_gradients, chunks_of
+from training.config import ObjectiveConfig, as_dict
 from training.data import Drawn
 from training.distributed import World
 from training.families import build
-from training.gradient_cache import Outputs, gradient_cached_step
 from training.inference import load
 from training.models.codebook import train_codebook
 from training.models.flava import Flava
@@ -176,31 +175,12 @@ def test_features_are_transformers_features(family, collate, batch):
     torch.testing.assert_close(joint.pooler_output, expected.multimodal_embeddings[:, 0], rtol=1e-4, atol=1e-5)
 
 
-WEIGHTS = {"itm": 1.0, "mmm_image": 0.5, "mmm_text": 2.0}
-
-
-def cached(model, chunks, retain):
-    model.zero_grad()
-    metrics = gradient_cached_step(
-        forward=lambda chunk, separable: Outputs(**model(chunk, separable=separable)),
-        backward=lambda loss: loss.backward(),
-        chunks=chunks,
-        counts={name: sum(model.counts(c)[name] for c in chunks) for name in WEIGHTS},
-        weights=WEIGHTS,
-        coupled=InfoNCE(reduction="mean"),
-        world=World(),
-        retain=retain,
-    )
-    return metrics["loss"], gradients_of(model)
-
-
-def doubled(chunk):
-    return {name: x.double() if x.is_floating_point() else x for name, x in chunk.items()}
+OBJECTIVE = ObjectiveConfig(reduction="mean", weights={"itm": 1.0, "mmm_image": 0.5, "mmm_text": 2.0})
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 11])
 @pytest.mark.parametrize("retain", [False, True])
-@pytest.mark.parametrize("case", ["mixed", "nothing masked", "all mismatched"])
+@pytest.mark.parametrize("case", ["mixed", "nothing masked", "all mismatched", "patches dropped"])
 def test_float64_equals_the_full_batch(family, collate, batch, chunk, retain, case):
     """`nothing masked` and `all mismatched` are about the first rows, which are whole chunks of 1 and 3."""
     model = family.model.double().eval()
@@ -221,21 +201,73 @@ def test_float64_equals_the_full_batch(family, collate, batch, chunk, retain, ca
 
     first, rest = changed(doubled(collate(batch[:3], "pairs"))), doubled(collate(batch[3:], "pairs"))
     whole = whole_batch([first, rest])
+    if case == "patches dropped":
+        whole["patches"] = kept_patches(11)
     chunks = [{n: x[i : i + chunk] for n, x in whole.items()} for i in range(0, 11, chunk)]
     for part in chunks:  # as the loader pads it
         longest = int(part["attention_mask"].sum(1).max())
         for name in ("input_ids", "attention_mask", "masked_ids", "text_labels"):
             part[name] = part[name][:, :longest]
     with patched_float():
-        loss, expected = plain_flava_gradients(model, whole, WEIGHTS)
-        cached_loss, found = cached(model, chunks, retain)
+        loss, expected = plain_gradients(model, [whole], OBJECTIVE)
+        metrics, found = cached_gradients(model, chunks, OBJECTIVE, retain)
     model.float()
     error, worst = differences(found, expected)
     assert error < 1e-13 and worst < 1e-12, (error, worst)
-    assert abs(float(cached_loss - loss)) < 1e-12
+    assert abs(float(metrics["loss"] - loss)) < 1e-12
     assert all(torch.isfinite(g).all() for g in found.values())
     unused = {n for n, g in expected.items() if not g.any()}
     assert {n for n in unused if n.startswith(("mim_head", "mlm_head"))} and "log_scale" not in unused
+
+
+def kept_patches(b, keep=9, patches=16):
+    rng = np.random.default_rng(4)
+    return torch.from_numpy(np.stack([np.sort(rng.choice(patches, keep, replace=False)) for _ in range(b)]))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "images"])
+def test_patches_left_out_are_as_if_nobody_attended_to_them(family, collate, batch, kind, monkeypatch):
+    """The oracle runs every patch through an encoder whose attention to the others is cut off."""
+    model, kept = family.model.eval(), kept_patches(11)
+    chunk = collate(batch, kind)
+    out = model({**chunk, "patches": kept}, separable=True)
+    counts = model.counts({**chunk, "patches": kept})
+    seen = torch.zeros(11, 16, dtype=torch.bool).scatter_(1, kept, True)
+    labels = chunk["image_labels"].masked_fill(~seen, -100)
+    name = {"pairs": "mmm_image", "images": "mim"}[kind]
+    assert 0 < counts[name] == int((labels >= 0).sum()) < model.counts(chunk)[name]
+    image_model, encode, read = model.image_model, model.image_model.encoder.forward, model.multimodal_model.forward
+    cut = torch.cat([torch.zeros(11, 1), torch.zeros(11, 16).masked_fill(~seen, -torch.inf)], 1)
+
+    def encoded(hidden, attention_mask=None, **more):
+        twice = len(hidden) // 11  # clean and masked
+        return encode(hidden, attention_mask=cut.repeat(twice, 1)[:, None, None], **more)
+
+    def joined(states, attention_mask=None, **more):
+        """[CLS_M], then [CLS_I] and the patches, then tokens."""
+        mask = torch.cat([attention_mask[:, :1], (cut == 0).long(), attention_mask[:, 18:]], 1)
+        return read(states, attention_mask=mask, **more)
+
+    monkeypatch.setattr(image_model.encoder, "forward", encoded)
+    monkeypatch.setattr(model.multimodal_model, "forward", joined)
+    expected = model({**chunk, "image_labels": labels}, separable=True)
+    assert out.keys() == expected.keys() and out["sums"].keys() == expected["sums"].keys()
+    for side in out.keys() & {"left", "right"}:
+        torch.testing.assert_close(out[side], expected[side], atol=1e-5, rtol=1e-4)
+    for name, total in out["sums"].items():
+        torch.testing.assert_close(total, expected["sums"][name], atol=1e-4, rtol=1e-5)
+    monkeypatch.undo()
+    assert not torch.allclose(model(chunk, separable=True)["sums"][name], out["sums"][name])
+
+
+def test_the_loader_drops_them_in_training_alone(tmp_path, shards):
+    config = flava_config("--flava.patch_dropout", "0.5", "--loader.batch", "8", "--loader.chunk", "3")
+    family = build(config, tmp_path / "tokenizer", lambda: CAPTIONS)
+    chunks = chunks_of(shards, family, config)
+    assert all(c["patches"].shape == (len(c["valid"]), 8) for c in chunks)
+    for name in ("mmm_image", "mmm_text", "itm"):
+        assert sum(family.model.counts(c)[name] for c in chunks) > 0
+    assert family.model.get_image_features(chunks[0]["pixel_values"]).last_hidden_state.shape[1] == 17
 
 
 def test_a_batch_of_mismatched_pairs_alone_still_learns_to_match(family, collate, batch):
@@ -246,10 +278,10 @@ def test_a_batch_of_mismatched_pairs_alone_still_learns_to_match(family, collate
         torch.full_like(whole[n], -100) for n in ("text_labels", "image_labels")
     )
     with patched_float():
-        loss, expected = plain_flava_gradients(model, whole, WEIGHTS)
-        cached_loss, found = cached(model, [whole], False)
+        loss, expected = plain_gradients(model, [whole], OBJECTIVE)
+        metrics, found = cached_gradients(model, [whole], OBJECTIVE)
     model.float()
-    assert differences(found, expected)[0] < 1e-13 and float(cached_loss) == pytest.approx(float(loss))
+    assert differences(found, expected)[0] < 1e-13 and float(metrics["loss"]) == pytest.approx(float(loss))
     assert expected["itm_head.seq_relationship.weight"].any() and not found["image_projection.weight"].any()
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.training.conftest import tiny_config
 from tests.training.plain import plain_gradients
-from tests.training.test_gradient_cache import chunks_of
+from tests.training.step import chunks_of
 from training.data import Shards
 from training.distributed import World
 from training.families import build
@@ -62,7 +62,7 @@ def test_a_cached_step_counts_what_torch_counts_and_its_extra_forward_apart(shar
     b, d = 32, config.mmgem.embed_dim
     loss = 3 * 2 * b * b * d  # the logits of one tile are kept, so nothing of the loss is computed again
     assert executed - useful == extra + loss
-    plain = sum(torch_counts(lambda c=c: plain_gradients(model, [c])) for c in chunks)
+    plain = sum(torch_counts(lambda c=c: plain_gradients(model, [c], config.objective)) for c in chunks)
     assert useful == pytest.approx(plain, rel=0.02)  # plain: with the loss's own small products
     before = len(meter.known)
     assert metered_step(meter, model, chunks, retain > 0) == met[0], "looked up, not counted"

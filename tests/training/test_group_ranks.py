@@ -35,12 +35,12 @@ def test_groups_of_a_mixture_are_positives_on_two_ranks(tmp_path):
     words, run = [f"{name}={folder}" for name, folder in folders.items()], tmp_path / "run"
     overrides = [*OVERRIDES, *(x for word in words for x in ("--data", word))]
     launch("rank_gradients.py", 2, ",".join(words), run, "3", "flava", *overrides)
-    saved = torch.load(run / "gradients.pt", weights_only=True)
+    saved = torch.load(run / "gradients.pt", weights_only=True)["flava"]
     assert saved["chunks"] > 2
 
     config = flava_config(*overrides, "--loader.chunk", "24")
     sources = open_sources(config.loader, named(config.loader, words))
-    family = build(config, run / "tokenizer", lambda: iter(()))
+    family = build(config, run / "flava" / "tokenizer", lambda: iter(()))
     family.prepare(sources)
     place = {"seed": config.seed, "rank": 0, "world_size": 1, "extra": family.extra, "mismatched": family.mismatched}
     pairs, texts = next(Loader(sources, config.loader, family.image, family.encode_text, **place).batches(0, 1))

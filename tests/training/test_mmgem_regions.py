@@ -8,9 +8,8 @@ from torch.nn import functional as F
 
 from curation.errors import UserError
 from curation.manifest import read_manifest
-from tests.training.plain import differences
+from tests.training.plain import differences, patched_float
 from tests.training.stage2 import region_shards, stage1, stage2_config
-from tests.training.test_gradient_cache import patched_float
 from training import begin
 from training.data import Loader, Shards, Source
 from training.distributed import World

@@ -39,20 +39,3 @@ def test_bad_recipes_name_what_is_wrong(arguments, named):
     with pytest.raises(UserError, match=named) as error:
         parse([*base, "--data", "d", "--out", "o", *arguments])
     assert "\n" not in str(error.value)
-
-
-def test_deepspeed_files_are_checked(tmp_path):
-    file = tmp_path / "ds.json"
-    config = parse(
-        ["--config", "recipes/train/tiny_mmgem.yaml", "--data", "d", "--out", "o", "--deepspeed", str(file)]
-    )[0]
-    with pytest.raises(UserError, match=r"deepspeed.*ds\.json does not exist"):
-        deepspeed_config(config, 2)
-    file.write_text('{"bf16": {"enabled": true}}')
-    with pytest.raises(UserError, match="bf16"):
-        deepspeed_config(config, 2)
-    file.write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
-        deepspeed_config(config, 2)
-    with pytest.raises(UserError, match="3 ranks"):
-        deepspeed_config(parse(["--config", "recipes/train/tiny_mmgem.yaml", "--data", "d", "--out", "o"])[0], 3)

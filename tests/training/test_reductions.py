@@ -10,7 +10,7 @@ from tests.training.conftest import tiny_config
 from tests.training.plain import differences, plain_gradients
 from tests.training.rank_reductions import CHUNKS, KEPT, LEAN, SETTINGS
 from tests.training.ranks import launch
-from tests.training.test_gradient_cache import chunks_of
+from tests.training.step import chunks_of
 from training.data import Shards
 from training.families import build
 
@@ -24,7 +24,7 @@ def steps(shards, tmp_path_factory):
     launch("rank_reductions.py", 2, shards, run)
     config = tiny_config()
     family = build(config, run / "tokenizer", Shards(shards).every_caption)
-    expected = plain_gradients(family.model, chunks_of(shards, family, config, 32))[1]
+    expected = plain_gradients(family.model, chunks_of(shards, family, config, 32), config.objective)[1]
     return torch.load(run / "steps.pt", weights_only=True), expected, family.model
 
 

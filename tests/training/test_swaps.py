@@ -11,8 +11,7 @@ from curation.hashing import hash64
 from tests.training import coupled_oracle
 from tests.training.conftest import clip_config, tiny_config, write_shards
 from tests.training.coupled_oracle import candidates
-from tests.training.plain import differences
-from tests.training.test_gradient_cache import patched_float
+from tests.training.plain import differences, patched_float
 from training.config import ClipRecipe
 from training.data import Drawn, Loader, Shards
 from training.data.swaps import Swaps, builtin, swapped, tagger_of

@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from curation.errors import UserError
-from tests.training.plain import differences
-from tests.training.test_gradient_cache import patched_float
+from tests.training.plain import differences, patched_float
 from tests.training.vlm import BACKBONES, mixed_rows, picture, tiny
 from training.config import ObjectiveConfig
 from training.distributed import World

@@ -80,6 +80,19 @@ def runs(request, tmp_path_factory):
 @pytest.mark.parametrize("stage", FLOAT32)
 def test_every_stage_steps_as_plain_torch_does(runs, stage):
     name, folder = runs
+    assert_plain(folder, name, stage)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_lamb_sees_whole_parameters_on_any_number_of_ranks(ranks, tmp_path):
+    """Two are above."""
+    launch("rank_zero.py", ranks, tmp_path, "1,2,3", "lamb", "whole")
+    for stage in "123":
+        assert_plain(tmp_path, "lamb", stage)
+
+
+def assert_plain(folder, name, stage):
+    """The last checkpoint of a run, weights and moments, is what one process comes to without DeepSpeed."""
     model, optimizer = plain(name)
     last = checkpoint.step_folder(folder / f"{name}-{stage}", STEPS)
     weights, start = kept(last, "weights"), Toy()

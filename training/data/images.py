@@ -9,9 +9,8 @@ release the GIL.
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -42,14 +41,14 @@ class ImageSpec:
 
     @classmethod
     def of_vit(
-        cls, visual: Any, dropped: float, *, size: int, mean: tuple[float, ...], std: tuple[float, ...]
+        cls, grid: Sequence[int], dropped: float, *, size: int, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> "ImageSpec":
-        """Of a tower of open_clip's that drops a share of its patches, rounded as open_clip does."""
+        """Of a tower that drops a share of its patches, rows and columns `grid`, rounded as open_clip does."""
         if not 0 <= dropped < 1:
             raise UserError(f"patch_dropout: {dropped} is no share of patches; give one from 0 to below 1")
         if not dropped:
             return cls(size=size, mean=mean, std=std)
-        patches = int(np.prod(visual.grid_size))
+        patches = int(np.prod(grid))
         return cls(size=size, mean=mean, std=std, patches=patches, keep=max(1, int(patches * (1 - dropped))))
 
 

@@ -35,8 +35,11 @@ from transformers.models.flava.modeling_flava import (
 from curation.errors import UserError
 from training.config import ObjectiveConfig
 from training.family_config import LOSSES, FlavaRecipe
+from training.models.dropout import stacked
+from training.models.head import Head
 from training.models.kind import check_kind
 from training.models.mmgem import MEAN, STD
+from training.models.patches import KeptPatches, only
 from training.models.scalars import add_scalars, read_scalars
 
 
@@ -88,6 +91,7 @@ class Flava(PreTrainedModel):
             c.hidden_dropout_prob = c.attention_probs_dropout_prob = 0.0
         # Without poolers, which no loss uses.
         self.image_model = FlavaImageModel(image, add_pooling_layer=False)
+        self.image_model.embeddings.dropout = KeptPatches()
         self.text_model = FlavaTextModel(text, add_pooling_layer=False)
         self.multimodal_model = FlavaMultimodalModel(both, add_pooling_layer=False)
         self.image_projection = nn.Linear(image.hidden_size, config.embed_dim)
@@ -98,6 +102,7 @@ class Flava(PreTrainedModel):
         self.mlm_head, self.mmm_text_head = FlavaMaskedPredictionHead(text), FlavaMaskedPredictionHead(text)
         for head in (self.mim_head, self.mmm_image_head, self.mlm_head, self.mmm_text_head):
             del head.bias  # a second name of `decoder.bias`
+            head.decoder = Head.of(head.decoder)
         self.itm_head = FlavaITMHead(both)
         self.scalars = add_scalars(self, ObjectiveConfig(**config.objective))
         self.pad_token_id: Any = text.pad_token_id
@@ -173,13 +178,15 @@ class Flava(PreTrainedModel):
         check_kind(pretrained_model_name_or_path, FlavaConfig.model_type, "Flava.from_pretrained")
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def _image(self, pixels: torch.Tensor, hidden: torch.Tensor | None = None) -> Any:
-        """Encoder's output for [B, 3, S, S]; `hidden` bool [B, N] names the masked patches."""
-        return self.image_model(
-            pixels.to(self.image_projection.weight.dtype),
-            bool_masked_pos=hidden,
-            output_hidden_states=hidden is not None,
-        )
+    def _image(self, pixels: torch.Tensor, kept: torch.Tensor | None = None, hidden: torch.Tensor | None = None) -> Any:
+        """Encoder's output for [B, 3, S, S]: of the patches `kept` [B, keep] alone where it is given; `hidden` bool
+        [B, N] names the masked ones."""
+        with only(self.image_model, kept):
+            return self.image_model(
+                pixels.to(self.image_projection.weight.dtype),
+                bool_masked_pos=hidden,
+                output_hidden_states=hidden is not None,
+            )
 
     def _embedded(self, image: torch.Tensor, text: torch.Tensor) -> dict[str, Any]:
         """The contrastive sides from last states [B, 1 + N, D] and [B, L, D]."""
@@ -194,42 +201,50 @@ class Flava(PreTrainedModel):
 
         chunk: pixel_values [B, 3, S, S] · image_mask bool [B, N] · image_labels [B, N] codes ·
         input_ids, attention_mask, masked_ids [B, L] · text_labels [B, L] tokens ·
-        itm_labels [B] 1 match, 0 mismatch · coupled [B] rows of the contrastive loss.
+        itm_labels [B] 1 match, 0 mismatch · coupled [B] rows of the contrastive loss ·
+        patches [B, keep] that the image encoder sees, all without it.
         Labels are -100 where none is asked. Pictures alone lack the texts' tensors, and texts the pictures'.
         """
         if "input_ids" not in chunk:
             if not separable:
                 return {}
-            states = self._image(chunk["pixel_values"], chunk["image_mask"]).last_hidden_state[:, 1:]
-            return {"sums": {"mim": _sum_at_labels(self.mim_head, states, chunk["image_labels"])}}
+            image = self._image(chunk["pixel_values"], chunk.get("patches"), chunk["image_mask"])
+            mim = _sum_at_labels(self.mim_head, image.last_hidden_state[:, 1:], _image_labels(chunk))
+            return {"sums": {"mim": mim}}
         ids, attention = chunk["input_ids"], chunk["attention_mask"]
         if "pixel_values" not in chunk:
             if not separable:
                 return {}
             states = self.text_model(chunk["masked_ids"], attention_mask=attention).last_hidden_state
             return {"sums": {"mlm": _sum_at_labels(self.mlm_head, states, chunk["text_labels"])}}
-        pixels, hidden, b = chunk["pixel_values"], chunk["image_mask"], len(ids)
+        pixels, hidden, kept, b = chunk["pixel_values"], chunk["image_mask"], chunk.get("patches"), len(ids)
         if not separable:
-            text = self.text_model(ids, attention_mask=attention)
-            return self._embedded(self._image(pixels).last_hidden_state, text.last_hidden_state)
+            with stacked(b, b):
+                image, text = self._image(pixels, kept), self.text_model(ids, attention_mask=attention)
+            return self._embedded(image.last_hidden_state, text.last_hidden_state)
 
-        image = self._image(torch.cat([pixels, pixels]), torch.cat([torch.zeros_like(hidden), hidden]))
+        image = self._image(
+            torch.cat([pixels, pixels]),
+            None if kept is None else torch.cat([kept, kept]),
+            torch.cat([torch.zeros_like(hidden), hidden]),
+        )
         text = self.text_model(
             torch.cat([ids, chunk["masked_ids"]]),
             attention_mask=torch.cat([attention, attention]),
             output_hidden_states=True,
         )
+        embedded = self._embedded(image.last_hidden_state[:b], text.last_hidden_state[:b])  # in the first pass's order
         joint = self._joint(image.hidden_states[-1][b:], text.hidden_states[-1][b:], attention)
-        n = hidden.shape[1]
+        n = image.last_hidden_state.shape[1] - 1
         match = F.cross_entropy(
             self.itm_head(joint).float(), chunk["itm_labels"], ignore_index=-100, reduction="sum"
         )  # [CLS_M] is at 0, [CLS_I] at 1, patches from 2, tokens at the end
         sums = {
             "itm": match,
-            "mmm_image": _sum_at_labels(self.mmm_image_head, joint[:, 2 : 2 + n], chunk["image_labels"]),
+            "mmm_image": _sum_at_labels(self.mmm_image_head, joint[:, 2 : 2 + n], _image_labels(chunk)),
             "mmm_text": _sum_at_labels(self.mmm_text_head, joint[:, 2 + n :], chunk["text_labels"]),
         }
-        return {**self._embedded(image.last_hidden_state[:b], text.last_hidden_state[:b]), "sums": sums}
+        return {**embedded, "sums": sums}
 
     def _joint(self, image: torch.Tensor, text: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Multimodal states [B, 1 + (1 + N) + L, D] of states before the last norm."""
@@ -242,11 +257,11 @@ class Flava(PreTrainedModel):
         """Units of each sum of the chunk: masked patches, masked tokens, pairs; known before any forward pass."""
         image, text = "pixel_values" in chunk, "input_ids" in chunk
         asked = {
-            "image_labels": ("mmm_image" if text else "mim") if image else None,
-            "text_labels": ("mmm_text" if image else "mlm") if text else None,
-            "itm_labels": "itm" if image and text else None,
+            ("mmm_image" if text else "mim"): _image_labels(chunk) if image else None,
+            ("mmm_text" if image else "mlm"): chunk["text_labels"] if text else None,
+            "itm": chunk["itm_labels"] if image and text else None,
         }
-        return {name: float((chunk[labels] >= 0).sum()) for labels, name in asked.items() if name}
+        return {name: float((labels >= 0).sum()) for name, labels in asked.items() if labels is not None}
 
     @torch.no_grad()
     def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
@@ -279,7 +294,13 @@ class Flava(PreTrainedModel):
         return BaseModelOutputWithPooling(pooler_output=states[:, 0], last_hidden_state=states)
 
 
-def _sum_at_labels(head: nn.Module, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropy summed over labels >= 0 of [B, T]; the vocabulary is scored there alone."""
+def _image_labels(chunk: Any) -> torch.Tensor:
+    """Codes of the patches that the image encoder sees, [B, keep] or [B, N]; -100 where none is asked."""
+    labels = chunk["image_labels"]
+    return labels.gather(1, chunk["patches"]) if "patches" in chunk else labels
+
+
+def _sum_at_labels(head: Any, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy summed over labels >= 0 of [B, T]; the vocabulary is scored there alone, a piece at a time."""
     asked = labels >= 0
-    return F.cross_entropy(head(states[asked]).float(), labels[asked], reduction="sum")
+    return head.decoder(head.transform(states[asked]), labels[asked])

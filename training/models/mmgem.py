@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from training.config import ObjectiveConfig
 from training.family_config import LanguageConfig, VisionConfig
 from training.models import mmgem_regions
+from training.models.dropout import stacked
 from training.models.head import Head
 from training.models.kind import check_kind, opened
 from training.models.patches import only
@@ -87,13 +88,17 @@ class MMGem(PreTrainedModel):
     def __init__(self, config: MMGemConfig) -> None:
         super().__init__(config)
         text = dict(config.text_config)
-        text_config = AutoConfig.for_model(text.pop("model_type", "llama"), **{**text, "attention_dropout": 0.0})
+        text_config = AutoConfig.for_model(text.pop("model_type", "llama"), **text)
+        for drawn in ("attention_dropout", "layerdrop", "router_jitter_noise"):
+            if hasattr(text_config, drawn):
+                setattr(text_config, drawn, 0.0)
         self.vision: Any = vision_tower(config.vision_config)
         self.llm = AutoModelForCausalLM.from_config(text_config)
         self.llm.set_output_embeddings(Head.of(self.llm.get_output_embeddings()))
         for module in self.llm.modules():
             if isinstance(module, nn.Dropout):
-                # The second pass stacks two sequences, so masks drawn there would not be those of the first.
+                # The second pass stacks two sequences, so masks drawn there would not be those of the first. (Those
+                # of an adapter are: training/models/dropout.py.)
                 module.p = 0.0
         self.blocks = {"ResidualAttentionBlock", *(self.llm._no_split_modules or ())}
         width, hidden = self.vision.conv1.out_channels, text_config.hidden_size
@@ -217,7 +222,8 @@ class MMGem(PreTrainedModel):
         image = F.normalize(pooled.float(), dim=-1)
         b, n = len(pooled), len(tokens)
         if not separable:
-            hidden = self.llm.base_model(inputs_embeds=tokens, use_cache=False).last_hidden_state
+            with stacked(n, b, 1):
+                hidden = self.llm.base_model(inputs_embeds=tokens, use_cache=False).last_hidden_state
             text = self.at_emb(hidden, length)
             return {"left": image, "right": _by_row(text, b), "scalars": read_scalars(self)}
 

@@ -16,7 +16,7 @@ from curation.errors import UserError
 
 
 class KeptPatches(nn.Module):
-    """In the place of open_clip's PatchDropout, after the positional embedding: rows of [B, 1 + N, D] by number.
+    """In the place of a ViT's own dropout after the positional embedding: rows of [B, 1 + N, D] by number.
 
     Outside `only`, and so when a model is graded, every patch is kept.
     """
@@ -51,8 +51,9 @@ def only(visual: Any, kept: torch.Tensor | None) -> Iterator[None]:
     if kept is None:
         yield
         return
-    visual.patch_dropout.kept = kept
+    place = next(module for module in visual.modules() if isinstance(module, KeptPatches))
+    place.kept = kept
     try:
         yield
     finally:
-        visual.patch_dropout.kept = None
+        place.kept = None
