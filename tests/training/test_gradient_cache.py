@@ -126,7 +126,7 @@ def launched(shards, run, stage, *overrides, family="mmgem"):
     return torch.load(run / "gradients.pt", weights_only=True), done.stdout
 
 
-AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.002")
+AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.0045")
 
 
 @pytest.mark.parametrize(
