@@ -28,6 +28,7 @@ from benchmarks import (
     loader_rows,
     loss_rows,
     matching_rows,
+    rank_rows,
     selection_rows,
     step_cost_rows,
     step_peer_rows,
@@ -62,7 +63,8 @@ GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
         ),
     ),
     "held": (step_cost_rows.step_memory, ("activation_memory",)),
-    "sent": (step_cost_rows.step_traffic, ("reduce_scatters",)),
+    "ranks": (rank_rows.steps_on_ranks, ("step_zero3", "reduce_scatters")),
+    "waited": (rank_rows.data_share, ("data_share",)),
     "loss": (
         loss_rows.losses,
         ("loss_8192_time", "loss_8192_products", "loss_8192_memory", "loss_32768_memory", "loss_doubled_batch"),

@@ -62,6 +62,7 @@ class Subject:
         from open_clip.model import CLIP
 
         cfg = yaml.safe_load((ROOT / "recipes/train/tiny_clip.yaml").read_text())["clip"]["model_cfg"]
+        del cfg["vision_cfg"]["patch_dropout"]  # every side sees the same patches
         torch.manual_seed(0)
         weights = CLIP(**cfg).state_dict()
         side, vocab = cfg["vision_cfg"]["image_size"], cfg["text_cfg"]["vocab_size"]

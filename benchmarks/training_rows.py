@@ -23,9 +23,10 @@ def steps(bench: Bench) -> Iterator[Case]:
 
     tune_for_cpu("fp32")
     pool = bench.work / "pool"
-    synthesise(out=pool, pairs=512, seed=0, noise=False)
+    less = 8 if bench.quick else 1
+    synthesise(out=pool, pairs=512 // less, seed=0, noise=False)
     for chunk, batch in ((8, 64), (32, 256)):
-        whole, parts = _step_and_parts(pool, bench.work / f"tokenizer-{chunk}", chunk, batch)
+        whole, parts = _step_and_parts(pool, bench.work / f"tokenizer-{chunk}", chunk // less, batch // less)
         yield Case(
             name=f"step_chunk_{chunk}_of_{batch}",
             area="training",
@@ -36,7 +37,7 @@ def steps(bench: Bench) -> Iterator[Case]:
             ours=whole,
             peer=parts,
         )
-    retained, plain = _step_and_plain(pool, bench.work / "tokenizer-retained", 256)
+    retained, plain = _step_and_plain(pool, bench.work / "tokenizer-retained", 256 // less)
     yield Case(
         name="step_retained_256",
         area="training",

@@ -34,6 +34,7 @@ from curation.hashing import file_hash
 from curation.manifest import read_manifest, write_manifest
 from training import zero
 from training.distributed import World
+from training.family_config import LOSSES
 from training.optim import MOMENTS, Sharded
 from training.zero import Stretch
 
@@ -200,8 +201,9 @@ def check(folder: Path) -> dict[str, Any]:
     if "files" not in manifest:
         raise UserError(f"--checkpoint {folder}: is no checkpoint; name a RUN/checkpoints/step_* or an export")
     for name, size in manifest["files"].items():
-        found = (folder / name).stat().st_size if (folder / name).exists() else None
-        if found != size:
+        if not (folder / name).exists():
+            raise UserError(f"--checkpoint {folder}: {name} is missing; take another checkpoint")
+        if (found := (folder / name).stat().st_size) != size:
             raise UserError(f"--checkpoint {folder}: {name} has {found} bytes of {size}; take another checkpoint")
     return manifest
 
@@ -211,16 +213,36 @@ def latest(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def check_resumable(folder: Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint.
+def check_resumable(folder: Path, recipe: dict[str, Any]) -> None:
+    """
+    Args:
+        recipe: of the run that would go on from it.
 
     Raises:
-        UserError: it is cut short.
+        UserError: it is cut short, or of another model.
     """
     try:
-        return check(folder)
+        theirs = check(folder)["config"]
     except UserError as error:
         raise UserError(f"{error}: delete that folder and the run resumes from the one before") from None
+    ours = json.loads(json.dumps(recipe, default=str))
+    for section in (*LOSSES, "adapter"):
+        if ours[section] != theirs[section]:
+            name = next(_differing(section, ours[section], theirs[section]))
+            raise UserError(
+                f"--out {folder}: is a checkpoint of another model, whose recipe has another {name}; "
+                "delete that folder, or resume with the recipe that it was trained with"
+            )
+
+
+def _differing(name: str, ours: Any, theirs: Any) -> Iterator[str]:
+    """Dotted names of what differs."""
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        yield name
+        return
+    for key in sorted({*ours, *theirs}):
+        if ours.get(key) != theirs.get(key):
+            yield from _differing(f"{name}.{key}", ours.get(key), theirs.get(key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,13 +274,19 @@ class Reader:
 
     def _file(self, file: Path) -> Any:
         if file not in self._open:
-            self._open[file] = safe_open(file, "pt")
+            try:
+                self._open[file] = safe_open(file, "pt")
+            except SafetensorError as error:
+                why = f"{file.name} cannot be read ({error})"
+                raise UserError(f"--checkpoint {self.folder}: {why}; take another checkpoint") from None
         return self._open[file]
 
     def read(self, kind: str, stretch: Stretch, into: torch.Tensor) -> int:
         """Fill `into` [stretch.size] with that stretch's weights or moment; the steps the optimiser took with it."""
         found, steps = 0, 0
         for piece in self.pieces.get(stretch.name, ()):
+            if kind != WEIGHTS and piece.part.startswith("frozen"):
+                continue  # it has no moments
             a = max(piece.offset, stretch.offset)
             b = min(piece.offset + piece.size, stretch.offset + stretch.size)
             if a < b:

@@ -6,6 +6,7 @@ which training/deepspeed_config.py checks and completes.
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -101,12 +102,22 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupConfig:
-    """Settings of the parameters whose names match `pattern` (re.search); the first match wins."""
+    """Settings of the parameters whose names match `pattern` (re.search); no other group's pattern may match them."""
 
     pattern: str
     lr: float | None = None
     weight_decay: float | None = None
     frozen: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UserError(f"optim.groups: {self.pattern!r} is no regular expression ({error}); mend it") from None
+        if self.frozen and (self.lr, self.weight_decay) != (None, None):
+            raise UserError(
+                f"optim.groups: {self.pattern!r} is frozen and has a rate or decay; remove one or the other"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +125,8 @@ class OptimConfig:
     """AdamW, or LAMB (its trust ratio over whole parameters). Biases, norms and the temperature are never decayed.
 
     max_skipped: steps in a row that may be left out, for a loss or gradient that is not finite, before the run ends ·
-    max_loss_ratio: leave out a step whose loss is above so many times the median of the last hundred, or never.
+    max_loss_ratio: leave out a step whose loss is above so many times the median of the last hundred, or never. For
+    losses that stay far above 0, as captioning's do: a contrastive one near 0 has ordinary batches of many medians.
     """
 
     name: Literal["adamw", "lamb"] = "adamw"
@@ -128,6 +140,11 @@ class OptimConfig:
     max_skipped: int = 10
     max_loss_ratio: float | None = None
     groups: list[GroupConfig] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "warmup_steps", "gradient_clipping", "max_skipped"):
+            if (value := getattr(self, name)) < 0:
+                raise UserError(f"optim.{name}: {value} is below 0; give 0 or more")
 
 
 Kind = Literal["pairs", "images", "texts", "rows", "regions"]

@@ -64,7 +64,7 @@ class Health:
         if self.in_a_row > self.max_skipped:
             raise UserError(
                 f"optim.max_skipped: {self.in_a_row} steps in a row could not be taken, at step {step} because {why}; "
-                "lower optim.lr or raise optim.warmup_steps, and resume from the last checkpoint"
+                "lower optim.lr or raise optim.warmup_steps, in another --out or with --overwrite"
             )
         return why
 

@@ -241,7 +241,9 @@ def settle_retention(trainer: Trainer, last: Path | None) -> None:
     if before is not None and before["world_size"] == world.size:
         loader.retain = before["retain"]
         return
+    loader.longest = True  # batches to come may hold longer texts than the first one
     chunk = _on(trainer.engine.device, next(loader.batches(0, 1))[0])
+    loader.longest = False
     parameters = list(trainer.family.model.parameters())
     loader.retain = retention.choose(config, lambda c: trainer.forward(c, True), chunk, parameters, world)
     trainer.flops.forget()

@@ -29,12 +29,16 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
     """Groups of equal learning rate and weight decay; frozen parameters get `requires_grad=False` and no group.
 
     Raises:
-        UserError: a pattern that matches no parameter, or nothing left to train.
+        UserError: a pattern that matches no parameter, a parameter that two match, or nothing left to train.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     used = set()
     for name, parameter in named:
-        rule = next((g for g in config.groups if re.search(g.pattern, name)), None)
+        rules = [g for g in config.groups if re.search(g.pattern, name)]
+        if len(rules) > 1:
+            both = " and ".join(repr(rule.pattern) for rule in rules[:2])
+            raise UserError(f"optim.groups: {name} is matched by {both}; narrow one of them")
+        rule = rules[0] if rules else None
         lr, decay = config.lr, config.weight_decay
         if rule is not None:
             used.add(rule.pattern)

@@ -4,7 +4,8 @@ A step holds the graph of one chunk at a time, and the retained samples' graph
 only until its backward pass, which comes before the other chunks run again. So
 as many samples as fit in the memory given for graphs can be retained, and a
 whole chunk always can. What a sample's graph takes (captioning and all) is
-measured: the bytes that autograd saves for a chunk and for half of it.
+measured: the bytes that autograd saves for a chunk, of texts as long as the
+recipe allows, and for half of it.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,10 +49,10 @@ def choose(
 
     Args:
         forward: a chunk, with its separable sums and a graph.
-        chunk: a chunk of the run's own data.
+        chunk: a chunk of the run's own data, as large as they may be.
 
     Raises:
-        UserError: no memory is given and none can be asked for.
+        UserError: no memory is given and none can be asked for, or less than a chunk needs.
     """
     local = config.batch // world.size
     rows = len(chunk["valid"])
@@ -67,8 +68,14 @@ def choose(
         room = SHARE_OF_FREE * torch.cuda.mem_get_info()[0]
     else:
         raise UserError("loader.retain_gib: is needed beside `retain: auto` on a CPU; give the GiB a rank may hold")
-    fits = max(min(config.chunk, local), min(local, int((room - fixed) / max(each, 1.0))))
-    agreed = -int(world.max(torch.tensor([-fits]))[0])
+    fits = int((room - fixed) / max(each, 1.0))
+    fewest, widest = world.max(torch.tensor([-fits, whole])).tolist()
+    if config.retain_gib is not None and widest > room:
+        raise UserError(
+            f"loader.retain_gib: {config.retain_gib:g} is less than the {widest / GIB:.3g} GiB "
+            f"that the graph of a chunk of {rows} takes; raise it or lower loader.chunk"
+        )
+    agreed = max(min(config.chunk, local), min(local, -fewest))
     if world.rank == 0:
         print(
             f"loader.retain: {agreed} of {local} samples a rank ({each / 2**20:.2f} MiB each, "

@@ -57,7 +57,7 @@ def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size:
         print(f"{run} is already complete: {done['steps']} steps, {done['samples']} samples")
         return False
     if (last := checkpoint.latest(run)) is not None:
-        checkpoint.check_resumable(last)
+        checkpoint.check_resumable(last, as_dict(config))
     return True
 
 

@@ -1,11 +1,14 @@
-"""A save that fails half-way: one line, and the checkpoint before it stays; its remains go with the next one."""
+"""A save that fails half-way: one line, and the checkpoint before it stays; its remains go with the next one. What
+cannot be gone on from is named."""
 
 import contextlib
+import dataclasses
 import resource
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from curation.errors import UserError
 from tests.training.rank_zero import Toy, optim
@@ -27,8 +30,11 @@ def largest_file(size: int):
 
 @pytest.fixture
 def trained():
-    """What `Saver.save` asks of an engine without ZeRO, and its optimiser."""
-    model, config = Toy(), optim("adamw")
+    return engine_of(Toy(), optim("adamw"))
+
+
+def engine_of(model, config):
+    """What `Saver.save` and `resume` ask of an engine without ZeRO, and its optimiser."""
     optimizer = Sharded(parameter_groups(model.named_parameters(), config), config)
     engine = SimpleNamespace(module=model, optimizer=optimizer, zero_optimization_stage=lambda: 0)
     optimizer.attach(zero.shards(engine), World())
@@ -59,3 +65,30 @@ def test_the_last_ones_are_kept(trained, tmp_path):
     for step in (1, 2, 3, 4):
         saver.save(*trained, step, {"zero_stage": 0})
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_00000003", "step_00000004"]
+
+
+def test_a_checkpoint_of_another_model_is_named(trained, tmp_path):
+    checkpoint.Saver(tmp_path, keep_last=2).save(*trained, 1, {"zero_stage": 0})
+    folder, wider, other = checkpoint.latest(tmp_path), Toy(), Toy()
+    wider.rarely = nn.Linear(3, 12)
+    with pytest.raises(
+        UserError, match=r"rarely\.bias is \[11\] there and \[12\] in this recipe; resume with the recipe"
+    ):
+        checkpoint.resume(*engine_of(wider, optim("adamw")), folder)
+    del other.frozen
+    other.added = nn.Linear(3, 3)
+    without = dataclasses.replace(optim("adamw"), groups=[])
+    with pytest.raises(UserError, match=r"added\.bias is None there and \[3\] in this recipe"):
+        checkpoint.resume(*engine_of(other, without), folder)
+    with pytest.raises(UserError, match=r"has 0 of .* values of frozen\.\w+; it belongs to another model"):
+        checkpoint.resume(*engine_of(Toy(), without), folder)  # trains what had no moments
+
+
+def test_a_file_that_is_no_checkpoint_is_named(trained, tmp_path):
+    checkpoint.Saver(tmp_path, keep_last=2).save(*trained, 1, {"zero_stage": 0})
+    folder = checkpoint.latest(tmp_path)
+    file = folder / "rank_00000.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))  # what a crashed machine may leave
+    with pytest.raises(UserError, match=r"rank_00000\.safetensors cannot be read .*; take another checkpoint") as error:
+        checkpoint.resume(*trained, folder)
+    assert "\n" not in str(error.value)

@@ -33,7 +33,7 @@ def test_float64_equals_the_full_batch(shards, tmp_path, chunk, hole, retain):
     assert abs(float(metrics["loss"] - loss)) < 1e-12
 
 
-AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.002")
+AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.0045")
 
 
 @pytest.mark.parametrize(

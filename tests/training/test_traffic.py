@@ -2,14 +2,41 @@
 
 import json
 
+import pytest
+
+from tests.training.rank_traffic import NEGATIVES, ROWS, WIDTH
 from tests.training.ranks import launch
 
+mib = 2**20
 
-def test_two_ranks_count_what_they_send(tmp_path):
-    launch("rank_traffic.py", 2, tmp_path)
-    first, second = (json.loads(f.read_text()) for f in sorted(tmp_path.glob("rank_*.json")))
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("traffic")
+    launch("rank_traffic.py", 2, folder)
+    first, second = (json.loads(f.read_text()) for f in sorted(folder.glob("rank_*.json")))
     assert first == second
-    mib = 2**20
+    return first
+
+
+def test_gathered_losses_count_what_they_send(first):
+    """fp32 [B, D] of right sides and bool [B] of which are there to every rank, and the gradient [B, D] back; between
+    the sweeps of a symmetric InfoNCE fp32 [B] of the columns' sums, and [B] of their factors."""
+    batch = 2 * ROWS
+    side, marks, numbers, groups = batch * WIDTH * 4, batch, batch * 4, batch * 8
+    of = lambda name, what: (first[name][f"{what}_mib"] * mib, first[name][f"{what}_calls"])  # noqa: E731
+    assert of("gathered", "all_gather") == (side + marks + numbers, 3)
+    assert of("gathered", "reduce_scatter") == (side + numbers, 2)
+    assert of("gathered", "all_reduce") == (2 * 8 + 4 + 2 * 4, 3), "rows that count, do sums fit, value and scale"
+    assert of("one way", "all_gather") == ((1 + NEGATIVES) * (side + marks) + groups, 5)
+    assert of("one way", "reduce_scatter") == ((1 + NEGATIVES) * side, 2)
+    assert of("siglip", "all_gather") == (side + marks, 2)
+    assert of("siglip", "reduce_scatter") == (side, 1)
+    assert of("siglip", "all_reduce") == (2 * 8 + 3 * 4, 2)
+    assert not any("send_calls" in first[name] for name in ("gathered", "one way", "siglip"))
+
+
+def test_two_ranks_count_what_they_send(first):
     assert first["known"] == {
         "all_reduce_mib": 10 * 8 / mib,
         "all_gather_mib": (2 * 3 * 4 * 4 + 2 * 5 * 4 + 8 * 4) / mib,

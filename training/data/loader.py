@@ -108,6 +108,7 @@ class Loader:
         self._shift = torch.from_numpy(-np.array(image.mean, np.float32) / std)[:, None, None]
         self.dtype, self.pinned = dtype, torch.cuda.is_available()
         self.retain = config.retain if isinstance(config.retain, int) else 0
+        self.longest = False  # give every row the longest text there may be: what a chunk of the run takes at most
         self.holes: Counter[str] = Counter()
         self.timers = Timers()
         self._encoding = threading.Lock()  # Hugging Face's fast tokenizers refuse two threads at once
@@ -193,6 +194,8 @@ class Loader:
                 read["text"] = region.phrase
             elif kind != "images":
                 read["text"] = drawn_text(fields, self.config.captions, rng)
+            if self.longest and "text" in read:
+                read["text"] = "a " * self.config.max_tokens
             if kind == "pairs" and self.mismatched is not None and self.mismatched(draw):
                 read["other"] = self._other(source, own + 1)
             if kind != "texts":
