@@ -19,7 +19,8 @@ from training.families import build
 from training.gradient_cache import Outputs, gradient_cached_step
 from training.inference import load
 from training.models.clip import Clip, export, read_export
-from training.models.coca import EOT, PAD, SOT, Coca, Words
+from training.models.clip_words import EOT, PAD, SOT, Words
+from training.models.coca import Coca
 from training.models.head import Head
 from training.objectives.infonce import InfoNCE
 

@@ -59,6 +59,7 @@ class MMGemConfig(PretrainedConfig):
         image_mean: tuple[float, ...] = MEAN,
         image_std: tuple[float, ...] = STD,
         resize_mode: str = "squash",
+        interpolation: str = "bicubic",
         **kwargs: Any,
     ) -> None:
         self.vision_config = vision_config or asdict(VisionConfig())
@@ -67,7 +68,8 @@ class MMGemConfig(PretrainedConfig):
         self.emb_token_id, self.cap_token_id = emb_token_id, cap_token_id
         self.objective = objective or {}
         self.prompts, self.h4 = prompts, h4
-        self.image_mean, self.image_std, self.resize_mode = list(image_mean), list(image_std), resize_mode
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.resize_mode, self.interpolation = resize_mode, interpolation
         super().__init__(**{"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, **kwargs})
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,14 +89,12 @@ class MMGem(PreTrainedModel):
     def __init__(self, config: MMGemConfig) -> None:
         super().__init__(config)
         text = dict(config.text_config)
-        text_config = AutoConfig.for_model(text.pop("model_type", "llama"), **{**text, "attention_dropout": 0.0})
+        # Both passes of a step must be the same, so nothing is dropped. And the LLM is of the family's own precision.
+        same = {name: 0.0 for name, value in text.items() if "drop" in name and isinstance(value, float)}
+        text_config = AutoConfig.for_model(text.pop("model_type", "llama"), **{**text, **same, "dtype": None})
         self.vision: Any = vision_tower(config.vision_config)
         self.llm = AutoModelForCausalLM.from_config(text_config)
         self.llm.set_output_embeddings(Head.of(self.llm.get_output_embeddings()))
-        for module in self.llm.modules():
-            if isinstance(module, nn.Dropout):
-                # The second pass stacks two sequences, so masks drawn there would not be those of the first.
-                module.p = 0.0
         self.blocks = {"ResidualAttentionBlock", *(self.llm._no_split_modules or ())}
         width, hidden = self.vision.conv1.out_channels, text_config.hidden_size
         self.h1 = nn.Linear(width, config.embed_dim)
@@ -133,10 +133,11 @@ class MMGem(PreTrainedModel):
     @classmethod
     def from_backbones(cls, vision: VisionConfig, language: LanguageConfig, tokenizer: Any, **settings: Any) -> "MMGem":
         """Build from the recipe: pretrained towers where it names them, else towers from scratch."""
-        vision, weights = pretrained_tower(vision, settings.get("resize_mode", "squash"))
+        vision, weights = pretrained_tower(vision)
         if language.name_or_path:
             pretrained = opened(AutoModelForCausalLM, language.name_or_path, "mmgem.language.name_or_path")
-            pretrained.resize_token_embeddings(len(tokenizer))
+            if pretrained.get_input_embeddings().num_embeddings < len(tokenizer):  # never cut: some have spare rows
+                pretrained.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             text_config = pretrained.config.to_dict()
         else:
             sizes = {k: v for k, v in asdict(language).items() if k != "name_or_path"}
@@ -226,7 +227,7 @@ class MMGem(PreTrainedModel):
         hidden = self.llm.base_model(inputs_embeds=both, use_cache=False).last_hidden_state
         labels = torch.where(chunk["valid"][:, None], chunk["labels"], -100)
         counted = labels >= 0
-        total = self.llm.lm_head(hidden[n:, 1 : 1 + labels.shape[1]][counted], labels[counted])
+        total = self.llm.get_output_embeddings()(hidden[n:, 1 : 1 + labels.shape[1]][counted], labels[counted])
         text = self.at_emb(hidden[:n], length)
         return {"left": image, "right": _by_row(text, b), "scalars": read_scalars(self), "sums": {"generate": total}}
 
