@@ -138,15 +138,15 @@ class ClipProcessor(PairProcessor):
         self._folder: Path | None = None
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **settings: Any) -> Self:  # type: ignore[override]
-        found = super().from_pretrained(folder, *args, **settings)
-        found._folder = Path(folder)
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **settings: Any) -> Self:
+        found = super().from_pretrained(pretrained_model_name_or_path, *args, **settings)
+        found._folder = Path(pretrained_model_name_or_path)
         return found
 
-    def save_pretrained(self, folder: Any, *args: Any, **settings: Any) -> Any:  # type: ignore[override]
+    def save_pretrained(self, save_directory: Any, *args: Any, **settings: Any) -> Any:
         if hasattr(self._tokenizer, "save_pretrained"):  # open_clip looks for its files there, too
-            self._tokenizer.save_pretrained(str(folder))
-        return super().save_pretrained(folder, *args, **settings)
+            self._tokenizer.save_pretrained(str(save_directory))
+        return super().save_pretrained(save_directory, *args, **settings)
 
     @cached_property
     def _tokenizer(self) -> Any:

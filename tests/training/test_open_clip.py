@@ -17,6 +17,7 @@ from curation.errors import UserError
 from curation.manifest import write_manifest
 from curation.preprocess import preprocess_of
 from curation.signals.clip import Clip as ClipSignal
+from tests.training.plain import differences
 from tests.training.test_data_images import encoded, photograph
 from tests.training.test_taken_away import TEXTS, pictures
 from training.auto import AutoModel, AutoProcessor
@@ -29,6 +30,7 @@ from training.inference import load
 from training.look import look_of
 from training.models.clip import Clip
 from training.models.vision import vision_tower
+from training.partitioned import Deferred
 from training.train import parse
 
 SMALL = "vit_small_test_siglip"
@@ -200,6 +202,31 @@ def test_real_siglip_architectures_are_open_clips_parameter_for_parameter():
         theirs = open_clip.create_model("ViT-B-16-SigLIP", device="meta")
     found = {name: x.shape for name, x in ours.to_open_clip(ours.state_dict()).items()}
     assert found == {name: x.shape for name, x in theirs.state_dict().items()}
+
+
+def test_siglip_is_built_in_parts_and_computes_its_activations_again(small):
+    """As ZeRO-3 builds it, from the same bits; and what is not kept is made again with the same gradients."""
+    config = json.loads((small / "open_clip_config.json").read_text())["model_cfg"]
+
+    def made():
+        torch.manual_seed(3)
+        return Clip.from_recipe(ClipRecipe(model_cfg=config), ObjectiveConfig(coupled="siglip"))
+
+    whole = made()
+    with (deferred := Deferred()):
+        parts = dict(made().named_parameters())
+        for name, parameter in whole.named_parameters():
+            with deferred.values(parts[name]):
+                assert torch.equal(parts[name], parameter), name
+    chunk = {"pixel_values": torch.randn(3, 3, 32, 32), "input_ids": torch.randint(0, 100, (3, 64))}
+    found = []
+    for _ in range(2):
+        whole.zero_grad()
+        out = whole.train()(chunk)
+        (out["left"] * out["right"].cumsum(1)).sum().backward()
+        found.append({name: p.grad.clone() for name, p in whole.towers.named_parameters()})
+        whole.checkpoint_activations()
+    assert max(differences(found[1], found[0])) < 1e-6
 
 
 LOOKS = {

@@ -8,6 +8,7 @@ them, drawn anew in each epoch, after every sample, with its own caption and swa
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def find_neighbours(shards: Path, signals: Path, column: str = "clip_image_embed
     embedded = _embeddings(signals, column, numbers, shards)
     found = np.empty((len(embedded), k), np.int32)
     with one_thread():
-        index = faiss.IndexFlatIP(embedded.shape[1])
+        index: Any = faiss.IndexFlatIP(embedded.shape[1])
         index.add(embedded)
         for start in range(0, len(embedded), BLOCK):
             near = index.search(embedded[start : start + BLOCK], k + 1)[1]  # itself among them, or a copy before it

@@ -204,7 +204,8 @@ def build_processor(config: Any, tokenizer: Any) -> Any:
             temporal_patch_size=vision.temporal_patch_size,
             size={"shortest_edge": side * side, "longest_edge": 64 * side * side},
         )
-        kind = transformers.Qwen2VLProcessor if config.model_type == "qwen2_vl" else transformers.Qwen2_5_VLProcessor
+        plain = config.model_type == "qwen2_vl"
+        kind: Any = transformers.Qwen2VLProcessor if plain else transformers.Qwen2_5_VLProcessor
         return kind(images, tokenizer, transformers.Qwen2VLVideoProcessor())
     if config.model_type == "llava_next":
         tile = {"height": vision.image_size, "width": vision.image_size}
