@@ -66,8 +66,8 @@ def _ours(shards: Path, size: int, tokenizer: Any) -> Measure:
     from training.config import LoaderConfig
     from training.data import ImageSpec, Loader, Shards
 
-    config = LoaderConfig(batch=BATCH, chunk=BATCH, crop_scale=(0.9, 1.0), resize_mode="shortest", threads=1)
-    spec = ImageSpec(size=size, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
+    config = LoaderConfig(batch=BATCH, chunk=BATCH, crop_scale=(0.9, 1.0), threads=1)
+    spec = ImageSpec(size=size, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD, resize_mode="shortest")
 
     def once() -> float:
         found = Shards(shards)

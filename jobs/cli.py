@@ -120,6 +120,21 @@ def documents(arguments: list[str]) -> int:
     return 0
 
 
+@command("neighbours", "the nearest pictures of every picture of curated shards, for `loader.neighbours`")
+def neighbours(arguments: list[str]) -> int:
+    parser = _parser("neighbours")
+    parser.add_argument("--shards", type=Path, required=True)
+    parser.add_argument("--signals", type=Path, required=True, help="signal store of the curation that made them")
+    parser.add_argument("--column", default="clip_image_embedding")
+    parser.add_argument("--k", type=int, default=3)
+    a = parser.parse_args(arguments)
+    from training.data.neighbours import FILE, find_neighbours
+
+    found = find_neighbours(a.shards, a.signals, a.column, a.k)
+    print(f"{a.shards / FILE}: {found.shape[1]} neighbours of {len(found)} samples")
+    return 0
+
+
 @command("inspect", "one sample of a curated output: picture, signals, every selector's verdict, where it went")
 def inspect(arguments: list[str]) -> int:
     parser = _parser("inspect")

@@ -39,6 +39,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     if config.mmgem is None or config.mmgem.init is None:
         return config
     from training.inference import config_from
+    from training.look import look_of
 
     recipe, init = config.mmgem, config.mmgem.init
     record, tokenizer = _record(Path(init))
@@ -51,13 +52,14 @@ def resolved(config: TrainConfig) -> TrainConfig:
         raise UserError(f"mmgem.init: {init} keeps its weights in an adapter; name an export made with --merge")
     if recipe.stage2 is None and (first.mmgem.prompts or first.mmgem.h4):
         raise UserError(f"mmgem.stage2: {init} has been through stage 2; write captioning or retrieval")
-    if config.loader.resize_mode != first.loader.resize_mode:
-        raise UserError(f"loader.resize_mode: {init} was trained with {first.loader.resize_mode}; write that")
+    vision = first.mmgem.vision
+    seen = look_of(vision.arch, vision.pretrained, first.loader.resize_mode, "mmgem.vision.arch")["resize_mode"]
+    if config.loader.resize_mode not in (None, seen):
+        raise UserError(f"loader.resize_mode: {init} was trained with {seen}; write that")
     if config.objective.coupled != first.objective.coupled:
         raise UserError(f"objective.coupled: {init} was trained with {first.objective.coupled}; write that")
     if recipe.prompts and first.mmgem.prompts and recipe.prompts != first.mmgem.prompts:
         raise UserError(f"mmgem.prompts: {init} has {first.mmgem.prompts}; remove it")
-    vision = first.mmgem.vision
     taken = replace(
         recipe,
         # A region's weights are over all the patches.
@@ -72,7 +74,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     for name in TAKEN:  # a recipe may also be one that was completed before: RUN/config.yaml
         if getattr(recipe, name) not in (getattr(side, name) for side in (MMGemRecipe(), first.mmgem, taken)):
             raise UserError(f"mmgem.{name}: is that of {init}; remove it")
-    return replace(config, mmgem=taken)
+    return replace(config, mmgem=taken, loader=replace(config.loader, resize_mode=seen))
 
 
 def check(config: TrainConfig) -> None:

@@ -59,8 +59,10 @@ class ObjectiveConfig:
     duplicates: pairs of rows that show the same thing are negatives, masked (neither), or positives ·
     gather: every rank holds all right sides of the batch, or they go round in a ring, where they would not fit ·
     tile: rows and columns of the logits that exist at once ·
+    temperature: where it begins (null = where a pretrained CLIP's ended, else 0.07) ·
     temperature_schedule: learned between floor and ceiling, or from `temperature` to `temperature_end` over the run ·
-    logit_bias: where SigLIP's learned bias begins.
+    logit_bias: where SigLIP's learned bias begins (null = where a pretrained one's ended, else as its architecture
+    says, else -10).
     """
 
     coupled: Literal["infonce", "siglip"] = "infonce"
@@ -70,12 +72,12 @@ class ObjectiveConfig:
     gather: Literal["all", "ring"] = "all"
     tile: int = 1024
     weights: dict[str, float] = field(default_factory=dict)
-    temperature: float = 0.07
+    temperature: float | None = None
     temperature_schedule: Literal["learned", "constant", "linear", "cosine"] = "learned"
     temperature_end: float | None = None
     temperature_floor: float = 0.01
     temperature_ceiling: float = 1.0
-    logit_bias: float = -10.0
+    logit_bias: float | None = None
 
     def __post_init__(self) -> None:
         if self.tile < 1:
@@ -174,10 +176,12 @@ class LoaderConfig:
     a GPU has free), measured before the first step ·
     captions: the caption that curation scored, or at each visit one of the json's `captions`, or one of several text
     members by weight, `{txt: 0.5, recaption.txt: 0.5}` (txt is the scored caption; what a sample lacks is not drawn) ·
-    resize_mode: "squash" keeps the whole picture, "shortest" its centre square ·
+    resize_mode: "squash" keeps the whole picture, "shortest" its centre square (null = as the pretrained vision tower
+    saw pictures, squash where there is none) ·
     decode_size: side that decoded pictures are cached at (crops are cut from it; null = the model's) ·
     crop_scale: area of the random crop · color_jitter (brightness, contrast, saturation, hue), color_jitter_prob,
     gray_scale_prob: as open_clip names them · cache_decoded: keep decoded pictures in RUN/decoded.*.u8 ·
+    neighbours: after every sample one of its nearest pictures, with its own caption (NegCLIP; `gemsmith neighbours`) ·
     sources: by name, where there are several · unit: samples in a row that one source gives · mixing: which source a
     unit takes, by exact shares of the weights in every block, at random by weight, or in turn ·
     window_shards: shards that samples are mixed over · prefetch: batches made ahead ·
@@ -191,13 +195,14 @@ class LoaderConfig:
     retain_gib: float | None = None
     captions: Literal["caption", "random"] | dict[str, float] = "caption"
     max_tokens: int = 48
-    resize_mode: Literal["squash", "shortest"] = "squash"
+    resize_mode: Literal["squash", "shortest"] | None = None
     decode_size: int | None = None
     crop_scale: tuple[float, float] = (1.0, 1.0)
     flip: bool = False
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     color_jitter_prob: float = 0.0
     gray_scale_prob: float = 0.0
+    neighbours: bool = False
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     unit: int = 1
     mixing: Literal["shares", "random", "round_robin"] = "shares"
@@ -230,6 +235,13 @@ class LoaderConfig:
                 raise UserError(f"loader.sources.{name}.weight: {source.weight:g} is not above 0; leave the source out")
             if source.limit is not None and (source.limit < 1 or source.kind != "rows"):
                 raise UserError(f"loader.sources.{name}.limit: is a number of rows above 0, of kind rows; remove it")
+        if self.neighbours:
+            if self.batch % 2 or (len(self.sources) > 1 and self.unit % 2):
+                raise UserError(
+                    "loader.neighbours: go by twos; take an even batch, and an even unit of several sources"
+                )
+            if any(source.kind != "pairs" for source in self.sources.values()):
+                raise UserError("loader.neighbours: are of pairs; remove it, or the sources of other kinds")
         if self.batch % self.unit:
             raise UserError(
                 f"loader.unit: {self.unit} does not divide the batch of {self.batch}; take a divisor, or the batch"

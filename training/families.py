@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from curation.errors import UserError
+from curation.preprocess import LOCAL
 from training.config import AdapterConfig, TrainConfig
 from training.data import Drawn, ImageSpec, Source
 from training.family_config import ClipRecipe, MMGemRecipe, TokenizerConfig
+from training.look import look_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +77,17 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
     kind: type[MMGem] = MMGem if recipe.mapping is None else Bridge
     load = load_tokenizer if recipe.mapping is None else partial(load_tokenizer, added=())
     tokenizer = _kept_tokenizer(load, recipe.tokenizer, tokenizer_folder, captions)
+    look = look_of(recipe.vision.arch, recipe.vision.pretrained, config.loader.resize_mode, "mmgem.vision.arch")
     model = kind.from_backbones(
         recipe.vision,
         recipe.language,
         tokenizer,
         embed_dim=recipe.embed_dim,
         objective={k: v for k, v in vars(config.objective).items() if k != "weights"},
-        resize_mode=config.loader.resize_mode,
+        image_mean=look["mean"],
+        image_std=look["std"],
+        interpolation=look["interpolation"],
+        resize_mode=look["resize_mode"],
         prompts=recipe.prompts,
         h4=recipe.h4,
         **({} if recipe.mapping is None else {"mapping": asdict(recipe.mapping)}),
@@ -91,11 +97,15 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     emb = tokenizer.convert_tokens_to_ids(EMB) if recipe.mapping is None else pad  # a bridge never reads it
 
-    longest_text = model.config.text_config.get("max_position_embeddings", math.inf)
+    longest_text = getattr(model.llm.config, "max_position_embeddings", math.inf)
     embed_tokens = recipe.embed_tokens or config.loader.max_tokens
-    for name, tokens in {"mmgem.embed_tokens": embed_tokens, "loader.max_tokens": config.loader.max_tokens}.items():
-        if tokens > longest_text:
-            raise UserError(f"{name}: {tokens} is more than the {longest_text} positions of the LLM; lower it")
+    before = max(1, recipe.prompts)  # a caption's, with the picture in the place of [EMB]
+    for name, tokens, places in [
+        ("loader.max_tokens", config.loader.max_tokens, longest_text - before),
+        ("mmgem.embed_tokens", embed_tokens, longest_text),
+    ]:
+        if tokens > places:
+            raise UserError(f"{name}: {tokens} is more than the {places} positions of the LLM; lower it")
 
     def encode_text(texts: list[str], max_tokens: int = config.loader.max_tokens) -> dict[str, torch.Tensor]:
         ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_tokens - 1)["input_ids"]
@@ -112,13 +122,7 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         tokenizer.save_pretrained(str(folder))
 
     side = int(model.vision.image_size[0])
-    spec = ImageSpec.of_vit(
-        model.grid,
-        recipe.vision.patch_dropout,
-        size=side,
-        mean=tuple(model.config.image_mean),
-        std=tuple(model.config.image_std),
-    )
+    spec = ImageSpec.of_vit(model.grid, recipe.vision.patch_dropout, size=side, **look)
 
     def prepare(sources: Sequence[Source]) -> None:
         assert recipe.init is not None
@@ -138,24 +142,23 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
 
 
 def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
     from training.models.clip import Clip, export, read_export
-    from training.models.coca import Words
+    from training.models.clip_words import words_of
+    from training.tokenizer import save_tokenizer
 
     assert config.clip is not None
-    model = Clip.from_recipe(config.clip, config.objective)
-    side = model.model_cfg["vision_cfg"]["image_size"]
+    recipe = config.clip
+    look = look_of(recipe.arch, recipe.pretrained, config.loader.resize_mode, "clip.arch")
+    model = Clip.from_recipe(recipe, config.objective)
+    text_cfg = model.model_cfg["text_cfg"]
+    side = model.model_cfg["vision_cfg"].get("image_size", 224)
     grid = getattr(model.towers.visual, "grid_size", ())  # a ResNet has none, and drops nothing
-    spec = ImageSpec.of_vit(grid, model.patch_dropout, size=side, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
-    tokenizer = Words(context_length=model.model_cfg["text_cfg"].get("context_length", 77))
-    preprocess = {
-        "size": [side, side],
-        "mean": list(spec.mean),
-        "std": list(spec.std),
-        "interpolation": "bicubic",
-        "resize_mode": config.loader.resize_mode,
-    }
+    spec = ImageSpec.of_vit(grid, model.patch_dropout, size=side, **look)
+    preprocess = {"size": [side, side], **look}
+    exported = Path(recipe.arch.removeprefix(LOCAL)) if recipe.arch and recipe.arch.startswith(LOCAL) else None
+    tokenizer = words_of(text_cfg, tokenizer_folder if tokenizer_folder.exists() else exported)
+    if text_cfg.get("hf_tokenizer_name") and not tokenizer_folder.exists():
+        save_tokenizer(tokenizer, tokenizer_folder)
 
     def encode_text(texts: list[str]) -> dict[str, torch.Tensor]:
         return {"input_ids": tokenizer(texts)}
@@ -167,7 +170,7 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
         export=lambda state, folder: export(model, state, preprocess, folder),
         read_export=lambda folder: read_export(model, folder),
         tokenizer=tokenizer,
-        extra=_swaps(config.clip, encode_text),
+        extra=_swaps(recipe, encode_text),
     )
 
 
@@ -178,12 +181,13 @@ def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
 
     assert config.flava is not None
     recipe = config.flava
+    resize_mode = config.loader.resize_mode or "squash"
     tokenizer = _kept_tokenizer(load_flava_tokenizer, recipe.tokenizer, tokenizer_folder, captions)
     model = Flava.from_recipe(
         recipe,
         tokenizer,
         objective={k: v for k, v in vars(config.objective).items() if k != "weights"},
-        resize_mode=config.loader.resize_mode,
+        resize_mode=resize_mode,
     )
     mean, std = tuple(model.config.image_mean), tuple(model.config.image_std)
 
@@ -211,7 +215,12 @@ def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
     return Family(
         model=model,
         image=ImageSpec.of_vit(
-            (extra.grid, extra.grid), recipe.patch_dropout, size=recipe.image_size, mean=mean, std=std
+            (extra.grid, extra.grid),
+            recipe.patch_dropout,
+            size=recipe.image_size,
+            mean=mean,
+            std=std,
+            resize_mode=resize_mode,
         ),
         encode_text=encode_text,
         export=export,
@@ -239,6 +248,7 @@ def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[],
     inputs = Inputs(processor, settings, max_tokens=config.loader.max_tokens, negatives=recipe.negatives)
     model = Vlm2Vec.from_recipe(recipe, settings, config.objective)
     task = instruct(recipe.instruction, image=True)
+    side, resize_mode = config.loader.decode_size or 224, config.loader.resize_mode or "squash"
 
     def row_of(drawn: Drawn) -> Row | None:
         """A picture (uint8 [S, S, 3]) with its caption is a query that should find the caption."""
@@ -256,7 +266,7 @@ def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[],
 
     return Family(
         model=model,
-        image=ImageSpec(size=config.loader.decode_size or 224, mean=(0.0,) * 3, std=(1.0,) * 3, raw=True),
+        image=ImageSpec(size=side, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode=resize_mode, raw=True),
         encode_text=lambda texts: inputs.side([Item(text=text) for text in texts], picture=False),
         export=export,
         read_export=lambda folder: Vlm2Vec.from_pretrained(folder).state_dict(),

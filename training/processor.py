@@ -6,8 +6,8 @@
 
 Grading goes through these too (training/inference.py), so a model that was
 taken away embeds exactly what was graded. Pictures go through open_clip's own
-evaluation transform (Pillow, bicubic, unscaled decoding): transformers' image
-processors resize tensors and give other pixels.
+evaluation transform (Pillow, unscaled decoding): transformers' image processors
+resize tensors and give other pixels.
 """
 
 import json
@@ -45,19 +45,28 @@ class PairProcessor(ProcessorMixin, ABC):
         image_std: Sequence[float],
         resize_mode: str,
         max_tokens: int,
+        interpolation: str = "bicubic",
     ) -> None:
         """
         Args:
             size: side of the model's input · image_mean, image_std: of RGB values in [0, 1] ·
                 resize_mode: "squash" keeps the whole picture, "shortest" its centre square ·
-                max_tokens: of a text, what is added to it included.
+                max_tokens: of a text, what is added to it included · interpolation: bicubic or bilinear.
         """
         super().__init__(tokenizer)
-        self._keep(size, image_mean, image_std, resize_mode, max_tokens)
+        self._keep(size, image_mean, image_std, resize_mode, interpolation, max_tokens)
 
-    def _keep(self, size: int, mean: Sequence[float], std: Sequence[float], resize_mode: str, max_tokens: int) -> None:
+    def _keep(
+        self,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        resize_mode: str,
+        interpolation: str,
+        max_tokens: int,
+    ) -> None:
         self.size, self.image_mean, self.image_std = size, list(mean), list(std)
-        self.resize_mode, self.max_tokens = resize_mode, max_tokens
+        self.resize_mode, self.interpolation, self.max_tokens = resize_mode, interpolation, max_tokens
 
     @cached_property
     def _transform(self) -> Any:
@@ -69,7 +78,7 @@ class PairProcessor(ProcessorMixin, ABC):
             mean=tuple(self.image_mean),
             std=tuple(self.image_std),
             resize_mode=self.resize_mode,
-            interpolation="bicubic",
+            interpolation=self.interpolation,
         )
 
     @abstractmethod
@@ -106,7 +115,11 @@ class FlavaProcessor(PairProcessor):
 
 
 class ClipProcessor(PairProcessor):
-    """open_clip's own tokenizer, which needs no file: input_ids [B, max_tokens] and no mask."""
+    """open_clip's own tokenizer, which needs no file, or the Hugging Face one beside the weights (SigLIP's): input_ids
+    [B, max_tokens] and no mask.
+
+    words: the architecture's `text_cfg` where it says more of its tokenizer than a length.
+    """
 
     def __init__(
         self,
@@ -115,16 +128,31 @@ class ClipProcessor(PairProcessor):
         image_std: Sequence[float],
         resize_mode: str,
         max_tokens: int,
+        interpolation: str = "bicubic",
+        words: dict[str, Any] | None = None,
     ) -> None:
         # Not PairProcessor's: transformers would look for the files of a tokenizer.
         ProcessorMixin.__init__(self)
-        self._keep(size, image_mean, image_std, resize_mode, max_tokens)
+        self._keep(size, image_mean, image_std, resize_mode, interpolation, max_tokens)
+        self.words = words
+        self._folder: Path | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **settings: Any) -> Self:
+        found = super().from_pretrained(pretrained_model_name_or_path, *args, **settings)
+        found._folder = Path(pretrained_model_name_or_path)
+        return found
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **settings: Any) -> Any:
+        if hasattr(self._tokenizer, "save_pretrained"):  # open_clip looks for its files there, too
+            self._tokenizer.save_pretrained(str(save_directory))
+        return super().save_pretrained(save_directory, *args, **settings)
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from training.models.coca import Words
+        from training.models.clip_words import words_of
 
-        return Words(context_length=self.max_tokens)
+        return words_of(self.words or {"context_length": self.max_tokens}, self._folder)
 
     def ids(self, texts: list[str]) -> dict[str, torch.Tensor]:
         return {"input_ids": self._tokenizer(texts)}
@@ -192,9 +220,13 @@ def processor_of(config: TrainConfig, family: Family) -> Any:
         return Vlm2VecProcessor(family.tokenizer, settings, instruction=config.vlm2vec.instruction, max_tokens=tokens)
     spec = family.image
     pictures: dict[str, Any] = {"size": spec.size, "image_mean": spec.mean, "image_std": spec.std}
-    pictures["resize_mode"] = config.loader.resize_mode
+    pictures |= {"resize_mode": spec.resize_mode, "interpolation": spec.interpolation}
     if config.clip is not None:
-        return ClipProcessor(**pictures, max_tokens=family.tokenizer.context_length)
+        text_cfg = family.model.model_cfg["text_cfg"]
+        words = text_cfg if {"hf_tokenizer_name", "tokenizer_kwargs"} & text_cfg.keys() else None
+        processor = ClipProcessor(**pictures, max_tokens=family.tokenizer.context_length, words=words)
+        processor._tokenizer = family.tokenizer
+        return processor
     if config.mmgem is not None:
         return MMGemProcessor(family.tokenizer, **pictures, max_tokens=config.mmgem.embed_tokens or tokens)
     return FlavaProcessor(family.tokenizer, **pictures, max_tokens=tokens)

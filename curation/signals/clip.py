@@ -5,8 +5,9 @@ model config (JSON) with a checkpoint file, a model of the Hugging Face hub
 (hf-hub:ORGANISATION/NAME), or a folder in open_clip's layout, such as the export
 of a CLIP that `gemsmith train` made on a small trusted set: the
 data-filtering-network recipe. Preprocessing is the model's own evaluation
-transform, scoring is fp32 on one thread, so the score is what open_clip called
-by hand gives, on any number of workers.
+transform (of weights in a file: that of their architecture's published ones),
+scoring is fp32 on one thread, so the score is what open_clip called by hand
+gives, on any number of workers.
 
 Heads on the image embedding (LAION's aesthetic predictors, any linear probe)
 are judged in the same breath, since the embedding is there. So is T-MARS's
@@ -26,10 +27,9 @@ from PIL import Image
 
 from curation.errors import UserError
 from curation.hashing import file_hash
+from curation.preprocess import HUB, LOCAL, preprocess_of
 from curation.signals.interface import Decoded
 from curation.signals.text_regions import detector_content, masked, text_finder
-
-HUB = "hf-hub:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,15 @@ class Clip:
             return {"model": self.model}
         if self.pretrained is None:
             raise UserError(f"clip {self.model}: has no `pretrained`; name a tag of open_clip or a checkpoint file")
-        return {"model": _file_or_name(self.model), "pretrained": _file_or_name(self.pretrained)}
+        own = {"model": _file_or_name(self.model), "pretrained": _file_or_name(self.pretrained)}
+        return own | ({"preprocess": look} if (look := self._look()) else {})
+
+    def _look(self) -> dict[str, Any]:
+        """Of weights in a file, how their architecture sees pictures; open_clip would take OpenAI's way for any."""
+        if self.pretrained is None or not _looks_like_path(self.pretrained) or self.model.startswith(HUB):
+            return {}
+        found = preprocess_of(Path(self.model).stem if self.model.endswith(".json") else self.model, None)
+        return {} if found == preprocess_of("", None) else found
 
     def load(self, name: str) -> "ClipMeter":
         return ClipMeter(self, name)
@@ -179,13 +187,17 @@ class ClipMeter:
         import torch
 
         torch.set_num_threads(1)
-        architecture = f"local-dir:{settings.model}" if Path(settings.model).is_dir() else settings.model
+        architecture = f"{LOCAL}{settings.model}" if Path(settings.model).is_dir() else settings.model
         if architecture.endswith(".json"):
             open_clip.add_model_config(Path(architecture))
             architecture = Path(architecture).stem
         try:
             model, _, self._transform = open_clip.create_model_and_transforms(
-                architecture, pretrained=settings.pretrained, precision="fp32", require_pretrained=True
+                architecture,
+                pretrained=settings.pretrained,
+                precision="fp32",
+                require_pretrained=True,
+                **{f"image_{name}": value for name, value in settings._look().items()},
             )
             self._tokenizer = open_clip.get_tokenizer(architecture)
         except Exception as reason:

@@ -16,6 +16,7 @@ FLAGS = {
     "synth": "--clean --help --layout --out --overwrite --pairs --seed --workers",
     "curate": "--config --dry-run --help --out --overwrite --part --phase --pool --ray.address --signals --workers",
     "documents": "--config --help --out --overwrite --pool --ray.address --workers",
+    "neighbours": "--column --help --k --shards --signals",
     "inspect": "--help --out",
     "export": "--checkpoint --dtype --help --merge --out --overwrite",
     "evaluate": "--cache --checkpoint --data --embed-tokens --help --out --tasks --threads",

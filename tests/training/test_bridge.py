@@ -15,6 +15,7 @@ from training.distributed import World
 from training.families import build
 from training.family_config import MappingConfig, MMGemRecipe, VisionConfig
 from training.gradient_cache import Outputs, gradient_cached_step
+from training.look import look_of
 from training.models.bridge import Bridge
 from training.models.vision import from_export
 from training.objectives.infonce import InfoNCE
@@ -129,14 +130,14 @@ def test_bad_mappings_and_towers_are_one_line(backbones, tmp_path):
     with pytest.raises(UserError, match=r"mmgem\.mapping\.tokens: 0"):
         MappingConfig(tokens=0)
     with pytest.raises(UserError, match=r"mmgem\.vision\.arch: .* is no export of a CLIP"):
-        from_export(tmp_path, VisionConfig(), "squash")
+        from_export(tmp_path, VisionConfig())
     file = shutil.copytree(backbones / "clip", tmp_path / "clip") / "open_clip_config.json"
     record = json.loads(file.read_text())
     file.write_text(json.dumps({**record, "model_cfg": {**record["model_cfg"], "quick_gelu": True}}))
     with pytest.raises(UserError, match=r"mmgem\.vision\.arch: .* no plain ViT with GELU"):
-        from_export(file.parent, VisionConfig(), "squash")
+        from_export(file.parent, VisionConfig())
     file.write_text(json.dumps({**record, "preprocess_cfg": {"resize_mode": "shortest"}}))
     with pytest.raises(UserError, match=r"loader\.resize_mode: .* was trained with shortest"):
-        from_export(file.parent, VisionConfig(), "squash")
+        look_of(f"local-dir:{file.parent}", None, "squash", "mmgem.vision.arch")
     with pytest.raises(UserError, match=r"mmgem\.mapping: takes no run to begin from"):
         MMGemRecipe(mapping=MappingConfig(), prompts=4)

@@ -16,7 +16,8 @@ from training.config import ClipRecipe, ObjectiveConfig
 from training.families import build
 from training.inference import load
 from training.models.clip import Clip, export, read_export
-from training.models.coca import EOT, PAD, SOT, Coca, Words
+from training.models.clip_words import EOT, PAD, SOT, Words
+from training.models.coca import Coca
 from training.models.head import Head
 
 WEIGHTS = {"embed": 1.0, "generate": 2.0}  # of the recipe, and the paper's

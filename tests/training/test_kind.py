@@ -10,16 +10,19 @@ from curation.manifest import write_manifest
 from tests.training.bridges import bridge_config
 from tests.training.conftest import coca_config, flava_config, tiny_config
 from training import begin
-from training.config import as_dict
+from training.config import ObjectiveConfig, as_dict
 from training.export import save
 from training.families import build
-from training.family_config import LanguageConfig, TokenizerConfig, VisionConfig
+from training.family_config import ClipRecipe, LanguageConfig, TokenizerConfig, VisionConfig, Vlm2VecRecipe
+from training.look import look_of
 from training.models.bridge import Bridge
+from training.models.clip import Clip
 from training.models.clip_export import OpenClip
+from training.models.clip_words import words_of
 from training.models.flava import Flava
 from training.models.mmgem import MMGem
 from training.models.vision import pretrained_tower
-from training.models.vlm2vec import Vlm2Vec
+from training.models.vlm2vec import Vlm2Vec, recipe_processor
 from training.tokenizer import load_tokenizer, train_bpe
 
 CAPTIONS = ["a red cube", "two green cones behind a table"]
@@ -56,6 +59,39 @@ def test_a_folder_of_another_family_is_refused(kind, folder, folders):
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="holds no model"):
         kind.from_pretrained(folders[folder].parent)
+
+
+def test_recipes_that_name_a_folder_of_another_family(folders, tmp_path):
+    """Each field says what it wanted, before any weight is read."""
+    mmgem, flava = folders["mmgem"], folders["flava"]
+    tokenizer = train_bpe(CAPTIONS, 300)
+    tower = VisionConfig(arch=f"local-dir:{flava}")
+    for opening, named in [
+        (lambda: OpenClip.from_pretrained(mmgem), r"OpenClip\.from_pretrained: .* holds a 'mmgem'"),
+        (lambda: Bridge.from_pretrained(mmgem), r"Bridge\.from_pretrained: .* holds a 'mmgem', not a 'mmgem_bridge'"),
+        (
+            lambda: Clip.from_recipe(ClipRecipe(arch=f"local-dir:{mmgem}"), ObjectiveConfig()),
+            r"clip\.arch: local-dir:.*open_clip_config\.json",
+        ),
+        (lambda: look_of(tower.arch, None, None, "mmgem.vision.arch"), r"local-dir:.* cannot be read"),
+        (
+            lambda: MMGem.from_backbones(tower, LanguageConfig(), tokenizer),
+            r"mmgem\.vision\.arch: .* is no export of a CLIP",
+        ),
+        (
+            lambda: recipe_processor(Vlm2VecRecipe(name_or_path=str(mmgem)), None, list),
+            r"vlm2vec\.name_or_path: .*mmgem",
+        ),
+    ]:
+        with pytest.raises(UserError, match=named) as refused:
+            opening()
+        assert "\n" not in str(refused.value)
+
+
+def test_stage_2_begins_from_its_own_family(folders):
+    write_manifest(folders["flava"] / "gemsmith.json", {"config": as_dict(flava_config()), "steps": 1})
+    with pytest.raises(UserError, match=r"mmgem\.init: .* is a checkpoint of flava; name one of mmgem"):
+        tiny_config("--mmgem.init", str(folders["flava"]))
 
 
 def test_the_own_folder_opens(folders):
@@ -104,6 +140,8 @@ def test_code_that_a_folder_brings_is_not_run(tmp_path):
         language(folder)
     with pytest.raises(UserError, match=r"mmgem.tokenizer.name_or_path: .* brings code of its own"):
         load_tokenizer(TokenizerConfig(name_or_path=str(folder)), list)
+    with pytest.raises(UserError, match=r"clip: the tokenizer .* cannot be read"):
+        words_of({"hf_tokenizer_name": str(folder)})
     assert not ran.exists()
 
 

@@ -1,7 +1,11 @@
 """Every shipped recipe parses, every DeepSpeed file is whole, and bad recipes are refused in one line."""
 
+import functools
+
+import open_clip
 import pytest
 import yaml
+from open_clip.pretrained import get_pretrained_cfg
 
 from curation.errors import UserError
 from tests.conftest import ROOT
@@ -14,12 +18,68 @@ RECIPES = sorted((ROOT / "recipes/train").glob("*.yaml"))
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "zero3_offload"])
 def test_recipes_parse_and_fit_every_deepspeed_file(recipe, stage):
-    sources = yaml.safe_load(recipe.read_text())["loader"].get("sources", ["data"])
-    data = [word for name in sources for word in ("--data", f"{name}=d")]
-    config = parse(["--config", str(recipe), *data, "--out", "o", "--deepspeed", f"ds_configs/{stage}.json"])[0]
+    config = config_of(recipe, "--deepspeed", f"ds_configs/{stage}.json")
     settings = deepspeed_config(config, 2)
     assert settings["train_micro_batch_size_per_gpu"] * 2 == config.loader.batch
     assert settings["zero_optimization"]["stage"] == int(stage[4])
+
+
+PAPERS = {
+    "mmgem_stage1": {
+        "samples": 81_920 * 80_000, "loader.batch": 81_920, "loader.max_tokens": 50, "optim.name": "lamb",
+        "optim.lr": 5e-4, "optim.groups.0.lr": 5e-5, "optim.groups.0.pattern": r"^(vision|llm)\.",
+        "optim.weight_decay": 0.05, "objective.temperature": 0.07, "objective.temperature_floor": 0.01,
+        "objective.reduction": "sum", "objective.weights": {"embed": 1.0, "generate": 1.0}, "mmgem.stage2": None,
+        "mmgem.vision.arch": "ViT-L-14",
+    },
+    "clip_b32": {
+        "samples": 32 * 400_000_000, "loader.batch": 32_768, "optim.lr": 5e-4, "optim.warmup_steps": 2000,
+        "optim.weight_decay": 0.2, "optim.betas": (0.9, 0.98), "optim.eps": 1e-6, "optim.schedule": "cosine",
+        "objective.temperature": 0.07, "objective.temperature_floor": 0.01, "clip.pretrained": None,
+    },
+    "siglip_b16": {
+        "samples": 9_000_000_000, "loader.batch": 32_768, "optim.lr": 1e-3, "optim.betas": (0.9, 0.95),
+        "optim.weight_decay": 0.1, "objective.coupled": "siglip", "objective.temperature": 0.1,
+        "objective.logit_bias": -10.0, "clip.arch": "ViT-B-16-SigLIP", "loader.resize_mode": "squash",
+    },
+    "vlm2vec_qwen2vl_lora": {
+        "samples": 1024 * 5000, "loader.batch": 1024, "loader.unit": 64, "loader.chunk": 8, "optim.lr": 5e-5,
+        "optim.warmup_steps": 100, "optim.schedule": "linear", "adapter.r": 16, "adapter.alpha": 64,
+        "objective.temperature": 0.02, "objective.temperature_schedule": "constant", "vlm2vec.negatives": 1,
+        "loader.sources.CIRR.weight": 0.5, "loader.sources.MSCOCO_i2t.limit": 120_000,
+    },
+}  # fmt: skip
+"""../shared/facts/training.md and the files that the recipes' first lines name."""
+
+
+def config_of(recipe, *more):
+    sources = yaml.safe_load(recipe.read_text())["loader"].get("sources", ["data"])
+    data = [word for name in sources for word in ("--data", f"{name}=d")]
+    return parse(["--config", str(recipe), *data, "--out", "o", *more])[0]
+
+
+def inside(value, name):
+    if name.isdigit():
+        return value[int(name)]
+    return value[name] if isinstance(value, dict) else getattr(value, name)
+
+
+@pytest.mark.parametrize("recipe", PAPERS)
+def test_the_papers_values_stand_in_their_recipes(recipe):
+    config = config_of(ROOT / f"recipes/train/{recipe}.yaml")
+    found = {name: functools.reduce(inside, name.split("."), config) for name in PAPERS[recipe]}
+    assert found == PAPERS[recipe]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_what_recipes_name_is_there_and_their_batches_divide(recipe):
+    """Architectures and weights by name are open_clip's, and a batch is whole chunks of whole units."""
+    config = config_of(recipe)
+    assert config.loader.batch % config.loader.chunk == 0 == config.loader.batch % config.loader.unit
+    named = config.clip or (config.mmgem.vision if config.mmgem else None)
+    if named is not None and named.arch is not None and not named.arch.startswith("local-dir:"):
+        assert open_clip.get_model_config(named.arch) is not None
+        assert named.pretrained is None or get_pretrained_cfg(named.arch, named.pretrained)
 
 
 @pytest.mark.parametrize(

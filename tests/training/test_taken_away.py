@@ -85,14 +85,14 @@ def test_the_readme_s_ten_lines_run(taken, monkeypatch):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_folder_embeds_as_the_trained_model_does(kind, taken):
     """The oracle goes by the ways of training: the family's own text tensors, torchvision's resizing by Pillow."""
-    folder, config, family = taken(kind)
+    folder, _, family = taken(kind)
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     trained = family.model.eval()
     shown, texts = pictures(), TEXTS[: 2 if family.encode_images else 3]
     if family.encode_images:
         wanted = trained.get_image_features(**family.encode_images(shown)).pooler_output
     else:
-        pixels = torch.stack([by_hand(picture, family.image, config.loader.resize_mode) for picture in shown])
+        pixels = torch.stack([by_hand(picture, family.image, family.image.resize_mode) for picture in shown])
         assert torch.allclose(processor(images=shown)["pixel_values"], pixels, atol=1e-6)
         towers = getattr(trained, "towers", None)
         wanted = towers.encode_image(pixels) if towers else trained.get_image_features(pixels).pooler_output

@@ -131,6 +131,7 @@ def test_a_blank_picture_reaches_the_vision_tower_without_a_gradient(kind):
 def test_texts_and_pictures_become_what_the_backbone_expects():
     for kind, token, place in [
         ("qwen2_vl", "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>"),
+        ("qwen2_5_vl", "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>"),
         ("llava_next", "<image>", "<image>"),
     ]:
         _, inputs, processor = tiny(kind)

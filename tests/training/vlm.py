@@ -39,7 +39,15 @@ LLAVA = {
     },
     "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]],
 }
-BACKBONES = {"qwen2_vl": QWEN, "llava_next": LLAVA}
+QWEN25 = {
+    "model_type": "qwen2_5_vl",
+    "text_config": QWEN["text_config"],
+    "vision_config": {
+        "depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "patch_size": 4, "intermediate_size": 32,
+        "window_size": 16, "fullatt_block_indexes": [1],
+    },
+}  # fmt: skip
+BACKBONES = {"qwen2_vl": QWEN, "qwen2_5_vl": QWEN25, "llava_next": LLAVA}
 RECIPE = ["--config", str(ROOT / "recipes/train/tiny_vlm2vec.yaml"), "--data", ".", "--out", ".", "--precision", "fp32"]
 RECIPE += ["--loader.batch", "16", "--loader.chunk", "4", "--loader.retain", "0", "--loader.decode_size", "32"]
 RECIPE += ["--vlm2vec.tokenizer.vocab_size", "300"]

@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -20,12 +21,14 @@ from curation.errors import UserError
 
 Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+HOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """Side of the model's input and its statistics.
+    """Side of the model's input, its statistics, and how pictures are brought to it.
 
+    resize_mode: "squash" keeps the whole picture, "shortest" its centre square · interpolation: bicubic or bilinear ·
     patches: those of the ViT · keep: how many of them a training step sees (FLIP, arXiv 2212.00794); 0 = all ·
     grid: (rows, columns) of patches that regions are weights over ·
     raw: the family makes its tensors of pictures and texts itself, by `extra`.
@@ -34,26 +37,26 @@ class ImageSpec:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize_mode: str = "squash"
+    interpolation: str = "bicubic"
     patches: int = 0
     keep: int = 0
     grid: tuple[int, int] = (0, 0)
     raw: bool = False
 
     @classmethod
-    def of_vit(
-        cls, grid: Sequence[int], dropped: float, *, size: int, mean: tuple[float, ...], std: tuple[float, ...]
-    ) -> "ImageSpec":
+    def of_vit(cls, grid: Sequence[int], dropped: float, **settings: Any) -> "ImageSpec":
         """Of a tower that drops a share of its patches, rows and columns `grid`, rounded as open_clip does."""
         if not 0 <= dropped < 1:
             raise UserError(f"patch_dropout: {dropped} is no share of patches; give one from 0 to below 1")
         if not dropped:
-            return cls(size=size, mean=mean, std=std)
+            return cls(**settings)
         patches = int(np.prod(grid))
-        return cls(size=size, mean=mean, std=std, patches=patches, keep=max(1, int(patches * (1 - dropped))))
+        return cls(**settings, patches=patches, keep=max(1, int(patches * (1 - dropped))))
 
 
-def decode(payload: bytes, side: int, resize_mode: str, box: Box = WHOLE) -> np.ndarray:
-    """uint8 [side, side, 3]: a box of the picture, resized (bicubic).
+def decode(payload: bytes, side: int, resize_mode: str, box: Box = WHOLE, interpolation: str = "bicubic") -> np.ndarray:
+    """uint8 [side, side, 3]: a box of the picture, resized.
 
     Args:
         resize_mode: "squash": the box is of the whole picture; "shortest": of its centre square.
@@ -73,7 +76,8 @@ def decode(payload: bytes, side: int, resize_mode: str, box: Box = WHOLE) -> np.
     left, top, w, h = 0.0, 0.0, float(image.width), float(image.height)
     if resize_mode == "shortest":
         left, top, w, h = (w - min(w, h)) / 2, (h - min(w, h)) / 2, min(w, h), min(w, h)
-    return _resized(image, side, (left + box[0] * w, top + box[1] * h, left + box[2] * w, top + box[3] * h))
+    edges = (left + box[0] * w, top + box[1] * h, left + box[2] * w, top + box[3] * h)
+    return _resized(image, side, edges, interpolation)
 
 
 def _jpeg(payload: bytes, wide: int, high: int) -> np.ndarray | None:
@@ -87,16 +91,16 @@ def _jpeg(payload: bytes, wide: int, high: int) -> np.ndarray | None:
         return None
 
 
-def cut(pixels: np.ndarray, size: int, box: Box) -> np.ndarray:
+def cut(pixels: np.ndarray, size: int, box: Box, interpolation: str = "bicubic") -> np.ndarray:
     """A box of a square picture that is decoded already: uint8 [S, S, 3] -> [size, size, 3]."""
     side = pixels.shape[0]
     left, top, right, bottom = (edge * side for edge in box)
-    return _resized(Image.fromarray(pixels), size, (left, top, right, bottom))
+    return _resized(Image.fromarray(pixels), size, (left, top, right, bottom), interpolation)
 
 
-def _resized(image: Image.Image, side: int, box: Box) -> np.ndarray:
+def _resized(image: Image.Image, side: int, box: Box, interpolation: str) -> np.ndarray:
     if image.size != (side, side) or box != (0, 0, side, side):
-        image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+        image = image.resize((side, side), HOW[interpolation], box=box)
     return np.asarray(image)
 
 

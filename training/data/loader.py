@@ -37,6 +37,7 @@ from training.config import LoaderConfig
 from training.data import images
 from training.data.images import ImageSpec
 from training.data.mixture import Mixture
+from training.data.neighbours import read_neighbours
 from training.data.order import Order
 from training.data.shards import REASONS, Hole, Shards, drawn_region, drawn_text, picture
 from training.data.sources import ONE, Source
@@ -101,6 +102,7 @@ class Loader:
         weights = {source.name: source.weight for source in self.sources}
         self.mixture = Mixture(weights, seed=seed, unit=config.unit, mixing=config.mixing)
         self.orders = [Order(s.samples.sizes, hash64(seed, s.name), config.window_shards) for s in self.sources]
+        self.near = [_near(s) if config.neighbours else None for s in self.sources]
         self.first = [np.concatenate([[0], np.cumsum(s.samples.sizes)]) for s in self.sources]
         self.side = config.decode_size or image.size
         std = np.array(image.std, np.float32)
@@ -151,8 +153,15 @@ class Loader:
 
     def _sample(self, source: int, own: int) -> tuple[int, int]:
         """(epoch, number of the sample) at a position of a source."""
-        epoch, part, index = self.orders[source](own)
-        return epoch, int(self.first[source][part]) + index
+        epoch, part, index = self.orders[source](self._drawn_at(source, own))
+        i = int(self.first[source][part]) + index
+        if (near := self.near[source]) is not None and own % 2:
+            i = int(near[i, hash64(self.seed, epoch, "neighbour", i) % near.shape[1]])
+        return epoch, i
+
+    def _drawn_at(self, source: int, own: int) -> int:
+        """Where the order is asked for a position: two of these share one, the sample and then a neighbour of its."""
+        return own if self.near[source] is None else own // 2
 
     def _begin(self, pool: ThreadPoolExecutor, batch: int) -> list[Future]:
         """Have this rank's chunks of a batch made; each future gives (chunk, its holes by reason)."""
@@ -161,7 +170,7 @@ class Loader:
         for number, source in enumerate(self.sources):
             mine = [own for _, s, own in drawn if s == number]
             if mine:
-                source.samples.ahead(self.orders[number].ahead(mine[0]))
+                source.samples.ahead(self.orders[number].ahead(self._drawn_at(number, mine[0])))
                 places.setdefault(source.kind, [])
         for _, s, own in drawn:
             places[self.sources[s].kind].append((s, own))
@@ -233,7 +242,7 @@ class Loader:
     def _weights(self, region: Region, size: tuple[int, int], flipped: bool) -> np.ndarray:
         """float32 [N]: the region's weights over the patches of the picture as the model sees it."""
         try:
-            return region_weights(region, size, self.image.grid, self.config.resize_mode, flipped)
+            return region_weights(region, size, self.image.grid, self.image.resize_mode, flipped)
         except ValueError as reason:
             raise Hole(str(reason)) from None
 
@@ -241,16 +250,16 @@ class Loader:
         self, source: int, i: int, fields: Mapping[str, Any], rng: np.random.Generator
     ) -> tuple[np.ndarray, bool]:
         """The picture as the model sees it but for normalising, uint8 [S, S, 3], and whether it is flipped."""
-        config, size = self.config, self.image.size
+        config, image = self.config, self.image
         low, high = config.crop_scale
         box = images.draw_box(rng, low, high) if low < 1.0 else images.WHOLE
         decoded = self._decoded[source]
         payload = picture(fields)
         try:
             if decoded is None:
-                pixels = images.decode(payload, size, config.resize_mode, box)
+                pixels = images.decode(payload, image.size, image.resize_mode, box, image.interpolation)
             else:
-                pixels = images.cut(decoded(i, payload, config.resize_mode), size, box)
+                pixels = images.cut(decoded(i, payload, image), image.size, box, image.interpolation)
         except Exception:  # Pillow's decoders raise almost anything
             raise Hole("image_broken") from None
         flipped = config.flip and rng.random() < 0.5
@@ -293,6 +302,11 @@ class Loader:
         """int64 [keep] of `image.patches`, ascending."""
         rng = np.random.default_rng(hash64(draw, "patches"))
         return np.sort(rng.choice(self.image.patches, self.image.keep, replace=False))
+
+
+def _near(source: Source) -> np.ndarray:
+    assert isinstance(source.samples, Shards)  # pairs: LoaderConfig
+    return read_neighbours(source.samples.folder, len(source.samples))
 
 
 class _Making:
@@ -345,9 +359,9 @@ class _Decoded:
         self.pixels = _shared_array(cache.with_suffix(f".{source.name}.u8"), (n, side, side, 3))
         self.known = _shared_array(cache.with_suffix(f".{source.name}.known"), (n,))
 
-    def __call__(self, i: int, payload: bytes, resize_mode: str) -> np.ndarray:
+    def __call__(self, i: int, payload: bytes, image: ImageSpec) -> np.ndarray:
         if not self.known[i]:
-            self.pixels[i] = images.decode(payload, self.side, resize_mode)
+            self.pixels[i] = images.decode(payload, self.side, image.resize_mode, interpolation=image.interpolation)
             self.known[i] = 1
         return self.pixels[i]
 

@@ -18,6 +18,7 @@ from curation.errors import UserError
 from training.config import Kind, LoaderConfig, SourceConfig
 from training.data.cache import ShardCache
 from training.data.mmeb import Subset
+from training.data.neighbours import FILE as NEIGHBOURS
 from training.data.shards import Shards
 
 ONE = "data"  # the name of the source that `--data DIR` means
@@ -119,7 +120,8 @@ def fingerprint(config: LoaderConfig, paths: Mapping[str, str]) -> list[Any]:
         rows = config.sources.get(name, SourceConfig()).kind == "rows"
         folder, _, only = path.rpartition("/") if path.endswith(".parquet") else (path, "", "")
         for file in files.listed(folder or ".") or []:
-            if file.name.endswith(only or (".parquet" if rows else ".tar")):
+            near = config.neighbours and file.name.endswith(NEIGHBOURS)
+            if near or file.name.endswith(only or (".parquet" if rows else ".tar")):
                 entry = (file.name.rpartition("/")[2], file.size, file.stamp)
                 found.append(entry if len(paths) == 1 else (name, *entry))
     return found

@@ -95,7 +95,7 @@ class Bridge(MMGem):
         hidden = self.llm.base_model(inputs_embeds=torch.cat([visual, words], 1), use_cache=False).last_hidden_state
         labels = torch.where(chunk["valid"][:, None], chunk["labels"], -100)
         counted = labels >= 0  # [B, T]
-        return {"sums": {"generate": self.llm.lm_head(hidden[:, k - 1 :][counted], labels[counted])}}
+        return {"sums": {"generate": self.llm.get_output_embeddings()(hidden[:, k - 1 :][counted], labels[counted])}}
 
     @torch.no_grad()
     def generate(self, pixel_values: torch.Tensor, max_new_tokens: int = 50, **kwargs: Any) -> torch.Tensor:

@@ -17,35 +17,49 @@ from curation.errors import UserError
 from training.config import ObjectiveConfig
 from training.family_config import ClipRecipe
 from training.models.patches import only, take_over
-from training.models.scalars import add_scalars, read_scalars
+from training.models.scalars import START, add_scalars, read_scalars
 
 SCALARS = {"log_scale": "logit_scale", "logit_bias": "logit_bias"}
 """Our names and open_clip's."""
+BEGIN = {"log_scale": "init_logit_scale", "logit_bias": "init_logit_bias"}
+"""Where open_clip's configs say that they begin."""
+
+
+def plain(model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """What open_clip's classes are built with: no class, no scalars, no weights from elsewhere for a picture tower."""
+    vision = {**model_cfg["vision_cfg"], "timm_model_pretrained": False}
+    return {k: v for k, v in model_cfg.items() if k not in ("custom_text", *BEGIN.values())} | {"vision_cfg": vision}
 
 
 class Clip(nn.Module):
     """open_clip's two towers, and the scalars of the coupled loss."""
 
     separable: tuple[str, ...] = ()
-    blocks = frozenset({"ResidualAttentionBlock"})
+    blocks = frozenset({"ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block"})  # the last is timm's
 
     def __init__(self, model_cfg: dict[str, Any], objective: ObjectiveConfig, pretrained: Any = None) -> None:
         """pretrained: state of open_clip's model of this kind, or None."""
         super().__init__()
-        self.model_cfg = model_cfg
-        self.towers = self._towers({k: v for k, v in model_cfg.items() if k != "custom_text"})
+        own = {ours: model_cfg[name] for ours, name in BEGIN.items() if model_cfg.get(name) is not None}
+        self.towers = self._towers(model_cfg)
+        del self.towers.logit_scale
         if pretrained is not None:
-            self.towers.load_state_dict(pretrained)
+            weights = dict(pretrained)
+            own |= {ours: weights.pop(theirs) for ours, theirs in SCALARS.items() if theirs in weights}
+            self.towers.load_state_dict(weights)
         self.patch_dropout = float(model_cfg["vision_cfg"].get("patch_dropout", 0.0))
         take_over(self.towers.visual, self.patch_dropout)
-        del self.towers.logit_scale
-        self.scalars = add_scalars(self, objective)
+        self.scalars = add_scalars(self, objective, own)
+        self.model_cfg = {name: value for name, value in model_cfg.items() if name != "init_logit_bias"}
+        if "logit_bias" in self.scalars:  # open_clip has one where its config does
+            self.model_cfg["init_logit_bias"] = model_cfg.get("init_logit_bias") or START["logit_bias"]
 
     @staticmethod
     def _towers(model_cfg: dict[str, Any]) -> Any:
-        from open_clip.model import CLIP
+        from open_clip.model import CLIP, CustomTextCLIP
 
-        return CLIP(**model_cfg)
+        custom = model_cfg.get("custom_text") or "hf_model_name" in model_cfg["text_cfg"]
+        return (CustomTextCLIP if custom else CLIP)(**plain(model_cfg))
 
     @staticmethod
     def from_recipe(recipe: ClipRecipe, objective: ObjectiveConfig) -> "Clip":
@@ -71,6 +85,8 @@ class Clip(nn.Module):
         if model_cfg is None:
             raise UserError(f"clip.arch: open_clip knows no {recipe.arch!r}; open_clip.list_models() names them")
         if "multimodal_cfg" in model_cfg:
+            if model_cfg["text_cfg"].get("hf_tokenizer_name"):
+                raise UserError("clip.arch: a CoCa writes by open_clip's own tokenizer alone; take coca_ViT-*")
             return Coca(model_cfg, objective, weights)
         if "generate" in objective.weights:
             raise UserError("objective.weights: generate needs an architecture with a text decoder (coca_*); remove it")

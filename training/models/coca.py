@@ -15,16 +15,14 @@ losses: `weights: {embed: 1.0, generate: 2.0}` are the paper's.
 from typing import Any
 
 import torch
-from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
 
 from curation.errors import UserError
 from training.config import ObjectiveConfig
-from training.models.clip import Clip
+from training.models.clip import Clip, plain
+from training.models.clip_words import EOT, PAD, SOT
 from training.models.head import Head
 
-PAD, SOT, EOT = 0, 49406, 49407
-"""Of open_clip's tokenizer, whose padding is also its "!"."""
 OURS, THEIRS = "towers.text_decoder.head.weight", "text_decoder.text_projection"
 
 
@@ -50,7 +48,7 @@ class Coca(Clip):
     def _towers(model_cfg: dict[str, Any]) -> Any:
         from open_clip.coca_model import CoCa
 
-        return CoCa(**model_cfg)
+        return CoCa(**plain(model_cfg))
 
     def image(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, 3, S, S] -> embeddings [B, D], pooled tokens [B, Q, D]."""
@@ -115,15 +113,3 @@ def _labels(chunk: Any) -> torch.Tensor:
     """Next tokens [c, T - 1]; -100 for padding and holes."""
     following = chunk["input_ids"][:, 1:]
     return torch.where(chunk["valid"][:, None] & (following != PAD), following, -100)
-
-
-class Words(SimpleTokenizer):
-    """open_clip's tokenizer, which also reads captions back."""
-
-    def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool = True) -> list[str]:
-        """[B, T] -> B texts, each up to its <end_of_text>."""
-        texts = []
-        for row in ids.tolist():
-            row = row[: row.index(EOT)] if EOT in row else row
-            texts.append(self.decode([i for i in row if not (skip_special_tokens and i in (PAD, SOT))]))
-        return texts

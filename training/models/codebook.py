@@ -171,7 +171,7 @@ def drawn_pictures(sources: Sequence[Source], grid: int, config: LoaderConfig) -
             _, part, index = order(position)
             try:
                 fields = samples.sample(int(samples.sizes[:part].sum()) + index)
-                yield decode(image_member(fields), grid * PATCH, config.resize_mode)
+                yield decode(image_member(fields), grid * PATCH, config.resize_mode or "squash")
             except UserError:
                 raise
             except Exception:  # whatever a reader or Pillow raises; broken samples are counted when they are drawn

@@ -60,6 +60,7 @@ class MMGemConfig(PretrainedConfig):
         image_mean: tuple[float, ...] = MEAN,
         image_std: tuple[float, ...] = STD,
         resize_mode: str = "squash",
+        interpolation: str = "bicubic",
         **kwargs: Any,
     ) -> None:
         self.vision_config = vision_config or asdict(VisionConfig())
@@ -68,7 +69,8 @@ class MMGemConfig(PretrainedConfig):
         self.emb_token_id, self.cap_token_id = emb_token_id, cap_token_id
         self.objective = objective or {}
         self.prompts, self.h4 = prompts, h4
-        self.image_mean, self.image_std, self.resize_mode = list(image_mean), list(image_std), resize_mode
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.resize_mode, self.interpolation = resize_mode, interpolation
         super().__init__(**{"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, **kwargs})
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,18 +90,15 @@ class MMGem(PreTrainedModel):
     def __init__(self, config: MMGemConfig) -> None:
         super().__init__(config)
         text = dict(config.text_config)
-        text_config = AutoConfig.for_model(text.pop("model_type", "llama"), **text)
-        for drawn in ("attention_dropout", "layerdrop", "router_jitter_noise"):
-            if hasattr(text_config, drawn):
-                setattr(text_config, drawn, 0.0)
+        # The LLM is of the family's own precision, and drops nothing: the second pass stacks two sequences, so masks
+        # drawn there would not be those of the first. (Those of an adapter are: training/models/dropout.py.)
+        text_config = AutoConfig.for_model(text.pop("model_type", "llama"), **{**text, "dtype": None})
+        for name, value in text_config.to_dict().items():
+            if isinstance(value, float) and ("drop" in name or name == "router_jitter_noise"):
+                setattr(text_config, name, 0.0)
         self.vision: Any = vision_tower(config.vision_config)
         self.llm = AutoModelForCausalLM.from_config(text_config)
         self.llm.set_output_embeddings(Head.of(self.llm.get_output_embeddings()))
-        for module in self.llm.modules():
-            if isinstance(module, nn.Dropout):
-                # The second pass stacks two sequences, so masks drawn there would not be those of the first. (Those
-                # of an adapter are: training/models/dropout.py.)
-                module.p = 0.0
         self.blocks = {"ResidualAttentionBlock", *(self.llm._no_split_modules or ())}
         width, hidden = self.vision.conv1.out_channels, text_config.hidden_size
         self.h1 = nn.Linear(width, config.embed_dim)
@@ -138,10 +137,11 @@ class MMGem(PreTrainedModel):
     @classmethod
     def from_backbones(cls, vision: VisionConfig, language: LanguageConfig, tokenizer: Any, **settings: Any) -> "MMGem":
         """Build from the recipe: pretrained towers where it names them, else towers from scratch."""
-        vision, weights = pretrained_tower(vision, settings.get("resize_mode", "squash"))
+        vision, weights = pretrained_tower(vision)
         if language.name_or_path:
             pretrained = opened(AutoModelForCausalLM, language.name_or_path, "mmgem.language.name_or_path")
-            pretrained.resize_token_embeddings(len(tokenizer))
+            if pretrained.get_input_embeddings().num_embeddings < len(tokenizer):  # never cut: some have spare rows
+                pretrained.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             text_config = pretrained.config.to_dict()
         else:
             sizes = {k: v for k, v in asdict(language).items() if k != "name_or_path"}
@@ -232,7 +232,7 @@ class MMGem(PreTrainedModel):
         hidden = self.llm.base_model(inputs_embeds=both, use_cache=False).last_hidden_state
         labels = torch.where(chunk["valid"][:, None], chunk["labels"], -100)
         counted = labels >= 0
-        total = self.llm.lm_head(hidden[n:, 1 : 1 + labels.shape[1]][counted], labels[counted])
+        total = self.llm.get_output_embeddings()(hidden[n:, 1 : 1 + labels.shape[1]][counted], labels[counted])
         text = self.at_emb(hidden[:n], length)
         return {"left": image, "right": _by_row(text, b), "scalars": read_scalars(self), "sums": {"generate": total}}
 

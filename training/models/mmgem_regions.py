@@ -56,7 +56,7 @@ def outputs(model: Any, chunk: Any, separable: bool) -> dict[str, Any]:
     hidden = model.llm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
     labels = torch.where(chunk["valid"][:, None], chunk["labels"], -100)
     counted = labels >= 0
-    total = model.llm.lm_head(hidden[:, prompt.shape[1] - 1 :][counted], labels[counted])
+    total = model.llm.get_output_embeddings()(hidden[:, prompt.shape[1] - 1 :][counted], labels[counted])
     return {"sums": {"generate": total}}
 
 

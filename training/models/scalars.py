@@ -6,21 +6,30 @@ pass what belongs to that very module.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from training.config import ObjectiveConfig
 
+START = {"log_scale": -math.log(0.07), "logit_bias": -10.0}
+"""CLIP's and SigLIP's."""
 
-def add_scalars(model: nn.Module, objective: ObjectiveConfig) -> tuple[str, ...]:
-    """Register the scalars that the objective learns; their names."""
-    start = {"log_scale": -math.log(objective.temperature)}
-    if objective.coupled == "siglip":
-        start["logit_bias"] = objective.logit_bias
-    for name, value in start.items():
-        model.register_parameter(name, nn.Parameter(torch.tensor([value])))
-    return tuple(start)
+
+def add_scalars(
+    model: nn.Module, objective: ObjectiveConfig, own: Mapping[str, float] | None = None
+) -> tuple[str, ...]:
+    """Register the scalars that the objective learns; their names.
+
+    own: where a pretrained model's ended, or its architecture's begin; what the recipe says comes before.
+    """
+    said = {"logit_bias": objective.logit_bias} if objective.coupled == "siglip" else {}
+    said = {"log_scale": None if objective.temperature is None else -math.log(objective.temperature)} | said
+    for name, value in said.items():
+        start = {**START, **(own or {})}[name] if value is None else value
+        model.register_parameter(name, nn.Parameter(torch.tensor([float(start)])))
+    return tuple(said)
 
 
 def read_scalars(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -223,13 +223,15 @@ def recipe_config(recipe: Vlm2VecRecipe, vocabulary: Any = None) -> Any:
         return settings
     assert recipe.backbone is not None
     given = dict(recipe.backbone)
+    qwen = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
     known = {
-        "qwen2_vl": {
-            "image_token_id": "<|image_pad|>",
-            "video_token_id": "<|video_pad|>",
-            "vision_start_token_id": "<|vision_start|>",
-            "vision_end_token_id": "<|vision_end|>",
-        },
+        "qwen2_vl": qwen,
+        "qwen2_5_vl": qwen,
         "llava_next": {"image_token_index": "<image>"},
     }
     kind = given.pop("model_type", None)

@@ -17,14 +17,26 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from curation.errors import UserError
 
 IMAGE = "<|image_1|>"
 """Where a text shows its picture, as MMEB-train writes it (TIGER-Lab/MMEB-train)."""
 
-PLACES = {"qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>"}
+QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
+PLACES = {"qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "phi3_v": IMAGE}
 """What stands for a picture where it is more than the processor's image token."""
+
+NESTED = ("gemma3",)
+"""Processors that want a list of pictures for each text; the others want one list."""
+
+ALONE = ("phi3_v",)
+"""Processors that read one text at a time, and mark a picture by ids below 0 instead of a token of its own."""
+OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+REFUSED = {"paligemma": "it reads no text without a picture, so targets that are texts have no embedding"}
+"""Why a backbone cannot be one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,29 +71,40 @@ class Inputs:
             max_tokens: of a text, without its picture's · negatives: hard negatives that each row has room for.
 
         Raises:
-            UserError: a backbone without pad or image token, or whose processor has another image token.
+            UserError: a backbone that cannot be one, without pad or image token, or whose processor has another.
         """
+        if (why := REFUSED.get(config.model_type)) is not None:
+            raise UserError(f"vlm2vec: {config.model_type} cannot embed here: {why}; take another backbone")
         tokenizer, name = getattr(processor, "tokenizer", None), type(processor).__name__
         if tokenizer is None or getattr(processor, "image_processor", None) is None:
             raise UserError(f"vlm2vec: {name} has no tokenizer or no image processor; take an image-text-to-text model")
         if tokenizer.pad_token_id is None:
             raise UserError("vlm2vec: the backbone's tokenizer has no pad token; set `pad_token` in its folder")
+        self.processor, self.tokenizer, self.max_tokens, self.negatives = processor, tokenizer, max_tokens, negatives
+        self.nested, self.alone = config.model_type in NESTED, config.model_type in ALONE
+        self.special: set[str] = set()
+        if self.alone:
+            self.place = PLACES[config.model_type]
+            return
         token = getattr(processor, "image_token", None)
         if token is None or tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             raise UserError("vlm2vec: the backbone's tokenizer has no image token; take a model with one")
         wanted = getattr(config, "image_token_id", None)
-        if wanted != tokenizer.convert_tokens_to_ids(token):
+        shown = [tokenizer.convert_tokens_to_ids(token), *processor.image_token_ids]  # Gemma3 writes it by another
+        if wanted not in shown:
             raise UserError(
-                f"vlm2vec: the backbone's image_token_id {wanted} is not {token} "
-                f"({tokenizer.convert_tokens_to_ids(token)}) of its tokenizer; take the two from one folder"
+                f"vlm2vec: the backbone's image_token_id {wanted} is not {token} ({shown[0]}) of its tokenizer; "
+                "take the two from one folder"
             )
-        self.processor, self.tokenizer, self.max_tokens, self.negatives = processor, tokenizer, max_tokens, negatives
         self.place = PLACES.get(config.model_type, token)
-        self.special = token
+        self.special = {token, tokenizer.convert_ids_to_tokens(wanted)}
 
     def text(self, item: Item) -> str:
         """The text as the processor wants it: cut to `max_tokens`, and with one image token just where a picture is."""
-        before, mark, after = item.text.replace(self.special, "").partition(IMAGE)
+        plain = item.text
+        for token in self.special:
+            plain = plain.replace(token, "")
+        before, mark, after = plain.partition(IMAGE)
         before, left = self._cut(before, self.max_tokens)
         after, _ = self._cut(after.replace(IMAGE, ""), left)
         if item.image is None:
@@ -105,14 +128,31 @@ class Inputs:
         items = list(items)
         if picture and all(item.image is None for item in items):
             items.append(Item(image=Image.new("RGB", (32, 32))))
-        images = [item.image.convert("RGB") for item in items if item.image is not None]
+        rows = [[] if item.image is None else [item.image.convert("RGB")] for item in items]
+        if self.alone:
+            return self._one_by_one([self.text(item) for item in items], rows)
+        images = rows if self.nested else [image for row in rows for image in row]
         found = self.processor(
             text=[self.text(item) for item in items],
-            images=images or None,
+            images=images if any(rows) else None,
             padding=True,
             return_tensors="pt",
         )
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+    def _one_by_one(self, texts: Sequence[str], pictures: Sequence[list[Any]]) -> dict[str, torch.Tensor]:
+        """As the processor makes each alone, padded on the tokenizer's side; pictures' tensors one after the other."""
+        made = [self.processor(text=t, images=row or None, return_tensors="pt") for t, row in zip(texts, pictures)]
+        longest = max(one["input_ids"].shape[1] for one in made)
+        found: dict[str, list[torch.Tensor]] = {}
+        for one in made:
+            short = longest - one["input_ids"].shape[1]
+            sides = (short, 0) if self.tokenizer.padding_side == "left" else (0, short)
+            for name, x in one.items():
+                if name in OF_TOKENS:
+                    x = F.pad(x, sides, value=self.tokenizer.pad_token_id if name == "input_ids" else 0)
+                found.setdefault(name, []).append(x)
+        return {name: torch.cat(parts) for name, parts in found.items()}
 
     def collate(self, rows: Sequence[Row | None]) -> dict[str, torch.Tensor]:
         """A chunk; None is a hole without weight.
@@ -156,7 +196,7 @@ def build_processor(config: Any, tokenizer: Any) -> Any:
     import transformers
 
     vision = config.vision_config
-    if config.model_type == "qwen2_vl":
+    if config.model_type in ("qwen2_vl", "qwen2_5_vl"):
         side = vision.patch_size * vision.spatial_merge_size
         images: Any = transformers.Qwen2VLImageProcessor(
             patch_size=vision.patch_size,
@@ -164,7 +204,9 @@ def build_processor(config: Any, tokenizer: Any) -> Any:
             temporal_patch_size=vision.temporal_patch_size,
             size={"shortest_edge": side * side, "longest_edge": 64 * side * side},
         )
-        return transformers.Qwen2VLProcessor(images, tokenizer, transformers.Qwen2VLVideoProcessor())
+        plain = config.model_type == "qwen2_vl"
+        kind: Any = transformers.Qwen2VLProcessor if plain else transformers.Qwen2_5_VLProcessor
+        return kind(images, tokenizer, transformers.Qwen2VLVideoProcessor())
     if config.model_type == "llava_next":
         tile = {"height": vision.image_size, "width": vision.image_size}
         images = transformers.LlavaNextImageProcessor(
@@ -184,8 +226,10 @@ def build_processor(config: Any, tokenizer: Any) -> Any:
     )
 
 
+QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 SPECIAL = {
-    "qwen2_vl": ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"],
+    "qwen2_vl": QWEN_TOKENS,
+    "qwen2_5_vl": QWEN_TOKENS,
     "llava_next": ["<image>"],
 }
 """Tokens that a tokenizer trained here adds for a backbone from scratch."""

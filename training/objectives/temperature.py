@@ -28,7 +28,7 @@ def bounded(log_scale: torch.Tensor, floor: float, ceiling: float) -> torch.Tens
 
 def scheduled(config: ObjectiveConfig, step: int, steps: int) -> float:
     """The temperature at a step: from `temperature` at the first of `steps` to `temperature_end` at the last."""
-    begin, end = config.temperature, config.temperature_end
+    begin, end = config.temperature or 0.07, config.temperature_end
     if end is None:  # constant
         return begin
     share = step / max(steps - 1, 1)
