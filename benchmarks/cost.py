@@ -71,7 +71,8 @@ def table(rows: Mapping[str, Mapping[str, Any]], pairs: int) -> str:
     for phase in there:
         row = rows[phase.row]
         hours = core_hours(row, pairs, phase.single)
-        measured = f"{row['ours']:,.4g} {row['unit']} | {row['device']}"
+        figure = f"{row['ours']:,.0f}" if row["ours"] >= 100 else f"{row['ours']:.3g}"
+        measured = f"{figure} {row['unit']} | {row['device']}"
         lines.append(f"| {phase.name} | `{phase.row}` | {measured} | {hours:,.0f} |")
     if lacking := ", ".join(f"`{phase.row}`" for phase in PHASES if phase not in there):
         lines += ["", f"Not measured yet: {lacking}."]
