@@ -59,7 +59,7 @@ class Partition:
 
 def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
     """Of one small file of many: `pq.read_table` takes longer to look at it than to read it."""
-    return pq.ParquetFile(path, memory_map=True, pre_buffer=False).read(list(columns), use_threads=False)
+    return pq.ParquetFile(path, pre_buffer=False).read(list(columns), use_threads=False)
 
 
 def partitions(parts: Sequence[Part], rows: int = PARTITION_ROWS) -> list[Partition]:

@@ -170,8 +170,11 @@ class _Codes:
         pairs = []
         for number, tile in enumerate(self._tiles):
             products = torch._int_mm(asked, tile)  # int32 [n, TILE]
-            best = torch.maximum(best, products.amax(dim=1))
-            row, column = torch.nonzero(products >= (best - less)[:, None], as_tuple=True)
+            highest = products.amax(dim=1)
+            best = torch.maximum(best, highest)
+            near = torch.nonzero(highest >= best - less)[:, 0]  # few: most tiles have nothing for most points
+            row, column = torch.nonzero(products[near] >= (best - less)[near, None], as_tuple=True)
+            row = near[row]
             often += torch.bincount(row, minlength=len(codes))
             best[often > CANDIDATES] = 2**31 - 1  # which no product reaches
             pairs.append((row, column + number * TILE, products[row, column]))

@@ -159,7 +159,7 @@ def test_neither_rows_nor_samples_reach_the_process_that_decides(
             yield result
 
     run = engine.run(selectors, engine.partitions(parts, 2_000), tmp_path / "run", watched)
-    assert all(stage["dropped"] for stage in run.stages) and run.stages[-1]["out"]
+    assert run.stages[0]["dropped"] > 4_000 and run.stages[-1]["dropped"] and run.stages[-1]["out"] > 500
     assert max(sent) < 10_000
 
 
