@@ -152,7 +152,7 @@ def _uids(number: int) -> bytes:
 
 
 def make_signals(folder: Path, rows: int, width: int) -> None:
-    """A finished measure of a pool with one pair in ten an exact copy, and as many near ones."""
+    """A finished measure of a pool with one pair in ten an exact copy, as many near ones, and equal embeddings."""
     names = []
     for number, first in enumerate(range(0, rows, PART_ROWS)):
         name = f"{number // 10:016x}-{number % 10:05d}.parquet"
@@ -173,6 +173,7 @@ def _part(number: int, first: int, rows: int, width: int) -> pa.Table:
     phash = (look.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(0x5851F42D4C957F2D)) ^ flipped
     hexadecimal = _uids(number)[: 16 * rows].hex().encode()
     points = rng.normal(size=(rows, width)).astype(np.float32) + rng.normal(size=(10, width))[rng.integers(0, 10, rows)]
+    points[1::20] = points[:-1:20]
     points /= np.linalg.norm(points, axis=1, keepdims=True)
     named = np.minimum(rng.zipf(1.3, 4 * rows), CONCEPTS) - 1
     offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 8, rows))]).clip(max=4 * rows).astype(np.int32)

@@ -101,9 +101,8 @@ class Workers:
                 flying[actors[number].call.remote(self._generation, shared, waiting.popleft())] = number
                 held[number] += 1
 
-        for _ in range(2):  # first one for each
-            for number in range(len(actors)):
-                send(number)
+        for number in range(len(actors)):
+            send(number)
         while flying:
             done, _ = ray.wait(list(flying), num_returns=1)
             number = flying.pop(done[0])
