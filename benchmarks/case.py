@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+LATEST = Path(__file__).parent / "results" / "latest.json"
 Measure = Callable[[], float]  # does the work once and returns the figure, in the case's unit
 
 

@@ -1,7 +1,8 @@
 """Clusters: semantic duplicates within one, and the nearest of many centroids, each against the plain matrix.
 
 What is compared is what does the work: the pure functions that the selectors
-call, on as many threads as what they are compared with.
+call, on as many threads as what they are compared with. The matrix of the
+semantic duplicates takes 10 GB.
 """
 
 import subprocess
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def clusters(bench: Bench) -> Iterator[Case]:
     """Semantic duplicates within one cluster, and the nearest of DataComp's 100,000 centroids."""
-    rows = 1_000 if bench.quick else 30_000
+    rows = 1_000 if bench.quick else 50_000
     points = _copies(rows, 512)
     yield Case(
         name="semantic_dedup",
@@ -36,7 +37,6 @@ def clusters(bench: Bench) -> Iterator[Case]:
         ours=lambda: _timed(lambda: keep_distinct(points, EPS, "semdedup")),
         peer=lambda: _timed(lambda: _all_with_all(points)),
     )
-    whole = 2_000 if bench.quick else 50_000
     yield Case(
         name="semantic_dedup_memory",
         area="curation",
@@ -44,9 +44,9 @@ def clusters(bench: Bench) -> Iterator[Case]:
         better="lower",
         # At 50,000 rows the matrix takes 9,537 MiB, so this is 1 GiB for a whole process of ours.
         reach=1_024 / (50_000**2 * 4 / 2**20),
-        peer_name=f"the matrix of {whole:,} x {whole:,} cosines in float32, by its size; ours is all of a process",
-        ours=lambda: _memory_of_distinct(whole),
-        peer=lambda: whole**2 * 4 / 2**20,
+        peer_name=f"the matrix of {rows:,} x {rows:,} cosines in float32, by its size; ours is all of a process",
+        ours=lambda: _memory_of_distinct(rows),
+        peer=lambda: rows**2 * 4 / 2**20,
     )
 
     count, asked = (LEAST, 256) if bench.quick else (100_000, 4_096)
@@ -56,7 +56,7 @@ def clusters(bench: Bench) -> Iterator[Case]:
         bare = _bare_index(centroids)
         found = bare(pictures)
         agreement = float((fast(pictures) == found).mean())
-        assert (exact(pictures) == found).mean() >= 0.999 and agreement >= 0.998, (kind, agreement)
+        assert (exact(pictures) == found).mean() >= 0.999 and agreement >= 0.999, (kind, agreement)
         shared: dict[str, Any] = {"area": "curation", "unit": "points/s", "better": "higher"}
         shared["peer"] = partial(_speed, bare, pictures)
         setting = f"faiss IndexFlatIP on one thread as ours, {count:,} centroids x 768, {kind}"

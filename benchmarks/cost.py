@@ -1,6 +1,7 @@
 """What a pool costs to curate, by the measured speeds: `python -m benchmarks.cost [--pairs N]`.
 
-Reads benchmarks/results/latest.json, so that no figure is typed by hand. A
+Reads benchmarks/results/latest.json, so that no figure is typed by hand; the
+bench writes the table into docs/curation.md when it has written that file. A
 phase's core-hours are pairs / (its speed / cores) / 3600, where its speed is the
 row's on the cores that the row names; storage is pairs x bytes a pair, which are
 assumed here and not measured: put in those of your pool. What the
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.building_rows import SAMPLES, SHARDS
-from benchmarks.run import LATEST
+from benchmarks.case import LATEST
 from curation.errors import UserError, exit_code
 
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "curation.md"
+MARKS = "<!-- by benchmarks.cost -->\n", "<!-- end -->\n"  # around the table there
 PAIRS = 12_800_000_000
 PAIR_BYTES = 30_000  # assumed: what a picture of the build's rows takes
 EMBEDDING_BYTES = 768 * 2  # ViT-L/14 in float16
@@ -56,18 +59,23 @@ def core_hours(row: Mapping[str, Any], pairs: int, single: bool) -> float:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], pairs: int) -> str:
-    """A table in Markdown.
+    """Tables in Markdown, of the phases whose rows are there; the others are named.
 
     Raises:
-        UserError: a row is not measured yet.
+        UserError: none of the rows is measured.
     """
-    if lacking := [phase.row for phase in PHASES if phase.row not in rows]:
-        raise UserError(f"benchmarks/results/latest.json: lacks {', '.join(lacking)}; run make bench first")
-    lines = [f"| {pairs:,} pairs | row | measured | core-hours |", "|---|---|---|---|"]
-    for phase in PHASES:
+    there = [phase for phase in PHASES if phase.row in rows]
+    if not there:
+        raise UserError("benchmarks/results/latest.json: has no row of curation; run make bench first")
+    lines = [f"| {pairs:,} pairs | row | measured | on | core-hours |", "|---|---|---|---|---|"]
+    for phase in there:
         row = rows[phase.row]
         hours = core_hours(row, pairs, phase.single)
-        lines.append(f"| {phase.name} | `{phase.row}` | {row['ours']:,.4g} {row['unit']} | {hours:,.0f} |")
+        figure = f"{row['ours']:,.0f}" if row["ours"] >= 100 else f"{row['ours']:.3g}"
+        measured = f"{figure} {row['unit']} | {row['device']}"
+        lines.append(f"| {phase.name} | `{phase.row}` | {measured} | {hours:,.0f} |")
+    if lacking := ", ".join(f"`{phase.row}`" for phase in PHASES if phase not in there):
+        lines += ["", f"Not measured yet: {lacking}."]
     lines += ["", "| storage | bytes a pair, assumed | TB |", "|---|---|---|"]
     for name, size in (
         ("pool, and shards at keep = 1.0", PAIR_BYTES),
@@ -78,12 +86,36 @@ def table(rows: Mapping[str, Mapping[str, Any]], pairs: int) -> str:
     return "\n".join(lines)
 
 
+def into_docs(results: Path = LATEST, docs: Path = DOCS) -> None:
+    """Put the table of these results between its marks in the page."""
+    before, between, after = _parts_of(docs.read_text())
+    wanted = table(read(results), PAIRS) + "\n"
+    if between != wanted:
+        docs.write_text(before + wanted + after)
+
+
+def in_docs(docs: Path = DOCS) -> str:
+    """The table that is in the page."""
+    return _parts_of(docs.read_text())[1].rstrip("\n")
+
+
+def _parts_of(text: str) -> tuple[str, str, str]:
+    start = text.index(MARKS[0]) + len(MARKS[0])
+    end = text.index(MARKS[1], start)
+    return text[:start], text[start:end], text[end:]
+
+
+def read(results: Path) -> dict[str, dict[str, Any]]:
+    """The rows by name."""
+    return {row["name"]: row for row in json.loads(results.read_text())}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", allow_abbrev=False)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--results", type=Path, default=LATEST, help="what `make bench` wrote")
     a = parser.parse_args()
-    print(table({row["name"]: row for row in json.loads(a.results.read_text())}, a.pairs))
+    print(table(read(a.results), a.pairs))
     return 0
 
 

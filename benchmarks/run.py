@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks import (
     building_rows,
     cluster_rows,
+    cost,
     curation_rows,
     loader_rows,
     loss_rows,
@@ -34,11 +35,10 @@ from benchmarks import (
     step_peer_rows,
     training_rows,
 )
-from benchmarks.case import Bench, Case
+from benchmarks.case import LATEST, Bench, Case
 from curation.errors import UserError, exit_code
 from curation.manifest import SCHEMA_VERSION, write_json
 
-LATEST = Path(__file__).parent / "results" / "latest.json"
 RUNS = 5
 Group = Callable[[Bench], Iterator[Case]]
 GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
@@ -165,6 +165,8 @@ def main() -> int:
     if a.quick and a.out is None:
         parser.error("--quick figures are no results: name another file with --out")
     print(table(run(a.only, a.quick, a.work, a.out or LATEST)))
+    if a.out is None:
+        cost.into_docs()
     return 0
 
 

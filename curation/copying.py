@@ -22,6 +22,8 @@ from curation.tar import BLOCK
 
 BUFFER = 1 << 20  # bytes; one that stays in the processor's cache
 OPEN_FILES = 256  # output files that one worker holds open
+IN_USE = np.where(np.arange(BLOCK) < np.arange(BLOCK + 1)[:, None], 0xFF, 0).astype(np.uint8).view(np.uint64)
+"""Masks that leave the first 0 to BLOCK bytes of a block: uint64 [BLOCK + 1, BLOCK / 8]"""
 
 
 def lay_out(
@@ -55,8 +57,8 @@ def lay_out(
     shown = ~apart
     shown[firsts] = False
     apart[firsts[1:]] |= ~shown[firsts[1:] - 1]
-    used = ((sizes - 1) % BLOCK + 1).astype(np.uint16)  # bytes in use of the block where a member ends
-    in_use = np.arange(BLOCK, dtype=np.uint16) < used[:, None]
+    in_use = IN_USE[(sizes - 1) % BLOCK + 1]  # of the block where a member ends
+    heads = heads.view(np.uint64)
 
     blocks = np.empty((BUFFER // BLOCK, BLOCK), np.uint8)
     begin = 0
@@ -73,8 +75,9 @@ def lay_out(
                 content[at : at + size] = texts[-1 - start]
             else:
                 tape.read_into(content[at : at + size], start)
-        blocks[last[these] - base] *= in_use[these]
-        blocks[first[these] - base] = heads[these]
+        words = blocks.view(np.uint64)
+        words[last[these] - base] &= in_use[these]
+        words[first[these] - base] = heads[these]
         cuts = ((bounds[begin : end + 1] - base) * BLOCK).tolist()
         for left, right in itertools.pairwise(cuts):
             yield content[left:right]

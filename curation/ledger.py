@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curation.selection.engine import Part, Partition, Selection, State
+from curation.selection.engine import Part, Partition, Selection, State, read_columns
 from curation.shuffle import MapParts
 
 VERDICTS = pa.array(["kept", "dropped", "error"])
@@ -72,7 +72,7 @@ def _write_partition(
 
 
 def _write_part(folder: Path, names: list[str], part: Part, state: State) -> Counter[tuple[str, str | None]]:
-    table = pq.read_table(part.path, columns=["uid", "shard", "key", "error"])
+    table = read_columns(part.path, ["uid", "shard", "key", "error"])
     valid, failed = state.valid, state.failed
     kept = valid & ~failed.any(axis=1)
     called = pa.array(names, pa.string())
@@ -99,4 +99,4 @@ def _write_part(folder: Path, names: list[str], part: Part, state: State) -> Cou
 
 def read_column(folder: Path, part: Part, column: str) -> np.ndarray:
     """One column of the ledger's file that belongs to a part of the signals."""
-    return pq.read_table(folder / part.path.name, columns=[column])[column].to_numpy()
+    return read_columns(folder / part.path.name, [column])[column].to_numpy()

@@ -185,10 +185,13 @@ def _in_order(folder: Path, names: Sequence[str], rows: Sequence[int]) -> list[P
     return [Part(path=folder / name, first=first, rows=n) for name, n, first in zip(names, rows, firsts)]
 
 
-def _map_parts(run: Run, pool: Sequence[Partition]) -> MapParts:
-    """The builtin map, or Ray's where there are partitions enough for it to pay."""
-    if len(pool) < RAY_PARTITIONS:
-        return map
+def _map_parts(run: Run, pool: Sequence[Partition], label: str) -> MapParts:
+    """The builtin map, or Ray's where there are partitions enough for it to pay; either shows how far it is."""
+
+    def shown(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        results = map(function, items) if len(pool) < RAY_PARTITIONS else spread(function, items)
+        doing = getattr(function, "label", label)
+        return progress(results, label=doing, total=len(items), unit="steps", amount=_one, brief=True)
 
     def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         size = max(1, min(BUNDLE, len(items) // 256))
@@ -201,7 +204,7 @@ def _map_parts(run: Run, pool: Sequence[Partition]) -> MapParts:
                 yield from early.pop(following)
                 following += 1
 
-    return spread
+    return shown
 
 
 class _Bundled:
@@ -218,7 +221,7 @@ def select(run: Run) -> dict[str, Any]:
     began, started = time.perf_counter(), run.workers.start_seconds
     parts, measured = measured_parts(run)
     pool = engine.partitions(parts)
-    map_parts = _map_parts(run, pool)
+    map_parts = _map_parts(run, pool, "select")
     for leftover in run.out.glob(".select-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     folder = run.out / f".select-{uuid.uuid4().hex}"
@@ -252,7 +255,9 @@ def summary(run: Run, selected: Mapping[str, Any], parts: Sequence[Part]) -> dic
     """What the page shows of this selection: as it was gathered, or gathered now where the file is gone."""
     path = summary_path(run)
     if not path.exists():
-        write_manifest(path, summarise(parts, run.out / "ledger", selected, _map_parts(run, engine.partitions(parts))))
+        write_manifest(
+            path, summarise(parts, run.out / "ledger", selected, _map_parts(run, engine.partitions(parts), "page"))
+        )
     found = read_manifest(path)
     assert found is not None
     return found
@@ -296,7 +301,7 @@ def build(run: Run) -> dict[str, Any]:
         seed=run.config.seed,
         shard_samples=run.config.shard_samples,
         members=run.config.members,
-        map_parts=_map_parts(run, pool),
+        map_parts=_map_parts(run, pool, "plan"),
     )
     copied = Counter[str]()
     if not target.exists():

@@ -24,7 +24,7 @@ from curation.hashing import config_hash
 from curation.manifest import claim, read_manifest, write_manifest
 from curation.pool import Shard, list_shards
 from curation.report import write_report
-from curation.workers import Workers
+from curation.workers import Workers, alive
 
 KEPT = ("signals",)  # what was measured is right for any recipe
 PACKAGES = (
@@ -72,11 +72,12 @@ def curate(
     if phase not in (*STEPS, "all"):
         raise UserError(f"--phase {phase}: unknown; one of {', '.join(STEPS)}, all")
     chosen = _parse_slice(part, phase)
-    pool = list_shards(pools, config.modality)
+    with alive("list the pool"):
+        pool = list_shards(pools, config.modality)
     identity = _identity(config, pool)
     root = (signals or out / "signals").resolve()
     written = (out,) if root.is_relative_to(out.resolve()) else (out, root)
-    with full_disk_named(*written), Workers(workers, ray_address) as ray_workers:
+    with alive("curate"), full_disk_named(*written), Workers(workers, ray_address) as ray_workers:
         run = phases.Run(
             config=config,
             pool=pool,

@@ -29,7 +29,7 @@ from curation.tar import BLOCK, END
 
 SAMPLED = 4_096  # uids from which the ranges of uids are guessed
 ROW_BYTES = 36
-HEX = re.compile(r"[0-9a-fA-F]{32}")
+HEX = r"^[0-9a-fA-F]{32}$"
 UID = np.dtype("u8,u8")
 Numbers = tuple[np.ndarray, np.ndarray]
 """The high and the low half of uids as numbers of 128 bits: uint64 [n] both."""
@@ -103,17 +103,9 @@ def plan(
         UserError: a sample has a member of such an extension already.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kept: list[int] = []
-    sample = np.zeros(0, UID)
-    weights = np.zeros(0, np.uint64)
-    for counts, hashes, uids in map_parts(partial(_look, ledger), pool):
-        kept += counts
-        weights, sample = np.concatenate([weights, hashes]), np.concatenate([sample, uids])
-        lowest = np.argsort(weights, kind="stable")[:SAMPLED]
-        weights, sample = weights[lowest], sample[lowest]
+    kept = [n for counts in map_parts(partial(_count, ledger), pool) for n in counts]
     buckets = buckets_for(sum(kept), ROW_BYTES)
-
-    splitters = np.sort(sample)[len(sample) * np.arange(1, buckets) // buckets]
+    splitters = _splitters(pool, ledger, buckets, map_parts)
     for _ in map_parts(partial(_send_uids, ledger, folder / "uids", splitters), pool):
         pass
     numbered = gather(folder / "uids", len(pool), buckets, ROW_BYTES, partial(_number, folder), map_parts)
@@ -173,15 +165,29 @@ def _kept(partition: Partition, ledger: Path, columns: Sequence[str]) -> tuple[p
     return partition.read(columns).take(pa.array(here)), here + partition.first, copies[here]
 
 
-def _look(ledger: Path, partition: Partition) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """(copies of each part, and of at most SAMPLED uids with the lowest hashes: the hashes, the uids as UID)"""
+def _count(ledger: Path, partition: Partition) -> list[int]:
+    """Copies of each part."""
+    return [int(read_column(ledger, part, "copies").sum()) for part in partition.parts]
+
+
+def _splitters(pool: Sequence[Partition], ledger: Path, buckets: int, map_parts: MapParts) -> np.ndarray:
+    """What divides the uids into so many ranges of about equally many: UID [buckets - 1]."""
+    sample, weights = np.zeros(0, UID), np.zeros(0, np.uint64)
+    for hashes, uids in map_parts(partial(_sample, ledger), pool) if buckets > 1 else ():
+        weights, sample = np.concatenate([weights, hashes]), np.concatenate([sample, uids])
+        lowest = np.argsort(weights, kind="stable")[:SAMPLED]
+        weights, sample = weights[lowest], sample[lowest]
+    return np.sort(sample)[len(sample) * np.arange(1, buckets) // buckets]
+
+
+def _sample(ledger: Path, partition: Partition) -> tuple[np.ndarray, np.ndarray]:
+    """Of at most SAMPLED uids with the lowest hashes: the hashes, the uids as UID."""
     table, _, _ = _kept(partition, ledger, ["uid"])
     uids = table["uid"].to_pylist()
     hashes = hash64_many("uid sample", uids)
     lowest = np.argsort(hashes, kind="stable")[:SAMPLED]
     high, low = numbers([uids[i] for i in lowest])
-    counts = [int(read_column(ledger, part, "copies").sum()) for part in partition.parts]
-    return counts, hashes[lowest], _as_uid(high, low)
+    return hashes[lowest], _as_uid(high, low)
 
 
 def _send_uids(ledger: Path, folder: Path, splitters: np.ndarray, partition: Partition) -> None:
@@ -287,7 +293,9 @@ def _place(
 
 def numbers(uids: Sequence[str]) -> Numbers:
     """Uids as numbers; one that is not 32 hex digits, which DataComp's always are, by its md5."""
-    digits = (uid if HEX.fullmatch(uid) else hashlib.md5(uid.encode()).hexdigest() for uid in uids)
+    digits = uids
+    if not pc.all(pc.match_substring_regex(pa.array(uids, pa.string()), HEX)).as_py():
+        digits = [uid if re.fullmatch(HEX, uid) else hashlib.md5(uid.encode()).hexdigest() for uid in uids]
     pairs = np.frombuffer(bytes.fromhex("".join(digits)), ">u8").astype("u8").reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1]
 

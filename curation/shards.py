@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from curation.copying import Outputs, lay_out, tar_name
 from curation.manifest import SCHEMA_VERSION
 from curation.plan import Input, Plan
-from curation.selection.engine import Part
+from curation.selection.engine import Part, read_columns
 from curation.sources import Source, whole_shard
 from curation.tar import headers
 
@@ -69,7 +68,7 @@ class Copying:
 def _samples(tape: Source, part: Part, entries: pa.Table, new: Mapping[str, str]) -> Iterator[memoryview]:
     """Each copy of a part as it lies in a tar, the members of `new` (extension -> column) at its end; see `lay_out`."""
     columns = ["uid", "extensions", "offsets", "sizes", *new.values()]
-    table = pq.ParquetFile(part.path).read(columns, use_threads=False).take(entries["row"]).combine_chunks()
+    table = read_columns(part.path, columns).take(entries["row"]).combine_chunks()
     rows = np.arange(table.num_rows)
     of = [np.repeat(rows, pc.list_value_length(table["sizes"]).to_numpy())]  # the copy that each member belongs to
     extensions = pc.list_flatten(table["extensions"]).to_pylist()
@@ -86,7 +85,8 @@ def _samples(tape: Source, part: Part, entries: pa.Table, new: Mapping[str, str]
     order = np.argsort(members, kind="stable")
     stems = [f"{u}-{c}." for u, c in zip(table["uid"].to_pylist(), entries["copy"].to_pylist(), strict=True)]
     size = np.concatenate(sizes)[order]
-    heads = headers([stems[members[i]] + extensions[i] for i in order.tolist()], size)
+    called = zip(members[order].tolist(), order.tolist(), strict=True)
+    heads = headers([stems[of_sample] + extensions[i] for of_sample, i in called], size)
     lengths = np.bincount(members, minlength=len(rows))
     return lay_out(tape, heads, np.concatenate(starts)[order], size, lengths, texts)
 

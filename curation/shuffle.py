@@ -27,7 +27,8 @@ MapParts = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 """`map_parts(function, items)`: the function's results in the order of the items, as they come."""
 Reduce = Callable[[Iterator[pa.Table]], tuple[pa.Table, Any]]
 """From a bucket's rows, about `BUCKET_BYTES` at a time and at least one table, to (table with `row`, summary)."""
-BUCKET_BYTES = 32 << 20  # of rows as they are sent; reducing them takes a few times as much
+BUCKET_BYTES = 16 << 20  # of rows as they are sent; reducing them takes some eight times as much
+_OUT = "out-{:06d}.arrow"
 
 
 def buckets_for(rows: int, row_bytes: int) -> int:
@@ -59,10 +60,16 @@ class RowFiles:
     def between(self, first: int, end: int) -> Iterator[tuple[int, pa.Table]]:
         """(bucket, what it found of the rows [first, end)), where it found something."""
         for bucket in range(len(self.summaries)):
-            table = _read(self.folder / f"out-{bucket:06d}.arrow", 0)
+            table = _read(self.folder / _OUT.format(bucket), 0)
             low, high = np.searchsorted(table["row"].to_numpy(), [first, end]).tolist()
             if low < high:
                 yield bucket, pa.Table.from_batches([table.slice(low, high - low)])
+
+
+def write_rows(folder: Path, table: pa.Table) -> RowFiles:
+    """What one process found (a table with `row`, ascending), as the files of a shuffle of one bucket."""
+    _write(folder / _OUT.format(0), table.schema, [_one_batch(table)])
+    return RowFiles(folder=folder, summaries=[None])
 
 
 def gather(
@@ -81,7 +88,7 @@ def gather(
 def _reduce(folder: Path, partitions: int, chunk_rows: int, reduce: Reduce, bucket: int) -> Any:
     table, summary = reduce(_pieces(folder, partitions, chunk_rows, bucket))
     table = table.take(pc.sort_indices(table["row"]))
-    _write(folder / f"out-{bucket:06d}.arrow", table.schema, [_one_batch(table)])
+    _write(folder / _OUT.format(bucket), table.schema, [_one_batch(table)])
     return summary
 
 

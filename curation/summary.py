@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 from curation import store
 from curation.errors import UserError
 from curation.hashing import hash64_many
-from curation.selection.engine import MapParts, Part
+from curation.ledger import read_column
+from curation.selection.engine import MapParts, Part, read_columns
 from curation.signals.concepts import read_entries
 
 SAMPLED = 20_000  # about so many rows decide a histogram's ends; a smaller pool decides with all of its rows
@@ -129,8 +130,8 @@ def thresholds_of(stages: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]
 def _look(ledger: Path, seed: int, cut: int, columns: list[str], language: bool, item: tuple[int, Part]) -> Seen:
     """`cut`: rows with a hash below it are of the sample."""
     number, part = item
-    judged = pq.read_table(ledger / part.path.name, columns=["uid", "reason", "copies"])
-    table = pq.read_table(part.path, columns=[*columns, *(["language"] if language else [])])
+    judged = read_columns(ledger / part.path.name, ["uid", "reason", "copies"])
+    table = read_columns(part.path, [*columns, *(["language"] if language else [])])
     hashes = hash64_many(f"{seed}/page", judged["uid"].to_pylist())
     copies = judged["copies"].to_numpy()
     chosen = table.filter(pa.array(hashes <= cut - 1))
@@ -178,8 +179,8 @@ def _axis(values: np.ndarray, bounds: Sequence[float], whole: bool) -> Axis:
 
 def _count(ledger: Path, axes: Mapping[str, Axis], part: Part) -> dict[str, np.ndarray]:
     """By column, the rows in each bin, kept and not: int64 [2, bins]."""
-    table = pq.read_table(part.path, columns=list(axes))
-    kept = pq.read_table(ledger / part.path.name, columns=["copies"])["copies"].to_numpy() > 0
+    table = read_columns(part.path, list(axes))
+    kept = read_column(ledger, part, "copies") > 0
     counted = {}
     for column, axis in axes.items():
         values = _numbers(table, column)

@@ -186,11 +186,14 @@ def headers(names: Sequence[str], sizes: np.ndarray) -> np.ndarray:
     """
     encoded = [name.encode() for name in names]
     assert max(map(len, encoded), default=0) <= 100 and sizes.max(initial=0) < 8**11, "beyond a ustar header"
+    called, digits = np.array(encoded, "S100").view(np.uint8).reshape(-1, 100), _octal(sizes, 11)
     blocks = np.zeros((len(encoded), BLOCK), np.uint8)
-    blocks[:, :100] = np.array(encoded, "S100").view(np.uint8).reshape(-1, 100)
+    blocks[:, :100] = called
     blocks[:, 100:265] = np.frombuffer(_SAME, np.uint8)
-    blocks[:, 124:135] = _octal(sizes, 11)
-    blocks[:, 148:154] = _octal(blocks.sum(axis=1, dtype=np.int64), 6)  # taken with blanks in its own place
+    blocks[:, 124:135] = digits
+    # Of all bytes, with blanks in its own place and zeros in that of the size.
+    total = sum(_SAME) - 11 * ord("0") + called.sum(axis=1, dtype=np.int64) + digits.sum(axis=1, dtype=np.int64)
+    blocks[:, 148:154] = _octal(total, 6)
     blocks[:, 154] = 0
     return blocks
 

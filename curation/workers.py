@@ -1,18 +1,21 @@
-"""Ray, as curation uses it: a few actors, one item in flight for each, results in any order.
+"""Ray, as curation uses it: a few actors, an item in work and one waiting for each, results in any order.
 
-An actor loads its models once and is given the next item when it has answered
-the last one. That is all the scheduling that units of a thousand samples need,
-and it has none of Ray Data's object-store traffic or its starvation when the
-actors take every CPU. A killed worker is started again by Ray and its item
+An actor loads its models once, and finds its next item waiting when it has
+answered the last one, but near the end, where items wait for whoever is free.
+That is all the scheduling that units of a thousand samples need, and it has
+none of Ray Data's object-store traffic or its starvation when the actors take
+every CPU. A killed worker is started again by Ray and its item
 with it: items write their own output atomically, so doing one twice is harmless.
 """
 
 import logging
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 from curation.errors import UserError
@@ -20,6 +23,7 @@ from curation.errors import UserError
 RETRIES = 5  # per item; a unit that kills its worker more often is a defect, not bad luck
 OBJECT_STORE_BYTES = 200 << 20  # pixels never enter it
 REPORT_SECONDS = 5.0
+SILENT_SECONDS = 30.0
 
 
 class Workers:
@@ -89,12 +93,20 @@ class Workers:
         self._generation += 1
         shared = ray.put(setup)
         waiting = deque(items)
-        flying: dict[Any, Any] = {}
-        for actor in actors:
-            flying[actor.call.remote(self._generation, shared, waiting.popleft())] = actor
+        flying: dict[Any, int] = {}  # which actor has it
+        held = [0] * len(actors)
+
+        def send(number: int) -> None:
+            while waiting and held[number] < (2 if len(waiting) > len(actors) else 1):
+                flying[actors[number].call.remote(self._generation, shared, waiting.popleft())] = number
+                held[number] += 1
+
+        for number in range(len(actors)):
+            send(number)
         while flying:
             done, _ = ray.wait(list(flying), num_returns=1)
-            actor = flying.pop(done[0])
+            number = flying.pop(done[0])
+            held[number] -= 1
             try:
                 result = ray.get(done[0])
             except ray.exceptions.RayTaskError as failure:
@@ -103,8 +115,7 @@ class Workers:
                 if isinstance(failure.cause, OSError):  # Ray's own shape of it has no errno
                     raise failure.cause from failure
                 raise
-            if waiting:
-                flying[actor.call.remote(self._generation, shared, waiting.popleft())] = actor
+            send(number)
             yield result
 
     def _actors_for(self, items: int) -> list[Any]:
@@ -138,16 +149,61 @@ class _Actor:
         return self._function(item)
 
 
+class _Log:
+    """What was said last, and when: one a process, since there is one log."""
+
+    doing = ""
+    said = time.monotonic()
+
+    def say(self, text: str) -> None:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+        self.said = time.monotonic()
+
+
+_log = _Log()
+
+
+@contextmanager
+def alive(label: str) -> Iterator[None]:
+    """While the body runs, say every SILENT_SECONDS that it does, where nothing else is said: a model that trains in
+    one worker, or a list that is read, gives no results to count."""
+    began, end = time.monotonic(), threading.Event()
+    _log.doing, _log.said = label, began
+
+    def watch() -> None:
+        while not end.wait(min(1.0, SILENT_SECONDS)):
+            if time.monotonic() - _log.said >= SILENT_SECONDS:
+                _log.say(f"{_log.doing}: still at work, {time.monotonic() - began:,.0f} s after the start")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+
+
 def progress(
-    results: Iterable[Any], *, label: str, total: int, unit: str, amount: Callable[[Any], int]
+    results: Iterable[Any], *, label: str, total: int, unit: str, amount: Callable[[Any], int], brief: bool = False
 ) -> Iterator[Any]:
-    """Pass the results on while showing how far they are: a bar on a terminal, plain lines in a log."""
+    """Pass the results on while showing how far they are: a bar on a terminal, plain lines in a log.
+
+    `brief`: one of many that may be short, whose bar goes with it and whose end is no news.
+    """
+    _log.doing = label
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(total=total, desc=label, unit=unit, unit_scale=True) as bar:
+        with tqdm(total=total, desc=label, unit=unit, unit_scale=True, leave=not brief) as bar:
             for result in results:
                 bar.update(amount(result))
+                _log.said = time.monotonic()
                 yield result
         return
     began = reported = time.monotonic()
@@ -155,8 +211,9 @@ def progress(
     for result in results:
         done += amount(result)
         now = time.monotonic()
-        if now - reported >= REPORT_SECONDS or done == total:
+        since = _log.said if brief else reported
+        if now - since >= REPORT_SECONDS or (done == total and not brief):
             rate = done / max(now - began, 1e-9)
-            print(f"{label}: {done:,} of {total:,} {unit}, {rate:,.0f}/s", file=sys.stderr, flush=True)
+            _log.say(f"{label}: {done:,} of {total:,} {unit}, {rate:,.0f}/s")
             reported = now
         yield result

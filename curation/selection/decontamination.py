@@ -4,12 +4,16 @@ Equal bytes, near perceptual hashes and near embeddings are three nets of growin
 width. Hashes that differ in at most d bits agree in one of d + 1 bands of their
 bits, so only reference hashes of the same band are compared, and none is
 missed. Embeddings are searched by FAISS in float32, whose last bits hang on how
-many rows are asked at once; whatever it finds just below the bound is therefore
+how many rows are asked at once; whatever it finds just below the bound is therefore
 compared again in float64, and the verdict is that of float64 however the pool
 is cut.
+
+Every worker reads the reference for itself; the process that decides only
+learns how many pictures it has.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +23,7 @@ import pyarrow.compute as pc
 
 from curation.errors import UserError
 from curation.selection import clustering
-from curation.selection.interface import Fold, Program
+from curation.selection.interface import Apart, Fold, Program
 from curation.selection.reference_quantile import identities, read_reference, reference_content
 
 BITS = 64
@@ -28,6 +32,7 @@ ROUNDING = 5e-4  # twice what float32 can be off in a dot product of unit vector
 
 Bands = list[tuple[np.ndarray, np.ndarray]]
 """For each band of bits: (its values, sorted; the hashes in that order), both uint64 [R]"""
+Identities = set[tuple[bytes, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,7 @@ class Decontamination:
     `phash_bits`: drop at a Hamming distance of at most this (0 to 15) in `phash`; null: do not compare.
     `cosine`: drop at a cosine of at least this, in (0, 1], in the embeddings of `column`; null: do not compare.
 
-    Memory: hashes and float16 embeddings of the reference, in every process.
+    Memory: hashes and float16 embeddings of the reference, in every worker.
     """
 
     reference: str
@@ -64,36 +69,69 @@ class Decontamination:
         return ("image_sha256", *(column for column, bound in near if bound is not None))
 
     def decide(self) -> Program:
-        """{"digests": distinct, "bands": of the distinct hashes, "points": float16 [R, D]}, the latter where needed"""
+        """{"there": the reference, "pictures": how many distinct ones it has}"""
         measured = yield Fold(self._identity, set.union)
-        parts = list(read_reference(self.reference, self.needs, measured or set()))
-        if not any(part["image_sha256"].null_count < part.num_rows for part in parts):
-            raise UserError(f"reference {self.reference}: holds no pictures; measure some evaluation pictures")
-        reference = pa.concat_tables(parts)
-        digests = reference["image_sha256"].unique().drop_null()
-        found: dict[str, Any] = {"digests": digests}
-        if self.phash_bits is not None:
-            found["bands"] = in_bands(reference["phash"].unique().drop_null().to_numpy(), self.phash_bits)
-        if self.cosine is not None:
-            found["points"] = clustering.embeddings(reference.select([self.column]).drop_null(), self.column)
-        return found
+        there = _Reference(self, measured or set())
+        return {"there": there, "pictures": (yield Apart(there.pictures))}
 
-    def _identity(self, table: pa.Table) -> set[tuple[bytes, ...]]:
+    def _identity(self, table: pa.Table) -> Identities:
         return {identities(table.schema, self.needs)}
 
     def apply(self, table: pa.Table, decision: dict[str, Any]) -> np.ndarray:
         if not table.num_rows:
             return np.zeros(0, bool)
-        keep = ~pc.is_in(table["image_sha256"], value_set=decision["digests"]).to_numpy()
+        there = decision["there"]
+        keep = ~pc.is_in(table["image_sha256"], value_set=there.digests).to_numpy()
         if self.phash_bits is not None:
-            keep &= ~within_bits(table["phash"].to_numpy(), decision["bands"], self.phash_bits)
+            keep &= ~within_bits(table["phash"].to_numpy(), there.bands, self.phash_bits)
         if self.cosine is not None:
             points = clustering.embeddings(table, self.column)[keep]
-            keep[keep] = ~within_cosine(points, decision["points"], self.cosine)
+            keep[keep] = ~within_cosine(points, there.points, self.cosine)
         return keep
 
     def describe(self, decision: dict[str, Any]) -> dict[str, Any]:
-        return {"reference_pictures": len(decision["digests"])}
+        return {"reference_pictures": decision["pictures"]}
+
+
+class _Reference:
+    """What the pool is compared with, each kind read where it is first asked for, once in a process."""
+
+    def __init__(self, settings: Decontamination, measured: Identities) -> None:
+        self._settings, self._measured = settings, measured
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_settings": self._settings, "_measured": self._measured}
+
+    def pictures(self) -> int:
+        return len(self.digests)
+
+    @cached_property
+    def digests(self) -> pa.Array:
+        """Distinct."""
+        found = self._column("image_sha256").unique().drop_null()
+        if not len(found):
+            raise UserError(
+                f"reference {self._settings.reference}: holds no pictures; measure some evaluation pictures"
+            )
+        return found
+
+    @cached_property
+    def bands(self) -> Bands:
+        """Of the distinct hashes."""
+        assert self._settings.phash_bits is not None
+        return in_bands(self._column("phash").unique().drop_null().to_numpy(), self._settings.phash_bits)
+
+    @cached_property
+    def points(self) -> np.ndarray:
+        """float16 [R, D]"""
+        column = self._settings.column
+        return clustering.embeddings(pa.table({column: self._column(column)}).drop_null(), column)
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        settings = self._settings
+        parts = read_reference(settings.reference, settings.needs, self._measured)
+        chunks = [chunk for part in parts for chunk in part[name].chunks]
+        return pa.chunked_array(chunks) if chunks else pa.chunked_array([pa.nulls(0)])
 
 
 def _bands(bits: int) -> list[tuple[np.uint64, np.uint64]]:

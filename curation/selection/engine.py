@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.selection.interface import Count, Fold, Leaving, Program, Selector, Shuffle, among
+from curation.selection.interface import Apart, Count, Fold, Leaving, Program, Request, Selector, Shuffle, among
 from curation.shuffle import MapParts, buckets_for, gather, scatter
 
 PARTITION_ROWS = 65_536
@@ -54,12 +54,12 @@ class Partition:
         return sum(part.rows for part in self.parts)
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        return pa.concat_tables(_open(part.path).read(list(columns), use_threads=False) for part in self.parts)
+        return pa.concat_tables(read_columns(part.path, columns) for part in self.parts)
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    """Mapped and read as it is needed: the parts are many and small."""
-    return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Of one small file of many: `pq.read_table` takes longer to look at it than to read it."""
+    return pq.ParquetFile(path, pre_buffer=False).read(list(columns), use_threads=False)
 
 
 def partitions(parts: Sequence[Part], rows: int = PARTITION_ROWS) -> list[Partition]:
@@ -86,9 +86,6 @@ class State:
         for failed in self.failed.T:
             alive &= ~failed
         return alive
-
-    def scope(self, selector: Selector) -> np.ndarray:
-        return self.alive() if selector.scope == "survivors" else self.valid
 
 
 @dataclass(kw_only=True)
@@ -131,10 +128,12 @@ class _Engine:
         self._decided: list[_Verdict] = []  # those that have not acted yet
         self._shuffles: list[Path] = []
         self._counted: tuple[Selector | None, int] = (None, 0)  # what the last round said of a selector's scope
+        self._deciding = 0  # the place of the selector that is deciding, or of the last one
         self._began = time.perf_counter()
 
     def run(self) -> Selection:
         for number, selector in enumerate(self._selectors.values()):
+            self._deciding = number
             decision: Any = getattr(selector, "decide", lambda: None)()
             if isinstance(decision, Generator):
                 decision = self._drive(selector, decision)
@@ -154,13 +153,15 @@ class _Engine:
                 return end.value
             answer = self._answer(selector, request)
 
-    def _answer(self, selector: Selector, request: Count | Fold | Shuffle) -> Any:
+    def _answer(self, selector: Selector, request: Request) -> Any:
+        if isinstance(request, Apart):
+            return next(iter(self._map(_called, [request.work])))
         if isinstance(request, Count):
             return self._round(selector, None)[0]
         if isinstance(request, Fold):
             return self._round(selector, request)[1]
         rows, _ = self._round(selector, None)
-        buckets = buckets_for(rows * request.spread, request.row_bytes)
+        buckets = request.buckets or buckets_for(rows * request.spread, request.row_bytes)
         shuffled = self._folder / f"shuffle-{len(self._shuffles)}"
         self._shuffles.append(shuffled)
         self._round(selector, request, shuffled, buckets)
@@ -172,9 +173,11 @@ class _Engine:
         """Let the decided act and answer the request: (rows in the asking selector's scope, the merged summary)."""
         if request is None and not self._decided and asking is not None and self._counted[0] is asking:
             return self._counted[1], None
+        names = list(self._selectors)
         task = _Round(
             folder=self._folder, version=self._result.version, selectors=len(self._selectors),
             decided=tuple(self._decided), asking=asking, request=request, shuffled=shuffled, buckets=buckets,
+            label=f"select {names[self._deciding]}",
         )  # fmt: skip
         counts = np.zeros((len(self._decided), 3), np.int64)
         rows, merged, changed = 0, None, False
@@ -186,7 +189,6 @@ class _Engine:
                 merged = done.summary if n == 0 else request.merge(merged, done.summary)
         # Selectors that act in one round share its time, and what the deciding one asked before is its own.
         spent = (time.perf_counter() - self._began) / max(len(self._decided), 1)
-        names = list(self._selectors)
         for verdict, (before, dropped, would) in zip(self._decided, counts.tolist(), strict=True):
             stage = {"name": names[verdict.number], "in": before, "out": before - dropped, "dropped": dropped}
             said = verdict.selector.describe(verdict.decision)
@@ -222,6 +224,7 @@ class _Round:
     request: Fold | Shuffle | None
     shuffled: Path | None
     buckets: int
+    label: str  # what a progress bar calls it
 
     def __call__(self, partition: Partition) -> _Done:
         state = _load(self.folder, self.version, partition) if self.version else None
@@ -230,13 +233,20 @@ class _Round:
         first = () if state else ("error",)
         table = partition.read(list(dict.fromkeys([*(c for v in acting for c in v.selector.needs), *asked, *first])))
         state = state or _begun(table["error"], self.selectors)
-        counts = [self._act(verdict, table, state, partition) for verdict in self.decided]
+        row = pa.array(np.arange(partition.first, partition.first + len(state.valid)))
+        table = table.append_column("row", row) if table.num_columns else pa.table({"row": row})
+        counts, alive = [], state.alive()
+        for verdict in self.decided:
+            counts.append(self._act(verdict, table, state, alive))
+            alive &= ~state.failed[:, verdict.number]
         if self.decided:
             state.left = {}
         summary, left = None, False
-        scope = state.scope(self.asking) if self.asking is not None else state.valid
+        scope = alive if self.asking is not None and self.asking.scope == "survivors" else state.valid
         if self.request is not None:
-            inner = _in_scope(table.select(asked), scope, partition, state.left)
+            for name, values in state.left.items():
+                table = table.append_column(name, pa.array(values))
+            inner = _in_scope(table, [*asked, *state.left], scope)
             if isinstance(self.request, Fold):
                 summary = self.request.local(inner)
             else:
@@ -251,9 +261,8 @@ class _Round:
         changed = bool(self.decided) or left
         if changed:
             _save(self.folder, self.version + 1, partition, state)
-        return _Done(
-            counts=np.array(counts, np.int64).reshape(-1, 3), rows=int(scope.sum()), summary=summary, changed=changed
-        )
+        rows = int(np.count_nonzero(scope))
+        return _Done(counts=np.array(counts, np.int64).reshape(-1, 3), rows=rows, summary=summary, changed=changed)
 
     def _asked(self, state: State | None) -> list[str]:
         if self.request is None or self.asking is None:
@@ -262,33 +271,33 @@ class _Round:
         left = state.left if state else {}
         return [column for column in dict.fromkeys(columns) if column not in left]
 
-    def _act(self, verdict: _Verdict, table: pa.Table, state: State, partition: Partition) -> tuple[int, int, int]:
-        """Mark what the selector drops: (rows before, dropped, would drop)."""
-        selector, alive = verdict.selector, state.alive()
+    def _act(self, verdict: _Verdict, table: pa.Table, state: State, alive: np.ndarray) -> tuple[int, ...]:
+        """Mark what the selector drops, of rows of which these are `alive`: (rows before, dropped, would drop)."""
+        selector = verdict.selector
         scope = alive if selector.scope == "survivors" else state.valid
         if hasattr(selector, "apply"):
-            needs = list(dict.fromkeys(selector.needs))
-            kept = selector.apply(_in_scope(table.select(needs), scope, partition, {}), verdict.decision)
+            kept = selector.apply(_in_scope(table, selector.needs, scope), verdict.decision)
         else:
-            kept = ~among(np.flatnonzero(scope) + partition.first, verdict.decision["dropped"])
+            kept = ~among(_in_scope(table, (), scope)["row"].to_numpy(), verdict.decision["dropped"])
         if kept.dtype != bool:
             state.copies[scope] *= np.maximum(kept, 1).astype(np.int32)
         gone = state.failed[:, verdict.number]
         gone[scope] = kept == 0
-        return int(alive.sum()), int((alive & gone).sum()), int(gone.sum())
+        return tuple(int(np.count_nonzero(rows)) for rows in (alive, alive & gone, gone))
 
 
-def _in_scope(table: pa.Table, scope: np.ndarray, partition: Partition, left: Mapping[str, np.ndarray]) -> pa.Table:
-    added = {**left, "row": np.arange(partition.first, partition.first + len(scope))}
-    for name, values in added.items() if table.num_columns else ():
-        table = table.append_column(name, pa.array(values))
-    if not table.num_columns:  # such a table has no length
-        table = pa.table(added)
-    return table if scope.all() else table.filter(pa.array(scope))
+def _called(work: Callable[[], Any]) -> Any:
+    return work()
+
+
+def _in_scope(table: pa.Table, columns: Sequence[str], scope: np.ndarray) -> pa.Table:
+    """These columns and `row`, of the rows in scope."""
+    chosen = table.select(list(dict.fromkeys([*columns, "row"])))
+    return chosen if scope.all() else chosen.filter(pa.array(scope))
 
 
 def _path(folder: Path, version: int, partition: Partition) -> Path:
-    return folder / f"state-{version}-{partition.number:06d}.npz"
+    return folder / f"state-{version}-{partition.number:06d}.npy"
 
 
 def _begun(errors: pa.ChunkedArray, selectors: int) -> State:
@@ -298,16 +307,20 @@ def _begun(errors: pa.ChunkedArray, selectors: int) -> State:
 
 
 def _load(folder: Path, version: int, partition: Partition) -> State:
-    with np.load(_path(folder, version, partition)) as saved:
-        fields = {name: saved[name] for name in saved.files}
+    with open(_path(folder, version, partition), "rb") as file:
+        fields = {name: np.load(file) for name in np.load(file).tolist()}
     base = {name: fields.pop(name) for name in ("valid", "failed", "copies")}
     return State(**base, left=fields)
 
 
 def _save(folder: Path, version: int, partition: Partition, state: State) -> None:
+    """One array after the other, their names first: a zip, as `np.savez` makes it, costs more than the selectors."""
     path = _path(folder, version, partition)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.npz")
-    columns: dict[str, Any] = {"valid": state.valid, "failed": state.failed, "copies": state.copies, **state.left}
-    np.savez(temporary, **columns)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.npy")
+    columns = {"valid": state.valid, "failed": state.failed, "copies": state.copies, **state.left}
+    with open(temporary, "wb") as file:
+        np.save(file, np.array(list(columns)))
+        for values in columns.values():
+            np.save(file, values)
     os.replace(temporary, path)

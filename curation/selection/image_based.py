@@ -14,8 +14,9 @@ nothing here; of an .npy only the width can be checked.
 
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +26,7 @@ import pyarrow as pa
 from curation.errors import UserError
 from curation.hashing import config_hash, file_hash
 from curation.selection import clustering
-from curation.selection.interface import Fold, Program
+from curation.selection.interface import Apart, Fold, Program
 from curation.selection.nearest import Nearest, Precision
 from curation.selection.reference_quantile import identities, read_reference, reference_content
 
@@ -40,10 +41,10 @@ class ImageBased:
     Set one: `centroids`, an .npy [K, D] or DataComp's torch-pickled array; or `clusters`, to train so
     many here by L2 on the `sample` survivors with the lowest hashes (DataComp: 100,000 clusters).
     `assignment`: "ip-raw" is the largest dot product with the raw centroids, as DataComp has it.
-    `precision`: "fast" assigns at twice the speed and equally to at least 99.9 % of the rows, where there are tens of
-    thousands of centroids; with few it changes nothing.
+    `precision`: "fast" finds the same centroid at twice the speed or more, if there are tens of thousands of them and
+    the processor multiplies bytes (VNNI); with few it changes nothing.
 
-    Memory: the centroids in float32, twice during a search, in every process; to train, the sample as well.
+    Memory: the centroids in float32, in every worker; in the one that trains, the sample as well.
     """
 
     column: str = "clip_image_embedding"
@@ -84,10 +85,10 @@ class ImageBased:
         return (self.column,) if self.clusters is None else (self.column, "uid")
 
     def decide(self) -> Program:
-        """{"nearest": the centroids, or None where nothing survives, "touched": bool [K]}"""
+        """{"nearest": opens the centroids, None where nothing survives, "touched": bool [K]}"""
         measured = yield Fold(self._identity, set.union, columns=(self.column,))
         if self.centroids is not None:
-            centroids = _read_centroids(self.centroids)
+            centroids: Callable[[], np.ndarray] = partial(_read_centroids, self.centroids)
         else:
             centroids = yield from clustering.trained(
                 self.column,
@@ -100,12 +101,17 @@ class ImageBased:
             if centroids is None:
                 return {"nearest": None, "touched": np.zeros(0, bool)}
         nearest = Nearest(centroids, "ip" if self.assignment == "ip-raw" else "l2", self.precision)
-        touched = np.zeros(len(nearest), bool)
-        for block in self._reference_blocks(measured or set()):
+        touched = yield Apart(partial(self._touched, nearest, measured or set()))
+        return {"nearest": nearest, "touched": touched}
+
+    def _touched(self, nearest: Nearest, measured: set[tuple[bytes, ...]]) -> np.ndarray:
+        """Which centroids are the nearest of a row of the reference: bool [K]"""
+        touched = np.zeros(len(nearest.centroids), bool)
+        for block in self._reference_blocks(measured):
             touched[self._nearest(block, nearest, f"reference {self.reference}")] = True
         if not touched.any():
             raise UserError(f"reference {self.reference}: holds no embeddings; measure some pictures")
-        return {"nearest": nearest, "touched": touched}
+        return touched
 
     def _identity(self, table: pa.Table) -> set[tuple[bytes, ...]]:
         return {identities(table.schema, [self.column])}
@@ -124,9 +130,10 @@ class ImageBased:
         return self.reference.endswith(".npy")
 
     def _nearest(self, points: np.ndarray, nearest: Nearest, whose: str) -> np.ndarray:
-        if points.shape[1] != nearest.width:
+        width = nearest.centroids.shape[1]
+        if points.shape[1] != width:
             raise UserError(
-                f"{whose}: embeddings of width {points.shape[1]}, but the centroids have {nearest.width}; "
+                f"{whose}: embeddings of width {points.shape[1]}, but the centroids have {width}; "
                 "both must come from one model"
             )
         return nearest(points)

@@ -16,6 +16,9 @@ ask the pool, and each answer comes back as the value of its `yield`:
 partition and merges them. `Shuffle` brings the rows of one bucket together from
 all partitions (`curation.shuffle`) and lets each bucket find something out;
 selectors that drop rows by what others hold (copies, clusters) are made of it.
+`Apart` lets a worker do what needs no rows but much memory. What is large and
+has to reach every worker (centroids, a reference) stays in files, and decisions
+hold what opens them.
 A selector without `apply` drops the rows in its decision's "dropped".
 
 One that reads a file of the user's beside the pool has `content() -> str`, which
@@ -65,9 +68,17 @@ class Shuffle(NamedTuple):
     row_bytes: int  # about how large a sent row is, from which follows the number of buckets
     spread: int = 1  # how many rows are sent of each
     columns: Sequence[str] | None = None
+    buckets: int | None = None  # so many, whatever they hold
 
 
-Program = Generator[Count | Fold | Shuffle, Any, Any]
+class Apart(NamedTuple):
+    """What `work()` returns, called in one worker: what takes more memory than the process that decides is to have."""
+
+    work: Callable[[], Any]
+
+
+Request = Count | Fold | Shuffle | Apart
+Program = Generator[Request, Any, Any]
 Rows = np.ndarray | RowFiles
 """Places in the pool: int64, ascending; in one process or in the files of a shuffle."""
 

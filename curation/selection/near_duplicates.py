@@ -9,7 +9,7 @@ hashes that differ in at most d bits agree in at least m - d of m bands, so each
 is sent once for every choice of m - d bands, under these bits, and only hashes
 that share them are compared. More bands make longer keys and fewer chance
 meetings; as many are taken as the pool's size asks for, and none is missed.
-What is left to decide in one process are the near pairs alone.
+What is left to decide in one process are the near pairs alone, some at a time.
 """
 
 from collections.abc import Iterator
@@ -24,10 +24,11 @@ import pyarrow as pa
 
 from curation.errors import UserError
 from curation.selection.interface import Count, Program, Shuffle, among, row_table
-from curation.shuffle import RowFiles, hash_buckets
+from curation.shuffle import RowFiles, hash_buckets, write_rows
 
 BITS = 64
 MOST_KEYS = 40  # of one hash
+PAIRS = 1 << 18  # near pairs that are decided at once
 MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: spreads keys over the buckets
 
 
@@ -35,7 +36,7 @@ MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: spreads keys ov
 class NearDuplicates:
     """Pictures whose 64-bit `column` differs in at most `distance` bits (0 to 15) are the same.
 
-    Memory: 16 bytes a near pair, in the one process that decides.
+    Near pairs are decided in the pool's order by one process, which holds PAIRS of them.
     """
 
     distance: int = 4
@@ -131,18 +132,47 @@ def _pairs(distance: int, pieces: Iterator[pa.Table]) -> tuple[pa.Table, None]:
     return pa.table({"row": pairs[:, 0], "earlier": pairs[:, 1]}), None
 
 
-def greedy(near: RowFiles) -> np.ndarray:
-    """The rows that go, when each stays unless an earlier one that stays is near: int64, sorted."""
-    found = [table for _, table in near.between(0, 1 << 62)]
-    if not found:
-        return np.zeros(0, np.int64)
-    pairs = pa.concat_tables(found)
+def greedy(near: RowFiles) -> RowFiles:
+    """The rows that go, when each stays unless an earlier one that stays is near.
+
+    From the first row on, as many at a time as have about PAIRS pairs if these lie evenly. What has gone is a file too,
+    looked into and not held.
+    """
+    tables = [table for _, table in near.between(0, 1 << 62)]
+    pairs = sum(table.num_rows for table in tables)
+    last = max((table["row"][-1].as_py() for table in tables), default=-1)
+    step = -(-(last + 1) // max(1, -(-pairs // PAIRS)))
+    del tables
+    file = near.folder / "gone.int64"
+    with open(file, "wb") as out:
+        for start in range(0, last + 1, max(step, 1)):
+            gone = np.memmap(file, np.int64, "r") if out.tell() else np.zeros(0, np.int64)
+            found = [table for _, table in near.between(start, start + step)]
+            if found:
+                out.write(_gone(pa.concat_tables(found), start, gone).tobytes())
+                out.flush()
+    rows = np.memmap(file, np.int64, "r") if file.stat().st_size else np.zeros(0, np.int64)
+    return write_rows(near.folder / "gone", row_table(rows))
+
+
+def _gone(pairs: pa.Table, start: int, before: np.ndarray) -> np.ndarray:
+    """Of the pairs of all rows from `start` to some end, the rows that go, where `before` are those before `start`."""
     later, earlier = pairs["row"].to_numpy(), pairs["earlier"].to_numpy()
     order = np.argsort(later, kind="stable")
     later, earlier = later[order], earlier[order]
-    rows, starts = np.unique(later, return_index=True)
-    gone: set[int] = set()
-    for row, mine in zip(rows.tolist(), np.split(earlier, starts[1:]), strict=True):
-        if not gone.issuperset(mine.tolist()):
-            gone.add(row)
-    return np.array(sorted(gone), np.int64)
+    rows, firsts = np.unique(later, return_index=True)
+    place = np.searchsorted(before, earlier)
+    went = np.zeros(len(earlier), bool)
+    inside = place < len(before)
+    went[inside] = before[place[inside]] == earlier[inside]
+    # A row near to one from before `start` that stays goes in any case; of the others, those must be asked in order.
+    goes = np.logical_or.reduceat((earlier < start) & ~went, firsts)
+    ends = np.append(firsts[1:], len(later))
+    at = np.searchsorted(rows, earlier)  # where the earlier one is, if it is a later one of a pair itself
+    known = (at < len(rows)) & (rows[np.minimum(at, len(rows) - 1)] == earlier)
+    here = earlier >= start
+    for i in np.flatnonzero(~goes).tolist():
+        mine = slice(firsts[i], ends[i])
+        stays = ~(known[mine] & goes[at[mine] % len(rows)])
+        goes[i] = (here[mine] & stays).any()
+    return rows[goes]

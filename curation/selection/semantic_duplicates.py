@@ -37,7 +37,7 @@ class SemanticDuplicates:
 
     `sample`: rows that train the centroids, in so many `iterations`.
 
-    Memory: the sample in the process that decides; the largest cluster's embeddings, twice in float32, in a worker.
+    Memory, in a worker: the sample in float32; later the centroids and the largest cluster, twice in float32.
     """
 
     column: str = "clip_image_embedding"
@@ -70,24 +70,25 @@ class SemanticDuplicates:
         sizes = yield Fold(partial(self._assign, centroids), np.add, columns=(self.column,))
         before = np.concatenate([[0], np.cumsum(sizes)])  # rows of earlier clusters: buckets hold about equally many
         gone = yield Shuffle(
-            partial(self._rows, before), partial(self._compare, centroids), row_bytes=2 * centroids.shape[1] + 64
+            partial(self._rows, before), partial(self._compare, centroids), row_bytes=2 * centroids.width + 64
         )
         after = sizes.copy()
         for clusters, counts in gone.summaries:
             after[clusters] -= counts
         return {"dropped": [gone], "before": sizes, "after": after}
 
-    def _assign(self, centroids: np.ndarray, table: pa.Table) -> Leaving:
-        cluster = clustering.nearest(clustering.embeddings(table, self.column), centroids)
-        return Leaving(np.bincount(cluster, minlength=len(centroids)), {"cluster": cluster})
+    def _assign(self, centroids: clustering.Centroids, table: pa.Table) -> Leaving:
+        cluster = clustering.nearest(clustering.embeddings(table, self.column), centroids())
+        return Leaving(np.bincount(cluster, minlength=centroids.count), {"cluster": cluster})
 
     def _rows(self, before: np.ndarray, table: pa.Table, buckets: int) -> pa.Table:
         cluster = table["cluster"].to_numpy()
         bucket = before[cluster] * buckets // max(before[-1], 1)
         return table.select(["cluster", "row", "uid", self.column]).append_column("bucket", pa.array(bucket))
 
-    def _compare(self, centroids: np.ndarray, pieces: Iterator[pa.Table]) -> tuple[pa.Table, Any]:
+    def _compare(self, stored: clustering.Centroids, pieces: Iterator[pa.Table]) -> tuple[pa.Table, Any]:
         """(the rows that go; the clusters that lose some, and how many each)"""
+        centroids = stored()
         table = pa.concat_tables(pieces).combine_chunks()
         cluster, rows = table["cluster"].to_numpy(), table["row"].to_numpy()
         embedded = clustering.embeddings(table, self.column)

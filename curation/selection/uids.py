@@ -1,7 +1,9 @@
 """Keep the uids of a list: a DataComp subset (.npy of u8,u8), a text file with one uid a line, or a parquet column.
 
 A list may name a uid more than once, as DataComp's subsets may: then its sample
-is in the shards as often, its copies spread by their own hashes.
+is in the shards as often, its copies spread by their own hashes. A sorted
+subset, as DataComp writes them, stays in its file (`curation.selection.subset`);
+any other list is held in memory.
 """
 
 from dataclasses import dataclass
@@ -15,6 +17,9 @@ import pyarrow.parquet as pq
 
 from curation.errors import UserError
 from curation.hashing import file_hash
+from curation.selection.interface import Program, Shuffle
+from curation.selection.subset import Subset
+from curation.shuffle import RowFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +27,8 @@ class Uids:
     """Keep what `file` names; `block_list` on uid drops it. Parquet needs a column `uid`.
 
     `repeats`: "n" keeps a sample as often as the list names it, as DataComp's resharder does; "once" keeps it once.
+
+    Memory: of a sorted .npy a block at a time; of any other list all, in every process.
     """
 
     file: str
@@ -39,19 +46,33 @@ class Uids:
     def needs(self) -> tuple[str, ...]:
         return ("uid",)
 
-    def decide(self) -> pa.Table:
-        """(uid, distinct; how often it is kept)"""
-        counts = read_uids(Path(self.file)).value_counts()
-        often = counts.field("counts").to_numpy() if self.repeats == "n" else np.ones(len(counts), int)
-        return pa.table({"uid": counts.field("values"), "copies": often})
+    def decide(self) -> Program:
+        """{"often": the rows that are named, in files, or (uid, how often) of the list; "listed", "copies"}"""
+        subset = Subset(Path(self.file))
+        if subset.path.suffix == ".npy":
+            listed, copies, ordered = subset.sizes()
+            if ordered:
+                often = yield Shuffle(subset.sent, subset.counted, row_bytes=24)
+                return {"often": often, "listed": listed, "copies": copies}
+        uids = read_uids(subset.path)
+        counts = uids.value_counts()
+        return {"often": counts, "listed": len(counts), "copies": len(uids)}
 
-    def apply(self, table: pa.Table, decision: pa.Table) -> np.ndarray:
-        place = pc.index_in(table["uid"], value_set=decision["uid"].combine_chunks())
-        often = decision["copies"].to_numpy()[pc.fill_null(place, 0).to_numpy()] if decision.num_rows else 0
-        return np.where(place.is_valid().to_numpy(), often, 0).astype(np.int32)
+    def apply(self, table: pa.Table, decision: dict[str, Any]) -> np.ndarray:
+        counts = decision["often"]
+        often = np.zeros(table.num_rows, np.int32)
+        if isinstance(counts, RowFiles):
+            rows = table["row"].to_numpy()
+            for _, found in counts.between(int(rows[0]), int(rows[-1]) + 1) if len(rows) else ():
+                often[np.searchsorted(rows, found["row"].to_numpy())] = found["often"].to_numpy()
+        else:
+            place = pc.index_in(table["uid"].combine_chunks(), value_set=counts.field("values"))
+            often[:] = pc.fill_null(counts.field("counts").take(place), 0).to_numpy()
+        return np.minimum(often, 1) if self.repeats == "once" else often
 
-    def describe(self, decision: pa.Table) -> dict[str, Any]:
-        return {"listed": decision.num_rows, "copies": int(decision["copies"].to_numpy().sum())}
+    def describe(self, decision: dict[str, Any]) -> dict[str, Any]:
+        listed = decision["listed"]
+        return {"listed": listed, "copies": listed if self.repeats == "once" else decision["copies"]}
 
 
 def read_uids(path: Path) -> pa.Array:
@@ -62,10 +83,7 @@ def read_uids(path: Path) -> pa.Array:
     """
     try:
         if path.suffix == ".npy":
-            pairs = np.load(path)
-            if pairs.dtype != np.dtype("u8,u8"):
-                raise UserError(f"uids: {path}: dtype is {pairs.dtype}; a DataComp subset has u8,u8")
-            return pa.array([f"{a:016x}{b:016x}" for a, b in pairs.tolist()], pa.string())
+            return pa.array([f"{a:016x}{b:016x}" for a, b in Subset(path).opened().tolist()], pa.string())
         if path.suffix == ".parquet":
             return pq.read_table(path, columns=["uid"])["uid"].combine_chunks().drop_null()
         return pa.array([line.strip() for line in path.read_text().splitlines() if line.strip()], pa.string())

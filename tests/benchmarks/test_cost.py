@@ -1,8 +1,12 @@
-"""The cost of a pool from measured rows: the arithmetic by hand, and what is not measured is refused."""
+"""The cost of a pool from measured rows: the arithmetic by hand, and the page's table is what the rows say."""
+
+import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks.cost import BUILD_PAIRS, PHASES, core_hours, table
+from benchmarks.case import LATEST
+from benchmarks.cost import BUILD_PAIRS, MARKS, PAIRS, PHASES, core_hours, in_docs, into_docs, read, table
 from benchmarks.run import GROUPS
 from curation.errors import UserError
 
@@ -21,6 +25,17 @@ def test_table_has_every_phase_and_names_what_is_missing() -> None:
     assert set(rows) <= {name for _, names in GROUPS.values() for name in names}
     printed = table(rows, 12_800_000_000)
     assert all(phase.name in printed for phase in PHASES) and "384.0" in printed, "30 KB x 12.8 billion = 384 TB"
+    assert "Not measured" not in printed
     del rows["reselect"]
-    with pytest.raises(UserError, match="lacks reselect; run make bench"):
-        table(rows, 1)
+    assert "Not measured yet: `reselect`." in table(rows, 1)
+    with pytest.raises(UserError, match="has no row of curation; run make bench"):
+        table({}, 1)
+
+
+def test_the_page_has_the_table_of_the_results(tmp_path: Path) -> None:
+    assert in_docs() == table(read(LATEST), PAIRS), "python -m benchmarks.run writes both"
+    page, results = tmp_path / "page.md", tmp_path / "rows.json"
+    page.write_text(f"before\n{MARKS[0]}old\n{MARKS[1]}after\n")
+    results.write_text(json.dumps([{**ROW, "name": "reselect"}]))
+    into_docs(results, page)
+    assert page.read_text() == f"before\n{MARKS[0]}{table(read(results), PAIRS)}\n{MARKS[1]}after\n"

@@ -1,8 +1,10 @@
 """Semantic duplicates against all pairs, and the image-based filter against a plain argmax."""
 
+import pickle
 import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +16,12 @@ from curation.config import parse_config
 from curation.errors import UserError
 from curation.hashing import hash64_many
 from curation.manifest import write_manifest
-from curation.selection import clustering, semantic_duplicates
+from curation.selection import clustering, engine, semantic_duplicates
+from curation.selection.cluster_balance import ClusterBalance
 from curation.selection.engine import Part
 from curation.selection.image_based import ImageBased
 from curation.selection.semantic_duplicates import SemanticDuplicates, keep_distinct
+from curation.selection.uids import Uids
 from tests.curation.selecting import select
 from tests.curation.test_selection import keeps, write_parts
 
@@ -129,6 +133,34 @@ def test_the_choice_depends_on_neither_parts_nor_order(
     shuffled = np.random.default_rng(1).permutation(ROWS)
     other = write_parts(tmp_path, table.take(pa.array(shuffled)), [77])
     np.testing.assert_array_equal(keeps(selector_of(mode), other), kept[shuffled])
+
+
+def test_neither_rows_nor_samples_reach_the_process_that_decides(
+    table: pa.Table, parts: list[Part], tmp_path: Path
+) -> None:
+    """By what goes to and comes from the workers: the sample is 320 KB here, the list 80 KB, half of the pool."""
+    reference_of(tmp_path, table)
+    pairs = [(int(u[:16], 16), int(u[16:], 16)) for u in table["uid"].to_pylist()[::2]]
+    np.save(tmp_path / "subset.npy", np.sort(np.array(pairs, "u8,u8")))
+    selectors = {
+        "uids": Uids(file=str(tmp_path / "subset.npy")),
+        "balance": ClusterBalance(column="embedding", clusters=6, max_share=0.15, sample=5_000),
+        "image_based": ImageBased(
+            column="embedding", clusters=100, reference=str(tmp_path / "reference.npy"), sample=5_000
+        ),
+        "semantic": SemanticDuplicates(column="embedding", clusters=3, eps=EPS, sample=5_000),
+    }
+    sent: list[int] = []
+
+    def watched(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        for item in items:
+            result = pickle.loads(pickle.dumps(function))(item)
+            sent.extend(len(pickle.dumps(one)) for one in (function, item, result))
+            yield result
+
+    run = engine.run(selectors, engine.partitions(parts, 2_000), tmp_path / "run", watched)
+    assert run.stages[0]["dropped"] > 4_000 and run.stages[-1]["dropped"] and run.stages[-1]["out"] > 500
+    assert max(sent) < 10_000
 
 
 def test_nothing_left_and_what_the_manifest_says(table: pa.Table, tmp_path: Path, parts: list[Part]) -> None:

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from curation.workers import Workers, _processors
+from curation import workers as workers_module
+from curation.workers import Workers, _processors, alive, progress
 from tests.conftest import ROOT
 from tests.curation.conftest import picture, sample, write_tar
 from tests.curation.test_pipeline import digests
@@ -96,3 +98,31 @@ def test_the_same_bytes_for_1_2_and_4_workers_and_any_order_of_shards(tmp_path: 
     manifest = json.loads((tmp_path / "1" / "out" / "manifest.json").read_text())
     assert manifest["seen"] == 10_000 and 1_000 < manifest["kept"] < 2_000
     assert found[0] == found[1] == found[2]
+
+
+def test_a_log_is_not_silent_while_one_thing_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workers_module, "SILENT_SECONDS", 0.1)
+
+    def slow() -> Iterator[int]:
+        yield 1
+        time.sleep(0.5)
+        yield 2
+
+    with alive("start"):
+        assert list(progress(slow(), label="train", total=2, unit="steps", amount=lambda _: 1, brief=True)) == [1, 2]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(line.startswith("train: still at work, ") for line in lines), "and a short end is no news"
+    time.sleep(0.3)
+    assert not capsys.readouterr().err, "nothing after the end"
+
+
+def test_progress_says_each_few_seconds_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workers_module, "REPORT_SECONDS", 0.0)
+    for brief, expected in ((False, [1, 2, 3]), (True, [1, 2, 3])):
+        assert list(progress(range(3), label="it", total=3, unit="steps", amount=lambda _: 1, brief=brief)) == [0, 1, 2]
+        said = capsys.readouterr().err.splitlines()
+        assert [line.split(" steps")[0] for line in said] == [f"it: {n} of 3" for n in expected]
