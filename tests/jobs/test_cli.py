@@ -17,6 +17,7 @@ FLAGS = {
     "curate": "--config --dry-run --help --out --overwrite --part --phase --pool --ray.address --signals --workers",
     "documents": "--config --help --out --overwrite --pool --ray.address --workers",
     "inspect": "--help --out",
+    "share": "--help --layout --out --signal --to",
     "export": "--checkpoint --dtype --help --merge --out --overwrite",
     "evaluate": "--cache --checkpoint --data --embed-tokens --help --out --tasks --threads",
     "heatmap": "--checkpoint --help --image --out --text",
