@@ -22,13 +22,13 @@ import yaml
 
 from curation.croissant import Tar, croissant
 from curation.manifest import write_json
-from curation.report import TEMPLATES
+from curation.report import TEMPLATES, language_by
 from curation.shards import tar_name
 from curation.tar import IMAGE_EXTENSIONS
 
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")  # the Hub's size categories end at these
 LANGUAGE_SHARE = 0.01  # of the kept captions, for a language to be named
-UNKNOWN = "unknown"  # fastText's answer where it has none
+UNKNOWN = "unknown"  # a detector's answer where it has none
 SHARDS = "shards/*.tar"
 
 
@@ -102,6 +102,7 @@ def _readme(
         manifest=manifest,
         kinds={selector: settings["kind"] for selector, settings in manifest["config"]["selectors"].items()},
         extensions=extensions,
+        language_by=language_by(manifest),
         languages=summary["languages"],
         copied=copied,
         braces=braces(manifest["shards"]),

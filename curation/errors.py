@@ -10,6 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+FULL = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "no space left in the quota",
+    errno.EFBIG: "a file grows beyond the limit for files there (ulimit -f, or the file system's)",
+}
+
 
 class UserError(ValueError):
     """Names the field, the value and the mend."""
@@ -26,14 +32,15 @@ def exit_code(main: Callable[[], int]) -> int:
 
 @contextmanager
 def full_disk_named(*folders: Path) -> Iterator[None]:
-    """Turn "no space left" into a user's error that names what is written to; any other OSError stays as it is."""
+    """Turn a full disk into a user's error that names what is written to; any other OSError stays as it is."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        why = FULL.get(error.errno or 0)
+        if why is None:
             raise
         where = " or ".join(str(folder) for folder in folders)
         raise UserError(
-            f"--out {where}: no space left on the disk ({error}); free some and run the same command again, "
+            f"--out {where}: {why} ({error}); make room and run the same command again, "
             "which goes on where this one stopped"
         ) from error

@@ -45,7 +45,8 @@ def decode(raw: bytes) -> tuple[Image.Image | None, str, str | None]:
                 kind = FORMATS.get(image.format or "", (image.format or "").lower())
                 if image.width * image.height > MAX_PIXELS:
                     return None, kind, "decompression_bomb"
+                several = getattr(image, "n_frames", 1) > 1  # before `load`: looking for frames undoes it
                 image.load()
-                return image.copy() if getattr(image, "n_frames", 1) > 1 else image, kind, None
+                return image.copy() if several else image, kind, None
     except Exception:
         return None, kind, "image_decode"

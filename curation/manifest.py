@@ -61,7 +61,6 @@ def claim(out: Path, identity: dict[str, Any], *, overwrite: bool = False, keep:
     mark = out / ".identity.json"
     if file := next((path for path in (out, *out.parents) if path.is_file()), None):
         raise UserError(f"--out {out}: {file} is a file; name a folder")
-    wanted = json.loads(json.dumps(identity, default=str))
 
     def foreign() -> bool:
         return any(entry.name not in keep and not _is_temporary(entry, mark) for entry in out.iterdir())
@@ -75,13 +74,18 @@ def claim(out: Path, identity: dict[str, Any], *, overwrite: bool = False, keep:
     if found is None:
         if out.exists() and foreign():
             raise UserError(f"--out {out}: not empty and not of this run; name another folder or empty it")
-        write_json(mark, wanted)
+        write_json(mark, identity)
     elif found == EMPTYING:
         raise UserError(f"--out {out}: an --overwrite of it was cut short; pass --overwrite again")
-    elif found != wanted:
-        differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-        what = ", ".join(differing)
+    elif different := differing(out, identity):
+        what = ", ".join(different)
         raise UserError(f"--out {out}: holds another run (different {what}); name another folder or pass --overwrite")
+
+
+def differing(out: Path, identity: dict[str, Any]) -> list[str]:
+    """What of the work that `out` holds is different from this; nothing where it holds this or none."""
+    found, wanted = read_manifest(out / ".identity.json"), json.loads(json.dumps(identity, default=str))
+    return sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k)) if found else []
 
 
 def _empty(out: Path, mark: Path, keep: tuple[str, ...]) -> None:

@@ -29,6 +29,7 @@ from curation.report import write_report
 from curation.selection import engine
 from curation.selection.engine import Part, Partition
 from curation.shuffle import MapParts
+from curation.signals import made_by
 from curation.store import SignalSet, Unit
 from curation.summary import summarise
 from curation.workers import Workers, progress
@@ -237,6 +238,7 @@ def select(run: Run) -> dict[str, Any]:
         "stages": stages,
         "config": run.config.to_dict(),
         "seed": run.config.seed,
+        "made_by": made_by(run.config.signals),
         "read": run.read,
         **_speed(counts["seen"], wall, run.workers.start_seconds - started),
     }

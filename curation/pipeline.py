@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from curation import phases, shards, store
+from curation import phases, shards
 from curation import signals as signal_kinds
 from curation.card import write_cards
 from curation.config import CurateConfig
 from curation.croissant import digest
+from curation.dry_run import dry_run as say_what_would_be_done
 from curation.errors import UserError, full_disk_named
 from curation.hashing import config_hash
 from curation.manifest import claim, read_manifest, write_manifest
@@ -89,7 +90,7 @@ def curate(
             read={name: s.content() for name, s in config.selectors.items() if hasattr(s, "content")},
         )
         if dry_run:
-            return _dry_run(run, phase)
+            return say_what_would_be_done(run, list(STEPS) if phase == "all" else [phase])
         _claim(run, overwrite)
         if phase != "measure":
             _check_selection(run)
@@ -168,6 +169,7 @@ def _finish(run: phases.Run, results: dict[str, Any]) -> dict[str, Any]:
     manifest = {
         **{key: selected[key] for key in ("seen", "kept", "dropped", "errors", "stages")},
         "config": run.config.to_dict(),
+        "made_by": selected["made_by"],
         "seed": run.config.seed,
         "pool": [shard.path for shard in run.pool],
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
@@ -184,30 +186,3 @@ def _finish(run: phases.Run, results: dict[str, Any]) -> dict[str, Any]:
     shards.forget(run.build_folder)  # which a build that was killed after its manifest has left
     write_manifest(run.out / "manifest.json", manifest)
     return manifest
-
-
-def _dry_run(run: phases.Run, phase: str) -> dict[str, Any]:
-    """Print and return what would be done; reads file sizes and the store alone."""
-    scanned = [s for s in run.pool if store.shard_record(run.root, s) is not None]
-    units = phases.known_units(run, scanned) or []
-    signal_set = phases.signal_set_of(run, units)
-    missing = signal_set.missing(units)
-    said: dict[str, Any] = {
-        "phase": phase,
-        "shards": len(run.pool),
-        "bytes": sum(shard.size for shard in run.pool),
-        "scanned_shards": len(scanned),
-        "scanned_pairs": sum(unit.rows for unit in units),
-        "pairs_to_measure": sum(unit.rows for unit in missing),
-        "signal_set": str(signal_set.folder),
-        "signals": list(run.config.signals),
-        "selectors": list(run.config.selectors),
-        "out": str(run.out),
-    }
-    print(f"pool: {said['shards']} shards, {said['bytes'] / 1e6:,.1f} MB")
-    print(f"measure: {', '.join(said['signals']) or 'nothing'} into {said['signal_set']}")
-    print(f"  {len(run.pool) - len(scanned)} shards not looked into yet; of the {said['scanned_pairs']:,} pairs in the")
-    print(f"  others, {said['pairs_to_measure']:,} are still to be measured")
-    print(f"select: {', '.join(said['selectors']) or 'everything readable'}")
-    print(f"build: shards of at most {run.config.shard_samples:,} samples into {run.out / 'shards'}")
-    return said

@@ -60,6 +60,8 @@ def write_report(
         kinds={name: settings["kind"] for name, settings in manifest["config"]["selectors"].items()},
         histograms=[{"column": h["column"], "figure": figures.histogram(h)} for h in summary["histograms"]],
         groups=_samples(parts, manifest, summary),
+        made_by=manifest["made_by"],
+        language_by=language_by(manifest),
         languages=_languages(summary["languages"]),
         clusters=[_clusters(stage) for stage in stages if stage.get("clusters", {}).get("before")],
         references=[stage for stage in stages if stage.get("centroids")],
@@ -70,6 +72,12 @@ def write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html)
     return path
+
+
+def language_by(manifest: Mapping[str, Any]) -> str:
+    """What told the languages. A store may have them from another recipe, which this one does not say."""
+    named = [n for n, signal in manifest["config"]["signals"].items() if signal["kind"] == "language"]
+    return manifest["made_by"][named[0]] if named else "another recipe of this signal store"
 
 
 def _percent(part: float, whole: float) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 BLOCK = 512
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """The members that are a sample's image, the preferred first."""
+REGULAR, DIRECTORY = (b"0", b"\0", b"7"), b"5"
 Bytes = bytes | mmap.mmap
 
 
@@ -89,6 +90,15 @@ def members(data: Bytes) -> Iterator[Member]:
     """The regular files of a tar, in order.
 
     Raises:
+        TarDamage: as `_entries`.
+    """
+    return (member for kind, member in _entries(data) if kind in REGULAR)
+
+
+def _entries(data: Bytes) -> Iterator[tuple[bytes, Member]]:
+    """Everything in a tar that has a name, with its kind, in order.
+
+    Raises:
         TarDamage: after the last whole member, where the archive is truncated,
             lacks its end or a header or its PAX records do not check.
     """
@@ -108,7 +118,7 @@ def members(data: Bytes) -> Iterator[Member]:
         if stored != sum(header) - sum(header[148:156]) + 8 * 32:
             raise TarDamage(f"header checksum differs at byte {position}")
         kind, start = header[156:157], position + BLOCK
-        if kind in (b"0", b"\0", b"7") and long_size is not None:
+        if kind in REGULAR and long_size is not None:
             size = long_size
         if start + size > total:
             raise TarDamage(f"truncated member at byte {position}")
@@ -121,15 +131,13 @@ def members(data: Bytes) -> Iterator[Member]:
             long_size = int(records["size"]) if "size" in records else None
         elif kind == b"L":
             long_name = _text(data[start : start + size])
-        else:
-            if kind in (b"0", b"\0", b"7"):
-                name = long_name
-                if name is None:
-                    prefix = _text(header[345:500]) if header[257:262] == b"ustar" else ""
-                    name = f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
-                yield Member(name, start, size)
-            if kind != b"g":
-                long_name = long_size = None
+        elif kind not in (b"g", b"K"):  # a header for all that follows, and the long target of a link
+            name = long_name
+            if name is None:
+                prefix = _text(header[345:500]) if header[257:262] == b"ustar" else ""
+                name = f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
+            yield kind, Member(name, start, size)
+            long_name = long_size = None
         position = start + padded(size)
     if total:
         raise TarDamage(f"no end-of-archive block by byte {total}")
@@ -142,19 +150,28 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def samples(data: Bytes) -> tuple[list[Sample], str | None]:
+def samples(data: Bytes, *, strays: bool = False) -> tuple[list[Sample], str | None]:
     """All samples of a shard in the order of their first members, and what damaged the rest of it (or None).
 
     A key that repeats an extension starts a sample of its own with the error
     "duplicate_key"; member names that leave the folder give "unsafe_name".
+
+    Args:
+        strays: also what no loader sees. A member without an extension, or with nothing before it, is a sample without
+            members, "stray_member"; a link or a device makes the sample that it is named for "not_a_file".
     """
     by_key: dict[str, Sample] = {}
     found: list[Sample] = []
     damage = None
     try:
-        for member in members(data):
+        for kind, member in _entries(data):
+            if kind == DIRECTORY or member.name.endswith("/") or not (strays or kind in REGULAR):
+                continue
+            unsafe = "unsafe_name" if member.name.startswith("/") or ".." in member.name.split("/") else None
             key, extension = split_name(member.name)
             if not extension or key.rpartition("/")[2] == "":
+                if strays:
+                    found.append(Sample(member.name, error=unsafe or "stray_member"))
                 continue
             sample = by_key.get(key)
             if sample is None or extension in sample.members:
@@ -162,9 +179,11 @@ def samples(data: Bytes) -> tuple[list[Sample], str | None]:
                 sample = Sample(key, error="duplicate_key" if repeated else None)
                 by_key[key] = sample
                 found.append(sample)
-            if member.name.startswith("/") or ".." in member.name.split("/"):
-                sample.error = "unsafe_name"
-            sample.members[extension] = member
+            if kind in REGULAR:
+                sample.error = unsafe or sample.error
+                sample.members[extension] = member
+            else:
+                sample.error = unsafe or sample.error or "not_a_file"
     except TarDamage as reason:
         damage = str(reason)
     return found, damage

@@ -75,7 +75,7 @@ def curate(arguments: list[str]) -> int:
     parser.add_argument("--workers", type=int, help="Ray actors (default: one a CPU)")
     parser.add_argument("--part", metavar="I/N", help="only the I-th of N slices of the measure or build phase")
     parser.add_argument("--ray.address", dest="ray_address", help="a running cluster (default: start Ray here)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    parser.add_argument("--dry-run", action="store_true", help="say what each phase finds done and what it would do")
     parser.add_argument("--overwrite", action="store_true", help="discard what OUT holds")
     a, overrides = parser.parse_known_args(arguments)
     from curation.config import load_config
@@ -145,6 +145,21 @@ def inspect(arguments: list[str]) -> int:
     from curation.inspection import inspect as run
 
     print("\n\n".join(as_text(sample) for sample in run(a.uid, a.out)))
+    return 0
+
+
+@command("share", "what was measured, in the files of clip-retrieval, DataComp or SemDeDup")
+def share(arguments: list[str]) -> int:
+    from curation.share import LAYOUTS
+    from curation.share import share as run
+
+    parser = _parser("share")
+    parser.add_argument("--out", type=Path, required=True, help="what `gemsmith curate` wrote")
+    parser.add_argument("--layout", choices=LAYOUTS, required=True)
+    parser.add_argument("--to", type=Path, required=True, help="a new folder")
+    parser.add_argument("--signal", help="clip-retrieval: whose embeddings, where the recipe has several of kind clip")
+    a = parser.parse_args(arguments)
+    print(f"{a.to}: {run(a.out, a.to, a.layout, a.signal):,} rows")
     return 0
 
 

@@ -24,7 +24,7 @@ from curation.documents.build import Writing
 from curation.documents.config import DocumentsConfig
 from curation.documents.filters import load_lists
 from curation.documents.source import DocumentShard, list_documents
-from curation.errors import UserError
+from curation.errors import UserError, full_disk_named
 from curation.hashing import config_hash
 from curation.manifest import claim, read_manifest, write_manifest
 from curation.phases import FREE_ERRORS
@@ -75,7 +75,7 @@ def documents(
 
     Raises:
         UserError: what the user named does not exist or does not fit together, or
-            more than `max_error_rate` of the documents cannot be used.
+            more than `max_error_rate` of the documents cannot be used; or a disk is full.
     """
     pool = list_documents(pools, config.unit_documents)
     if config.assign is not None:
@@ -83,7 +83,7 @@ def documents(
     identity = {**config.to_dict(), "measured": config.measured(), "lists": _lists_hash(config)}
     del identity["max_error_rate"]  # raising it must let a run go on
     identity["pool"] = config_hash([shard.fingerprint for shard in pool])
-    with alive("curate"), Workers(workers, ray_address) as ray_workers:
+    with full_disk_named(out), alive("curate"), Workers(workers, ray_address) as ray_workers:
         run = Run(config=config, pool=pool, out=out, workers=ray_workers, identity=identity)
         claim(out, identity, overwrite=overwrite, keep=("signals",))
         done = read_manifest(out / "manifest.json")

@@ -24,7 +24,8 @@ class ScoreFusion:
 
     `fraction` in (0, 1]: the highest of the pool, counted as in `mode` (SIEVE has DataComp's rule).
     `minimum`: sums of at least this stay; they lie in [0, sum of the weights].
-    NaN and missing values count as the column's lowest, and so does every value of a constant column.
+    NaN and missing values count as the column's lowest, and so does every value of a constant column; infinite ones as
+    its finite ends.
     """
 
     weights: dict[str, float]
@@ -60,7 +61,7 @@ class ScoreFusion:
     def _ends(self, table: pa.Table) -> np.ndarray:
         """The lowest and the highest value of each column here: float64 [columns, 2]."""
         columns = [numbers(table, column).astype(np.float64) for column in self.weights]
-        present = [values[~np.isnan(values)] for values in columns]
+        present = [values[np.isfinite(values)] for values in columns]
         return np.array([[v.min(initial=np.inf), v.max(initial=-np.inf)] for v in present])
 
     def _fused(self, ranges: np.ndarray, table: pa.Table) -> np.ndarray:
@@ -69,7 +70,8 @@ class ScoreFusion:
         for (column, weight), (low, high) in zip(self.weights.items(), ranges, strict=True):
             values = numbers(table, column).astype(np.float64)
             if high > low:
-                fused += weight * (np.where(np.isnan(values), 0.0, values - low) / (high - low))
+                scaled = np.clip((values - low) / (high - low), 0.0, 1.0)
+                fused += weight * np.where(np.isnan(values), 0.0, scaled)
         return fused
 
     def apply(self, table: pa.Table, decision: dict[str, Any]) -> np.ndarray:

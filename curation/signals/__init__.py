@@ -1,5 +1,7 @@
 """The signals by kind. A new one is a file beside these and a line here."""
 
+from collections.abc import Mapping
+
 from curation.hashing import config_hash
 from curation.signals.captions import Captions
 from curation.signals.cat import Cat
@@ -35,6 +37,11 @@ SIGNALS: dict[str, type] = {
     "recaption": Recaption,
     "sieve": Sieve,
 }
+
+
+def made_by(signals: Mapping[str, Signal]) -> dict[str, str]:
+    """By signal, the tool or model that makes its values, where a recipe leaves the choice: what stands in for what."""
+    return {name: signal.made_by() for name, signal in signals.items() if hasattr(signal, "made_by")}
 
 
 def identity(name: str, signal: Signal) -> str:

@@ -59,6 +59,12 @@ class Cat:
                 raise _not_loaded(self.model, "no such package or folder") from None
         return {"model": made, "spacy": version("spacy")}
 
+    def made_by(self) -> str:
+        if self.model == BUILTIN:
+            return "the built-in grammar, in place of spaCy"
+        spacy, model = self.content()["spacy"], self.content()["model"]
+        return f"spaCy {spacy} with {Path(self.model).name if Path(self.model).is_dir() else model}"
+
     def load(self, name: str) -> "CatMeter":
         return CatMeter(_builtin if self.model == BUILTIN else _spacy(self.model))
 

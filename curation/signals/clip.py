@@ -29,7 +29,7 @@ from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.preprocess import HUB, LOCAL, preprocess_of
 from curation.signals.interface import Decoded
-from curation.signals.text_regions import detector_content, masked, text_finder
+from curation.signals.text_regions import detector_content, detector_name, masked, text_finder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +44,21 @@ class Clip:
     `heads`: name -> checkpoint of linear layers D -> ... -> 1 on the unit embedding, applied one after the other in
     the file's order, as in LAION's sa_0_4_vit_l_14_linear and sac+logos+ava1-l14-linearMSE (no activations there).
     `mask_text`: a text detector as the signal `text_regions` has it ("builtin", or package.module:function).
+    `text_embedding`: the caption's embedding too, NAME without "_score" + "_text_embedding" (float16 [D], unit norm).
     """
 
     model: str
     pretrained: str | None = None
     heads: dict[str, str] = field(default_factory=dict)
     mask_text: str | None = None
+    text_embedding: bool = False
     version: ClassVar[int] = 1
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
         heads = {head_column(name, head): pa.float32() for head in self.heads}
         without_text = {masked_column(name): pa.float32()} if self.mask_text else {}
-        embedding = {embedding_column(name): pa.list_(pa.float16(), self._width())}
+        columns = [embedding_column(name), *([text_column(name)] if self.text_embedding else [])]
+        embedding = dict.fromkeys(columns, pa.list_(pa.float16(), self._width()))
         return {name: pa.float32(), **embedding, **heads, **without_text}
 
     def content(self) -> dict[str, Any]:
@@ -63,7 +66,14 @@ class Clip:
         more: dict[str, Any] = {"heads": heads} if heads else {}
         if self.mask_text:
             more["mask_text"] = detector_content(self.mask_text)
+        if self.text_embedding:
+            more["text_embedding"] = True
         return {**self._model_content(), **more}
+
+    def made_by(self) -> str:
+        model = Path(self.model).name if _looks_like_path(self.model) and not self.model.startswith(HUB) else self.model
+        weights = f" {Path(self.pretrained).name}" if self.pretrained else ""
+        return f"open_clip's {model}{weights}" + (f"; {detector_name(self.mask_text)}" if self.mask_text else "")
 
     def _model_content(self) -> dict[str, Any]:
         if Path(self.model).is_dir():
@@ -129,6 +139,11 @@ class Clip:
 def embedding_column(name: str) -> str:
     """The column of the image embedding that belongs to the score column `name`."""
     return name.removesuffix("_score") + "_image_embedding"
+
+
+def text_column(name: str) -> str:
+    """The column of the caption's embedding that belongs to the score column `name`."""
+    return name.removesuffix("_score") + "_text_embedding"
 
 
 def masked_column(name: str) -> str:
@@ -210,7 +225,7 @@ class ClipMeter:
         width = settings._width()
         self._heads = {head_column(name, head): _affine(head, file, width) for head, file in settings.heads.items()}
         self._finder = text_finder(settings.mask_text) if settings.mask_text else None
-        self._name = name
+        self._name, self._keeps_text = name, settings.text_embedding
         self._torch = torch
 
     def see(self, sample: Decoded) -> tuple[Any, str, Any]:
@@ -246,10 +261,16 @@ class ClipMeter:
                 masked_rd = self.images([without_text[row] for row in rows])
                 scores_b[rows] = (masked_rd * text_bd[rows]).sum(dim=1)
             judged_b[masked_column(self._name)] = scores_b
-        image = image_bd.numpy().astype(np.float16)
+        vectors = {
+            embedding_column(self._name): image_bd,
+            **({text_column(self._name): text_bd} if self._keeps_text else {}),
+        }
         return {
             **{column: pa.array(values.numpy(), pa.float32()) for column, values in judged_b.items()},
-            embedding_column(self._name): pa.FixedSizeListArray.from_arrays(
-                pa.array(image.reshape(-1), pa.float16()), image.shape[1]
-            ),
+            **{column: _halves(values.numpy()) for column, values in vectors.items()},
         }
+
+
+def _halves(values: np.ndarray) -> pa.Array:
+    """Vectors [B, D] as a column of float16."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.astype(np.float16).reshape(-1)), values.shape[1])

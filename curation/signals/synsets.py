@@ -74,6 +74,11 @@ class Synsets:
     def content(self) -> dict[str, Any]:
         return {"source": "names" if self.wordnet is None else "wordnet", "files": file_hash(self._files())}
 
+    def made_by(self) -> str:
+        if self.wordnet is None:
+            return "names of ImageNet-21k's classes, in place of WordNet"
+        return f"WordNet in {Path(self.wordnet).name}"
+
     def load(self, name: str) -> "SynsetsMeter":
         if self.wordnet is None:
             names = read_names(timm_list(LEMMAS))

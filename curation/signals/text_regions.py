@@ -42,6 +42,9 @@ class TextRegions:
     def content(self) -> dict[str, Any]:
         return {"detector": detector_content(self.detector)}
 
+    def made_by(self) -> str:
+        return detector_name(self.detector)
+
     def load(self, name: str) -> "TextRegionsMeter":
         return TextRegionsMeter(text_finder(self.detector))
 
@@ -96,6 +99,11 @@ def detector_content(detector: str) -> Any:
         UserError: the detector's module does not exist.
     """
     return f"{BUILTIN} 1" if detector == BUILTIN else function_content("text detector", detector)
+
+
+def detector_name(detector: str) -> str:
+    """What finds the boxes, as the manifest names it."""
+    return "the built-in text detector, in place of FAST" if detector == BUILTIN else detector
 
 
 def masked(image: Image.Image, boxes: np.ndarray) -> Image.Image:

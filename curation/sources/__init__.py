@@ -15,8 +15,9 @@ from typing import Protocol, Self
 from curation import files
 from curation.errors import UserError
 from curation.hashing import config_hash
+from curation.sources import parquet, tar
 from curation.sources.folder import FolderSource, is_range
-from curation.sources.parquet import VERSION, ParquetSource
+from curation.sources.parquet import ParquetSource
 from curation.sources.tar import TarSource
 from curation.tar import Sample
 
@@ -47,8 +48,8 @@ class Source(Protocol):
 
 def file_fingerprint(file: files.File) -> str:
     """16 hex digits that change when the tar or parquet file does."""
-    known = [file.name, file.size, file.stamp]
-    return config_hash(known if file.name.endswith(".tar") else [*known, VERSION])
+    version = tar.VERSION if file.name.endswith(".tar") else parquet.VERSION
+    return config_hash([file.name, file.size, file.stamp, version])
 
 
 def whole_shard(name: str, expected: str) -> Source:

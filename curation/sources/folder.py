@@ -28,7 +28,7 @@ from curation.hashing import config_hash
 from curation.sources.rows import CAPTION_COLUMNS, first_of, record_of, record_text
 from curation.tar import IMAGE_EXTENSIONS, Member, Sample
 
-VERSION = 1  # goes up when the same folder gives other members
+VERSION = 2  # goes up when the same folder gives other members
 SHARD_ENTRIES = 5_000
 ENTRY_BITS = 40  # of a position within an entry
 FILE_COLUMNS = ("file_name", "filename", "image", "image_path", "filepath", "path")
@@ -118,14 +118,22 @@ def _entries(base: str) -> tuple[Iterator[Entry], list[str]]:
 
 
 def _by_stem(folder: str) -> Iterator[Entry]:
-    """Pictures, texts and jsons of a folder and the folders in it, by their stems."""
+    """Pictures, texts and jsons of a folder and the folders in it, by their stems; each other file that goes with none
+    of them is an entry too, since it may be a picture that this does not know."""
     groups: dict[str, dict[str, File]] = {}
+    others: dict[str, str] = {}  # file -> stem
     for file in files.listed(folder, deep=True) or ():
-        key, extension = _split(file.name[len(folder) + 1 :])
+        name = file.name[len(folder) + 1 :]
+        key, extension = _split(name)
         if extension in (*IMAGE_EXTENSIONS, "txt", "json"):
             groups.setdefault(key, {})[extension] = file
+        else:
+            others[name.encode("utf-8", "replace").decode()] = key
     lost = {key for key, parts in groups.items() if any(f.stamp == files.NOWHERE for f in parts.values())}
-    return (Entry(key=key, parts=groups[key], error="unreadable" if key in lost else None) for key in sorted(groups))
+    entries = [Entry(key=key, parts=groups[key], error="unreadable" if key in lost else None) for key in groups]
+    if groups:  # else it is no such folder, and refused
+        entries += [Entry(key=name, error="image_unknown_format") for name, key in others.items() if key not in groups]
+    return iter(sorted(entries, key=lambda entry: entry.key))
 
 
 def _by_row(

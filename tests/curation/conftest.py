@@ -83,6 +83,55 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return config, weights
 
 
+WORDS = [
+    "a", "the", "photo", "image", "of", "photographer", "dog", "cat", "tree", "house",
+    "red", "blue", "runs", "sits", "on", "grass", "near", "water", "and",
+]  # fmt: skip
+
+
+def write_tokenizer(folder: Path) -> int:
+    from transformers import BertTokenizer
+
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(entries))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return len(entries)
+
+
+@pytest.fixture(scope="session")
+def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BLIP captioner of two small layers with random weights, as `save_pretrained` leaves one."""
+    import torch
+    from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
+
+    folder = tmp_path_factory.mktemp("blip")
+    size = write_tokenizer(folder)
+    layers = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": size, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
+    torch.manual_seed(3)
+    config = BlipConfig(
+        vision_config={**layers, "image_size": 32, "patch_size": 8},
+        text_config={**layers, **text, "encoder_hidden_size": 32, "max_position_embeddings": 32},
+        initializer_range=0.5,
+    )
+    BlipForConditionalGeneration(config).save_pretrained(folder)
+    BlipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("sentences")
+    size = write_tokenizer(folder)
+    torch.manual_seed(4)
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=size, **settings, initializer_range=0.3)).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[None]:
     """One Ray for the session; curate finds it and leaves it running."""

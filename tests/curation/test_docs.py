@@ -1,9 +1,11 @@
-"""The page's own example: a signal that is one file and one line, measured and selected by its recipe."""
+"""The page's own examples: a signal and a selector that are one file and one line, each used by its recipe."""
 
 import io
 import re
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -19,14 +21,13 @@ from curation.store import Unit
 from tests.conftest import ROOT
 from tests.curation.conftest import sample, write_tar
 from tests.curation.selecting import select
+from tests.curation.test_selection import write_parts
 
 PAGE = (ROOT / "docs" / "curation.md").read_text()
 
 
-def block(language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
-    assert found is not None
-    return found[1]
+def block(language: str, number: int = 0) -> str:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)[number]
 
 
 def test_the_example_of_a_signal_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +50,22 @@ def test_the_example_of_a_signal_works(tmp_path: Path, monkeypatch: pytest.Monke
     assert values[1] == 1.0 and 0 < values[0] < 0.5
     result = select(config.selectors, [engine.Part(path=path, first=0, rows=2)])
     assert result.failed[:, 0].tolist() == [False, True]
+
+
+def test_the_example_of_a_selector_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, object] = {"__name__": "near_best"}
+    exec(block("python", 1), names)
+    monkeypatch.setitem(SELECTORS, "near_best", names["NearBest"])
+    config = parse_config(yaml.safe_load(block("yaml", 1)))
+    words = [3, 9, None, 20, 10, 11, 2, 19, 0, 30, 7, 15]
+    error = ["image_decode" if n == 9 else None for n in range(12)]  # the longest is of no sound sample
+    table = pa.table({"error": pa.array(error, pa.string()), "caption_words": pa.array(words, pa.int32())})
+    for cuts in ([], [1, 1, 4]):
+        found = select(config.selectors, write_parts(tmp_path, table, cuts), partition_rows=3)
+        assert np.flatnonzero(~found.failed[:, 0]).tolist() == [3, 4, 5, 7, 9, 11]
+        assert found.stages[0]["thresholds"] == {"caption_words": [10.0]}
+    again = parse_config(config.to_dict())
+    assert again == config
 
 
 def test_every_kind_is_on_the_page() -> None:

@@ -5,6 +5,7 @@ The workers run in this process where that is no part of the question.
 """
 
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -82,6 +83,27 @@ def test_a_disk_that_is_full_at_every_size_until_all_fits(
     built = frozenset({"measure", "select", "build"})
     assert {*stopped.values(), built} == {frozenset(), frozenset({"measure"}), frozenset({"measure", "select"}), built}
     assert digests(folder / "out") == digests(tmp_path / "out")
+
+
+def test_a_limit_of_file_sizes_at_every_size_until_all_fits(raw: Path, tmp_path: Path, in_process: None) -> None:
+    """What a full disk is where this user may mount none: a write that the system cuts short."""
+    config, before = parse_config(RECIPE), resource.getrlimit(resource.RLIMIT_FSIZE)
+    curate(config, pools=[str(raw)], out=tmp_path / "out")
+    stopped, size = set(), 256
+    while True:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            curate(config, pools=[str(raw)], out=tmp_path / "limited")
+            break
+        except UserError as error:
+            stopped.add(frozenset(complete(tmp_path / "limited")))
+            assert "\n" not in str(error) and "a file grows beyond the limit" in str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert not list((tmp_path / "limited").rglob("*.tmp"))
+        size = size * 5 // 4
+    assert {frozenset(), frozenset({"measure"})} <= stopped, "it was not stopped in measure and in select"
+    assert digests(tmp_path / "limited") == digests(tmp_path / "out")
 
 
 def test_a_full_disk_of_a_worker_is_one_line_and_exit_code_2(

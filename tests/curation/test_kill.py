@@ -18,12 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from curation import phases, pipeline
 from curation.config import parse_config
 from curation.pipeline import curate
+from curation.pool import list_shards
 from curation.workers import Workers
 from tests.curation import test_pipeline
 from tests.curation.conftest import sample, write_tar
@@ -164,35 +166,92 @@ LIGHT = {
 }
 
 
+PHASES = ("measure", "select", "build")
+SHARDS, EACH = 30, 8
+
+
+def kept_of(out: Path) -> Counter[str]:
+    """By input shard, how many of its samples the ledger keeps."""
+    rows = pa.concat_tables([pq.read_table(p) for p in (out / "ledger").iterdir()]).to_pylist()
+    return Counter(row["shard"] for row in rows if row["verdict"] == "kept")
+
+
+def markers(out: Path) -> set[str]:
+    return {path.name for path in out.glob(".build-*/done/*")}
+
+
+def wait_for_moment(out: Path, number: int, draw: random.Random, selecting: float) -> Callable[[], bool]:
+    """A moment in measure, select or build, by what is there: most of a short run is the start of Ray."""
+    if number % 3 == 0:
+        parts = draw.randrange(SHARDS)
+        return lambda: sum(1 for _ in out.glob("signals/*/*.parquet")) >= parts and (out / ".identity.json").exists()
+    if number % 3 == 1:
+        delay, since = draw.uniform(0, selecting), []
+
+        def measured() -> bool:
+            if (out / "measure.manifest.json").exists() and not since:
+                since.append(time.monotonic())
+            return bool(since) and time.monotonic() - since[0] >= delay
+
+        return measured
+    copied = draw.randrange(SHARDS - 3)
+    return lambda: (out / "select.manifest.json").exists() and len(markers(out)) >= copied
+
+
+def killed_in_its_midst(pool: Path, out: Path, there: Callable[[], bool]) -> bool:
+    """Start the whole job and kill all of it at that moment; False where it was through before."""
+    process = test_pipeline.start(LIGHT, pool, out)
+    while process.poll() is None and not there():
+        time.sleep(0.001)
+    alive = process.poll() is None
+    if alive:
+        os.killpg(process.pid, signal.SIGKILL)
+    return alive and process.wait() == -signal.SIGKILL and not (out / "manifest.json").exists()
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_killed_at_twenty_random_moments_and_run_again(tmp_path: Path, pool: Path, ray_here: None) -> None:
-    """The whole job, with workers of its own; what was finished before the kill is not done again."""
-    config = parse_config(LIGHT)
-    curate(config, pools=[str(pool)], out=tmp_path / "expected" / "out", workers=2)
+def test_killed_at_twenty_random_moments_and_run_again(tmp_path: Path, ray_here: None) -> None:
+    """The whole job, with workers of its own, each time alive and in the midst of a phase; what was finished before
+    the kill, a measured part or a copied shard, is not done again."""
+    pool, draw = tmp_path / "pool", random.Random(0)
+    for shard in range(SHARDS):
+        samples = {str(n): sample(n % 200) for n in range(shard * EACH, shard * EACH + EACH)}
+        write_tar(pool / f"{shard:05d}.tar", samples)
+    config, pools = parse_config(LIGHT), [str(pool)]
+    curate(config, pools=pools, out=tmp_path / "expected" / "out", workers=2)
     expected = test_pipeline.digests(tmp_path / "expected" / "out")
-    files = len(list((tmp_path / "expected" / "out").rglob("*")))
-    moments, caught = random.Random(0), Counter[str]()
-    for number in range(20):
-        out = tmp_path / str(number) / "out"
-        process = test_pipeline.start(LIGHT, pool, out)
-        # By what is there rather than by the clock: most of a short run is the start of Ray.
-        moment, delay = moments.randint(1, files), moments.uniform(0, 0.05)
-        while process.poll() is None and sum(1 for _ in out.rglob("*")) < moment:
-            time.sleep(0.002)
-        time.sleep(delay)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    selecting = json.loads((tmp_path / "expected" / "out" / "select.manifest.json").read_text())["wall_s"]
+    kept, shards = kept_of(tmp_path / "expected" / "out"), {s.fingerprint: s.path for s in list_shards(pools)}
+
+    real, tries, caught, spared = 0, 0, Counter[str](), Counter[str]()
+    while real < 20:
+        out = tmp_path / str(tries) / "out"
+        tries += 1
+        assert tries < 60, f"only {real} kills of {tries} met a job at work"
+        if not killed_in_its_midst(pool, out, wait_for_moment(out, real, draw, selecting)):
+            shutil.rmtree(out)
+            continue
+        real += 1
         manifests = {p.name: p.stat().st_mtime_ns for p in out.glob("*manifest.json")}
         parts = {p: p.stat().st_mtime_ns for p in out.glob("signals/*/*.parquet")}
         rows = sum(pq.read_metadata(p).num_rows for p in parts)
-        caught["complete" if "manifest.json" in manifests else f"{len(manifests)} phases, {bool(parts)}"] += 1
-        manifest = curate(config, pools=[str(pool)], out=out, workers=2)
-        assert test_pipeline.digests(out) == expected, f"killed at {moment} of {files} files"
-        assert manifest["seen"] == 140 and not list(out.glob(".build-*"))
+        copied = sum(kept[shards[fingerprint]] for fingerprint in markers(out))
+        caught[max([*manifests, "nothing"], key=["nothing", *(f"{p}.manifest.json" for p in PHASES)].index)] += 1
+        manifest = curate(config, pools=pools, out=out, workers=2)
+        assert test_pipeline.digests(out) == expected, f"kill {real}"
+        assert manifest["seen"] == SHARDS * EACH and not list(out.glob(".build-*"))
         assert {p: p.stat().st_mtime_ns for p in parts} == parts, "finished parts were measured again"
         if "measure.manifest.json" not in manifests:
-            assert json.loads((out / "measure.manifest.json").read_text())["measured"] <= 140 - rows
+            assert json.loads((out / "measure.manifest.json").read_text())["measured"] <= SHARDS * EACH - rows
+            spared["parts"] += len(parts)
+        if "build.manifest.json" not in manifests:
+            again = json.loads((out / "build.manifest.json").read_text())["copied"]
+            assert again <= kept.total() - copied, "shards that were copied are copied again"
+            spared["copied"] += copied
         assert {n: (out / n).stat().st_mtime_ns for n in manifests} == manifests, "a finished phase was done again"
-    assert len(caught) > 2, f"all kills fell into one phase: {caught}"
+        shutil.rmtree(out)
+    assert all(caught[where] >= 4 for where in ("nothing", "measure.manifest.json", "select.manifest.json")), caught
+    assert spared["parts"] > 2 * SHARDS and spared["copied"] > kept.total(), (
+        f"hardly any work was done before: {spared}"
+    )

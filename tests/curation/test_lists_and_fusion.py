@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 from tests.curation.selecting import select
 from tests.curation.test_selection import keeps, valid_of, write_parts
 
-ROWS, WIDTH = 3_000, 24
+ROWS, WIDTH = 10_000, 24
 HOSTS = """example.com EXAMPLE.com:8080 user:p@ss@example.com img.example.com. a.b.example.com notexample.com
 example.com.evil.org example.org com fine.net FINE.net:80 [::1]:80 192.168.0.1 x@fine.net sub.fine.net finer.net
 .example.com münchen.de deep.down.blocked.co.uk blocked.co.uk:443 co.uk"""
@@ -96,6 +96,7 @@ def table(reference_table: pa.Table) -> pa.Table:
     urls = [*ODD, *(shape.format(host) for host in HOSTS.split() for shape in SHAPES)]
     coarse = rng.normal(5, 2, ROWS).round(1).astype(np.float32)  # rounded, so that there are ties
     coarse[[3, 50, 777]] = np.nan
+    wild = np.append(np.repeat(np.float32([np.nan, np.inf, -np.inf, 0.0]), 100), rng.normal(size=ROWS - 400))
     columns = {
         "uid": pa.array([f"{h:032x}" for h in rng.integers(0, 2**62, ROWS)]),
         "url": pa.array([urls[i] for i in rng.integers(0, len(urls), ROWS)], pa.string()),
@@ -103,6 +104,7 @@ def table(reference_table: pa.Table) -> pa.Table:
         "language_probability": pa.array(rng.random(ROWS).astype(np.float32), mask=bad),
         "score": pa.array(rng.normal(0.2, 0.1, ROWS).round(2).astype(np.float32), mask=bad),
         "coarse": pa.array(coarse, mask=bad | (np.arange(ROWS) % 71 == 0)),
+        "wild": pa.array(rng.permutation(wild).astype(np.float32), mask=bad | (np.arange(ROWS) % 53 == 0)),
         "words": pa.array(rng.integers(0, 30, ROWS), pa.int32(), mask=bad),
         "flat": pa.array(np.full(ROWS, 2.5, np.float32), mask=bad),
         "empty": pa.nulls(ROWS, pa.float32()),
@@ -117,7 +119,7 @@ def table(reference_table: pa.Table) -> pa.Table:
 def cuts(tmp_path_factory: pytest.TempPathFactory, table: pa.Table) -> list[list[Part]]:
     """The same rows in parts of two cuts; the second has a part of one row and an empty one."""
     folder = tmp_path_factory.mktemp("parts")
-    return [write_parts(folder, table, [1000, 2000]), write_parts(folder, table, [1, 1, 19, 650, 2990])]
+    return [write_parts(folder, table, [1000, 7000]), write_parts(folder, table, [1, 1, 19, 650, 9_990])]
 
 
 @pytest.fixture(scope="module")
@@ -202,33 +204,30 @@ def test_a_list_that_cannot_be_read(cuts: list[list[Part]], tmp_path: Path) -> N
         keeps(BlockList(column="url", file=str(tmp_path / "latin.txt"), match="domain"), cuts[0])
 
 
-def near_by_loops(table: pa.Table, reference: pa.Table, bits: int | None, cosine: float | None) -> np.ndarray:
-    there = [row for row in reference.to_pylist() if row["error"] is None]
-    digests = {row["image_sha256"] for row in there}
-    points = np.array([row["embedding"] for row in there], np.float64)
-    points /= np.linalg.norm(points, axis=1, keepdims=True)
-    near = []
-    for row in table.filter(table["error"].is_null()).to_pylist():
-        drop = row["image_sha256"] in digests
-        if bits is not None:
-            drop |= any((row["phash"] ^ other["phash"]).bit_count() <= bits for other in there)
-        if cosine is not None:
-            point = np.array(row["embedding"], np.float64)
-            drop |= bool((points @ (point / np.linalg.norm(point)) >= cosine).any())
-        near.append(drop)
-    return np.array(near)
+def near_by_all_pairs(table: pa.Table, reference: pa.Table, bits: int | None, cosine: float | None) -> np.ndarray:
+    ours, there = (t.filter(t["error"].is_null()) for t in (table, reference))
+    digests = set(there["image_sha256"].to_pylist())
+    near = np.array([digest in digests for digest in ours["image_sha256"].to_pylist()])
+    if bits is not None:
+        differ = ours["phash"].to_numpy()[:, None] ^ there["phash"].to_numpy()
+        near |= (np.bitwise_count(differ) <= bits).any(axis=1)
+    if cosine is not None:
+        points, others = (np.array(t["embedding"].to_pylist(), np.float64) for t in (ours, there))
+        points, others = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (points, others))
+        near |= (points @ others.T >= cosine).any(axis=1)
+    return near
 
 
 NEAR = [(None, None), (0, None), (4, None), (7, None), (15, None), (None, 0.98), (None, 0.8), (4, 0.9)]
 
 
 @pytest.mark.parametrize("near", NEAR)
-def test_decontamination_by_loops(
+def test_decontamination_by_all_pairs(
     table: pa.Table, cuts: list[list[Part]], reference: str, reference_table: pa.Table, near: tuple[int, float]
 ) -> None:
     bits, cosine = near
     selector = Decontamination(reference=reference, phash_bits=bits, cosine=cosine, column="embedding")
-    expected = near_by_loops(table, reference_table, bits, cosine)
+    expected = near_by_all_pairs(table, reference_table, bits, cosine)
     np.testing.assert_array_equal(kept(selector, cuts)[valid_of(table)], ~expected)
     assert 50 < expected.sum() < ROWS / 2
     assert select({"it": selector}, cuts[0]).stages[0]["reference_pictures"] == 390
@@ -275,14 +274,16 @@ def fused_by_numpy(table: pa.Table, weights: dict[str, float]) -> np.ndarray:
     for column, weight in weights.items():
         values = np.array([np.nan if v is None else v for v in table[column].to_pylist()], np.float64)
         values[~valid] = np.nan
-        if np.isnan(values).all() or np.nanmin(values) == np.nanmax(values):
+        finite = values[np.isfinite(values)]
+        if not len(finite) or finite.min() == finite.max():
             continue
-        low, high = np.nanmin(values), np.nanmax(values)
-        total += weight * ((np.where(np.isnan(values), low, values) - low) / (high - low))
+        low, high = finite.min(), finite.max()
+        total += weight * ((np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low))
     return total
 
 
-WEIGHTS = [{"score": 0.5, "coarse": 0.5}, {"words": 2.0}, {"coarse": 0.2, "words": 0.7, "flat": 3.0, "empty": 1.0}]
+WEIGHTS = [{"score": 0.5, "coarse": 0.5}, {"words": 2.0}, {"wild": 1.0, "score": 0.25}]
+WEIGHTS += [{"coarse": 0.2, "words": 0.7, "flat": 3.0, "empty": 1.0}]
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

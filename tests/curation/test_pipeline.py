@@ -303,14 +303,6 @@ def test_models_that_are_not_there(pool: Path, tmp_path: Path, tiny_clip: tuple[
         curate(clip("ViT-B-32", tiny_clip[1]), pools=[str(pool)], out=tmp_path / "b", workers=1)
 
 
-def test_dry_run_writes_nothing(
-    pool: Path, tmp_path: Path, recipe: dict[str, object], capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = curate(parse_config(recipe), pools=[str(pool)], out=tmp_path / "out", dry_run=True)
-    assert said["shards"] == 4 and "4 shards" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
-
-
 def test_overrides_change_a_setting_and_no_unknown_one() -> None:
     changed = load_config(ROOT / "recipes/curate/datacomp_basic.yaml", ["--selectors.words.min", "5", "--seed=2"])
     assert changed.to_dict()["selectors"]["words"]["min"] == 5 and changed.seed == 2

@@ -24,6 +24,7 @@ from curation.selection.near_duplicates import NearDuplicates
 from curation.selection.reference_quantile import ReferenceQuantile
 from curation.selection.threshold import Threshold
 from curation.selection.uids import Uids
+from tests.curation import by_hand
 from tests.curation.selecting import select
 
 ROWS = 10_000
@@ -179,6 +180,16 @@ def test_cluster_balance_caps_each_cluster(table: pa.Table, parts: list[Part], t
     assert sum(clusters["before"]) == valid.sum() and max(clusters["before"]) > 1000 > min(clusters["before"])
     assert sum(clusters["after"]) == valid.sum() - failed.sum()
     assert clusters["after"] == [min(n, 1000) for n in clusters["before"]]
+    # FAISS by hand, and in each cluster the thousand rows whose hash is lowest.
+    rows, points, uids = by_hand.sound(table)
+    centroids = by_hand.centroids(points, uids, clusters=8, sample=4000, seed=5)
+    nearest = (points @ centroids.T).argmax(axis=1)
+    kept: list[int] = []
+    for cluster in range(8):
+        members = np.flatnonzero(nearest == cluster).tolist()
+        kept += sorted(members, key=lambda i: by_hand.hash64("5/cluster choice", uids[i]))[:1000]
+    assert clusters["before"] == np.bincount(nearest, minlength=8).tolist()
+    np.testing.assert_array_equal(np.flatnonzero(valid & ~failed), np.sort(rows[kept]))
     # The same rows cut into other parts give the same choice.
     other = write_parts(tmp_path, table, [3000, 9999])
     np.testing.assert_array_equal(keeps(selector, other), ~failed)

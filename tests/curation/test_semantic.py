@@ -14,7 +14,6 @@ import torch
 
 from curation.config import parse_config
 from curation.errors import UserError
-from curation.hashing import hash64_many
 from curation.manifest import write_manifest
 from curation.selection import clustering, engine, semantic_duplicates
 from curation.selection.cluster_balance import ClusterBalance
@@ -22,6 +21,7 @@ from curation.selection.engine import Part
 from curation.selection.image_based import ImageBased
 from curation.selection.semantic_duplicates import SemanticDuplicates, keep_distinct
 from curation.selection.uids import Uids
+from tests.curation import by_hand
 from tests.curation.selecting import select
 from tests.curation.test_selection import keeps, write_parts
 
@@ -61,14 +61,11 @@ def selector_of(mode: Mode) -> SemanticDuplicates:
 
 def clusters_of(table: pa.Table) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each cluster: (rows in the order of comparison, their cosines to each other in float64)."""
-    numbered = table.append_column("row", pa.array(np.arange(ROWS))).filter(table["error"].is_null())
-    points = unit(clustering.embeddings(numbered, "embedding").astype(np.float64))
-    lowest = np.argsort(hash64_many("3/cluster sample", numbered["uid"].to_pylist()), kind="stable")[:2000]
-    sample = clustering.embeddings(numbered, "embedding")[lowest].astype(np.float32)
-    centroids = clustering.train(sample, 3, 3, clustering.ITERATIONS, True)
+    rows, points, uids = by_hand.sound(table)
+    centroids = by_hand.centroids(points, uids, clusters=3, sample=2000, seed=3)
+    points = unit(points)
     nearest = (points @ centroids.T).argmax(axis=1)
     likeness = (points * centroids[nearest]).sum(axis=1)
-    rows, uids = numbered["row"].to_numpy(), numbered["uid"].to_pylist()
     out = []
     for cluster in range(len(centroids)):
         order = sorted(np.flatnonzero(nearest == cluster), key=lambda i: (likeness[i], uids[i]))
@@ -108,6 +105,27 @@ def test_greedy_keeps_a_neighbour_of_each_dropped(table: pa.Table, parts: list[P
                 expected.append(i)
         np.testing.assert_array_equal(np.flatnonzero(stay), expected)
     assert kept.sum() > keeps(selector_of("semdedup"), parts).sum()
+
+
+@pytest.mark.parametrize("mode", ["semdedup", "greedy"])
+def test_one_cluster_against_numpy_alone(mode: Mode, table: pa.Table, tmp_path: Path) -> None:
+    """Its centroid is the mean direction of its rows, so that the oracle needs no k-means."""
+    some = table.slice(0, 4_000)
+    selector = SemanticDuplicates(column="embedding", clusters=1, eps=EPS, mode=mode)
+    kept = keeps(selector, write_parts(tmp_path, some, [1, 1700]))
+    rows, points, uids = by_hand.sound(some)
+    centroid = unit(points.mean(axis=0, keepdims=True))[0]
+    points = unit(points)
+    likeness = (points * centroid).sum(axis=1)
+    order = sorted(range(len(rows)), key=lambda i: (likeness[i], uids[i]))
+    close = points[order] @ points[order].T > 1 - EPS
+    expected: list[int] = []
+    for i in range(len(order)):
+        earlier = list(range(i)) if mode == "semdedup" else expected
+        if not close[i, earlier].any():
+            expected.append(i)
+    assert set(rows[kept[rows]]) == {rows[order[i]] for i in expected}
+    assert 400 < len(expected) < 3_600
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("semdedup", [0]), ("greedy", [0, 2, 4])])

@@ -18,6 +18,7 @@ FLAGS = {
     "documents": "--config --help --out --overwrite --pool --ray.address --workers",
     "neighbours": "--column --help --k --shards --signals",
     "inspect": "--help --out",
+    "share": "--help --layout --out --signal --to",
     "export": "--checkpoint --dtype --help --merge --out --overwrite",
     "evaluate": "--cache --checkpoint --data --embed-tokens --help --out --tasks --threads",
     "heatmap": "--checkpoint --help --image --out --text",

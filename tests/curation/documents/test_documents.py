@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import resource
 import shutil
 import zlib
 from collections import Counter
@@ -322,6 +323,17 @@ def test_the_error_budget(tmp_path: Path, in_process: None) -> None:
     manifest = documents(obelics(max_error_rate=1), pools=[str(tmp_path / "pool")], out=tmp_path / "out")
     check(tmp_path / "out", manifest)
     assert manifest["errors"] == {"document_missing": 101} and manifest["shards"] == 0
+
+
+def test_no_room_is_one_line_that_names_the_folder(pages: Path, tmp_path: Path, in_process: None) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"--out .*out: a file grows beyond the limit.*run the same command again"):
+            documents(obelics(), pools=[str(pages)], out=tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert documents(obelics(), pools=[str(pages)], out=tmp_path / "out")["kept"] > 0
 
 
 def test_a_lost_document_fails_the_run() -> None:

@@ -1,0 +1,77 @@
+"""A worker that is killed with SIGKILL in each phase, before its item and after it: the run goes on to the same bytes.
+
+A worker kills itself in the midst of an item, so that the kill is certain to hit one at work. It is the signal that
+anyone else would send, and Ray sees no more of it.
+"""
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from curation.config import parse_config
+from curation.pipeline import curate
+from curation.selection import engine
+from curation.workers import Workers
+from tests.curation.test_kill import LIGHT, here
+from tests.curation.test_pipeline import digests
+
+Setup = Callable[[], Callable[[Any], Any]]
+EXPECTED = {
+    ("measure", "Measuring"): 2,  # scan and measure
+    ("select", "_Bundled"): 2,
+    ("build", "_Bundled"): 2,  # the plan
+    ("build", "Copying"): 1,
+    ("all", "function"): 1,  # the shards' checksums
+}
+
+
+def dying(setup: Setup, mark: str, before: bool) -> Setup:
+    """`setup` for workers of which the first that is given an item is killed, before it or when it is done."""
+
+    def begin() -> Callable[[Any], Any]:
+        function = setup()
+
+        def call(item: Any) -> Any:
+            try:
+                os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return function(item)
+            if not before:
+                function(item)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return call
+
+    return begin
+
+
+def test_a_worker_killed_in_each_phase(
+    pool: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, pools, out = parse_config(LIGHT), [str(pool)], tmp_path / "killed" / "out"
+    cut = engine.partitions
+    monkeypatch.setattr(engine, "partitions", lambda parts: cut(parts, rows=20))  # so that selection is on Ray
+    spread, kills, phase = Workers.map, Counter[tuple[str, str]](), ""
+
+    def with_kills(self: Workers, setup: Setup, items: Sequence[Any]) -> Iterator[Any]:
+        kind = (phase, type(setup).__name__)
+        if not items or kills[kind] == EXPECTED.get(kind, 0):
+            return spread(self, setup, items)
+        kills[kind] += 1
+        return spread(self, dying(setup, str(tmp_path / f"mark{kills.total()}"), kills.total() % 2 == 0), items)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workers, "map", here)
+        curate(config, pools=pools, out=tmp_path / "whole" / "out")
+    monkeypatch.setattr(Workers, "map", with_kills)
+    for phase in ("measure", "select", "build", "all"):
+        manifest = curate(config, pools=pools, out=out, phase=phase, workers=2)
+    assert kills == EXPECTED
+    assert len(list(tmp_path.glob("mark*"))) == kills.total(), "a worker was not killed"
+    assert manifest["seen"] == 140
+    assert digests(out) == digests(tmp_path / "whole" / "out")
