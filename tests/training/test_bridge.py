@@ -63,7 +63,7 @@ def test_only_the_mapping_changes_and_captions_learn_the_pictures(backbones, tmp
     before = {n: x.clone() for n, x in model.state_dict().items()}
     batch, wrong = batch_of(family, 6), batch_of(family, 6, shuffled=True)
     optimizer = torch.optim.AdamW([{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups], lr=1e-2)
-    for _ in range(200):
+    for _ in range(300):
         loss = float(step(model, [batch])["loss_generate"])
         optimizer.step()
         optimizer.zero_grad()
