@@ -83,13 +83,12 @@ def _peft_config(module: nn.Module, config: AdapterConfig) -> Any:
     import peft
 
     targets: Any = config.target_modules
-    theirs = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-    if targets == "all-linear" and (
-        theirs is None or any(type(x) is Head and x is not theirs for x in module.modules())
-    ):
-        # peft spares that one output head; ours give a loss, to which nothing can be added.
-        linear = {n: x for n, x in module.named_modules() if isinstance(x, nn.Linear)}
-        targets = [n for n, x in linear.items() if not isinstance(x, Head) and x is not theirs]
+    transformers = hasattr(module, "get_output_embeddings")
+    theirs = module.get_output_embeddings() if transformers else None
+    ours = any(isinstance(x, Head) and x is not theirs for x in module.modules())
+    if targets == "all-linear" and (ours or not transformers):
+        # peft spares that one head of transformers' models; ours give a loss, to which nothing can be added.
+        targets = [n for n, x in module.named_modules() if isinstance(x, nn.Linear) and not isinstance(x, Head)]
     shared: dict[str, Any] = {
         **_origin(module),
         "target_modules": targets,

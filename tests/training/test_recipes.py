@@ -32,6 +32,7 @@ def test_recipes_parse_and_fit_every_deepspeed_file(recipe, stage):
         (["--loader.captions", "{txt: 0.5, recaption.txt: 0}"], "loader.captions"),
         (["--loader.captions", "{}"], "loader.captions"),
         (["--loader.captions", "first"], "captions"),
+        (["--config", "recipes/train/tiny_vlm2vec.yaml", "--vlm2vec.patch_dropout", "0.5"], "patch_dropout"),
     ],
 )
 def test_bad_recipes_name_what_is_wrong(arguments, named):
