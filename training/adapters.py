@@ -79,7 +79,7 @@ def _origin(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _peft_config(module: nn.Module, config: AdapterConfig) -> Any:
+def _peft_config(module: Any, config: AdapterConfig) -> Any:
     import peft
 
     targets: Any = config.target_modules
