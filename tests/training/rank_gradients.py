@@ -31,36 +31,27 @@ def arguments() -> list[str]:
 def main() -> None:
     shards, run, stage, families, *overrides = arguments()
     settings = ["--deepspeed", str(ROOT / f"ds_configs/zero{stage}.json"), "--optim.gradient_clipping", "0", *overrides]
-    open_ranks()
+    TRAFFIC.install()
+    open_group()
     found = {}
     for family in families.split(","):
         found[family] = gradients(FAMILIES[family](*settings), shards, Path(run) / family)
-    save(found, Path(run))
-
-
-def open_ranks() -> None:
-    TRAFFIC.install()
-    open_group()
+    if torch.distributed.get_rank() == 0:
+        torch.save(found, Path(run) / "gradients.pt")
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def gradients(config: TrainConfig, shards: str, run: Path) -> dict[str, Any]:
     """Make a step of the recipe on a folder of shards, or on NAME=DIR,NAME=DIR."""
+    run.mkdir(parents=True, exist_ok=True)
     sources = open_sources(config.loader, named(config.loader, shards.split(",")))
     trainer = make_trainer(config, sources, run)
     settle_retention(trainer, None)
     found = one_step(trainer)
     trainer.engine.destroy()
     return found
-
-
-def save(found: Any, run: Path) -> None:
-    """Rank 0 writes RUN/gradients.pt; the process ends here."""
-    if torch.distributed.get_rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        torch.save(found, run / "gradients.pt")
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def one_step(trainer: Trainer) -> dict[str, Any]:

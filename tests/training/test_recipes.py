@@ -92,6 +92,7 @@ def test_what_recipes_name_is_there_and_their_batches_divide(recipe):
         (["--loader.captions", "{txt: 0.5, recaption.txt: 0}"], "loader.captions"),
         (["--loader.captions", "{}"], "loader.captions"),
         (["--loader.captions", "first"], "captions"),
+        (["--config", "recipes/train/tiny_vlm2vec.yaml", "--vlm2vec.patch_dropout", "0.5"], "patch_dropout"),
     ],
 )
 def test_bad_recipes_name_what_is_wrong(arguments, named):

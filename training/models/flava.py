@@ -91,8 +91,7 @@ class Flava(PreTrainedModel):
             c.hidden_dropout_prob = c.attention_probs_dropout_prob = 0.0
         # Without poolers, which no loss uses.
         self.image_model = FlavaImageModel(image, add_pooling_layer=False)
-        embedded: Any = self.image_model.embeddings
-        embedded.dropout = KeptPatches()
+        self.image_model.embeddings.add_module("dropout", KeptPatches())
         self.text_model = FlavaTextModel(text, add_pooling_layer=False)
         self.multimodal_model = FlavaMultimodalModel(both, add_pooling_layer=False)
         self.image_projection = nn.Linear(image.hidden_size, config.embed_dim)
