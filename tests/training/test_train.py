@@ -1,6 +1,7 @@
 """Whole runs through the real launcher: killed, stopped, resumed, refused; and what they leave for others."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -202,6 +203,28 @@ def test_without_zero_a_run_trains_and_is_clipped(shards, tmp_path):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["skipped_steps"] for m in lines] == [0] * STEPS
     assert lines[0]["grad_norm"] > 1.0 and lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_a_loss_that_explodes_is_left_out_and_ends_the_run(shards, tmp_path):
+    """The rate climbs until the weights fly apart; every loss is a number."""
+    run = tmp_path / "run"
+    wild = ["--optim.lr", "100", "--optim.warmup_steps", "10000", "--optim.groups", "[]"]
+    wild += ["--optim.max_loss_ratio", "1.5", "--optim.max_skipped", "2"]
+    more = ("--samples", str(300 * 32), "--checkpoint_every", "1", "--deepspeed", "ds_configs/zero0.json")
+    done = gemsmith("train", *arguments(shards, run, *wild, *more), "--ranks", 1, check=False)
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "3 steps in a row could not be taken" in error, done.stderr[-2000:]
+    assert "above optim.max_loss_ratio 1.5 x the median" in error
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) > 10 and all(math.isfinite(line["loss"]) for line in lines)
+    counted = [line["skipped_steps"] for line in lines]
+    assert counted[0] == 0 and counted[-1] == done.stdout.count("is left out: the loss is")
+    assert counted[-3:] == [counted[-1] - 2, counted[-1] - 1, counted[-1]]
+    # Weights, moments and step counts of the steps that were left out are those of the last one taken.
+    kept = checkpoint.complete(run)
+    states = [(folder / "rank_00000.safetensors").read_bytes() for folder in kept]
+    assert [int(folder.name[5:]) for folder in kept] == [line["step"] for line in lines[-3:]]
+    assert states[0] == states[1] == states[2]
 
 
 @pytest.fixture
