@@ -15,6 +15,7 @@ ended; what an enclosing model then draws into it, as all of ours do, is lost.)
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,18 @@ OVERWRITES = {aten.normal_, aten.uniform_, aten.zero_, aten.fill_, aten.copy_}
 """What leaves nothing of the values before, when done to the whole of a parameter."""
 SMALL = 4096
 """Parameters of fewer elements keep their memory: biases, norms, scales."""
+_LASTING: ContextVar[bool] = ContextVar("lasting", default=False)
+
+
+@contextmanager
+def lasting_sources() -> Iterator[None]:
+    """What is copied into parameters here comes from tensors that nobody changes any more, so they are kept in place of
+    copies. A safetensors file is mapped, not read: its weights take no memory until their parameter is made."""
+    before = _LASTING.set(True)
+    try:
+        yield
+    finally:
+        _LASTING.reset(before)
 
 
 @dataclass(slots=True)
@@ -137,7 +150,10 @@ class Deferred(TorchDispatchMode):
 
     def _copy(self, source: torch.Tensor) -> torch.Tensor:
         """The values that are copied now, whatever becomes of their tensor."""
-        if (history := self._of(source)) is not None:
+        history = self._of(source)
+        if _LASTING.get() and (history is None or not history.steps):
+            return source
+        if history is not None:
             history.make()
         copied = source.clone()
         if history is not None:

@@ -1,13 +1,14 @@
 """One rank of those that test_partitioned.py starts: a deep model built in parts and then whole, in measured memory;
-and the weights that a ZeRO-3 run begins from.
+the weights that a ZeRO-3 run begins from; and an LLM of 300 MiB that a recipe names, in measured memory.
 
-    rank_partitioned.py SHARDS RUN
+    rank_partitioned.py SHARDS RUN LLM
 """
 
 import json
 import os
-import resource
+import re
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,6 +21,7 @@ from tests.training.conftest import tiny_config
 from training import zero
 from training.data import Shards
 from training.distributed import World, open_group
+from training.families import build
 from training.loop import make_trainer
 from training.partitioned import Deferred, partition
 
@@ -37,9 +39,16 @@ def deep(layers: int = LAYERS) -> nn.Module:
     return model
 
 
+def resident(field: str) -> float:
+    """A field of this process's status, MiB."""
+    found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) / 1024
+
+
 def peak() -> float:
-    """MiB that this process has had resident at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MiB that this process has had resident at most (getrusage would count what its parent had, too)."""
+    return resident("VmHWM")
 
 
 def memory() -> dict[str, float]:
@@ -73,8 +82,48 @@ def beginning(precision: str, shards: Path, run: Path) -> dict[str, torch.Tensor
     return {name: trainer.world.sum(flat).view(shapes[name]) for name, flat in found.items()}
 
 
+class Anonymous(threading.Thread):
+    """MiB that this process holds at most beyond files mapped into memory, while the thread is not `stop`ped."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.start_at, self.most, self.done = resident("RssAnon"), 0.0, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.done.wait(0.002):
+            self.most = max(self.most, resident("RssAnon"))
+
+    def stop(self) -> float:
+        self.done.set()
+        self.join()
+        return max(self.most, resident("RssAnon")) - self.start_at
+
+
+def named(llm: Path, shards: Path, run: Path) -> dict[str, float]:
+    """A model around an LLM that is loaded, in parts and then whole."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    config, captions = tiny_config("--mmgem.language.name_or_path", str(llm)), Shards(shards).every_caption
+    seen = Anonymous()
+    with Deferred() as deferred:
+        parts = build(config, run / "tokenizer", captions).model
+    built = seen.stop()
+    seen = Anonymous()
+    partition(parts, deferred, SETTINGS, torch.float32)
+    cut_up = seen.stop()
+    seen = Anonymous()
+    whole = build(config, run / "tokenizer", captions).model
+    growth = {"built": built, "cut_up": cut_up, "whole": seen.stop()}
+    same = True
+    for (name, a), (other, b) in zip(parts.named_parameters(), whole.named_parameters()):
+        with GatheredParameters([a]):
+            same &= name == other and torch.equal(a, b)
+    return growth | {"size": sum(p.nbytes for p in whole.parameters()) / 2**20, "same": same}
+
+
 def main() -> None:
-    shards, run = map(Path, sys.argv[1:3])
+    shards, run, llm = map(Path, sys.argv[1:4])
     open_group()
     rank = World.current().rank
     run.mkdir(parents=True, exist_ok=True)
@@ -82,6 +131,8 @@ def main() -> None:
     begun = {precision: beginning(precision, shards, run) for precision in ("fp32", "bf16")}
     if rank == 0:
         torch.save(begun, run / "beginnings.pt")
+    torch.distributed.barrier()  # the tokenizer is there
+    (run / f"named_{rank}.json").write_text(json.dumps(named(llm, shards, run)))
     torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)

@@ -1,7 +1,9 @@
 """Whole runs through the real launcher: killed, stopped, resumed, refused; and what they leave for others."""
 
 import json
+import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,10 +23,12 @@ from training import checkpoint
 from training.inference import load
 
 STEPS = 24
+AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.0045")
 
 
 def arguments(shards: Path, run: Path, *more: str) -> list[str]:
     recipe = ["--config", "recipes/train/tiny_mmgem.yaml", *TINY, "--samples", str(STEPS * 32), "--log_every", "1"]
+    recipe += AUTO
     return [*recipe, "--checkpoint_every", "4", "--data", str(shards), "--out", str(run), *more]
 
 
@@ -117,7 +121,9 @@ def test_sigkill_and_resume_give_the_same_bits(finished, shards, tmp_path):
     process.wait()
     assert not (run / "manifest.json").exists()
     done = gemsmith("train", *arguments(shards, run), "--ranks", 2)
-    assert "resuming after step" in done.stdout
+    assert "resuming after step" in done.stdout and "loader.retain: " not in done.stdout, "what was chosen is kept"
+    chosen = [checkpoint.check(checkpoint.step_folder(r, STEPS))["retain"] for r in (finished, run)]
+    assert chosen[0] == chosen[1] and 8 < chosen[0] < 16, "between a chunk and all of a rank's samples"
     expected, found = state_of(finished), state_of(run)
     assert expected.keys() == found.keys() and len(expected) > 4
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -208,3 +214,87 @@ def test_without_zero_a_run_trains_and_is_clipped(shards, tmp_path):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["skipped_steps"] for m in lines] == [0] * STEPS
     assert lines[0]["grad_norm"] > 1.0 and lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_a_loss_that_explodes_is_left_out_and_ends_the_run(shards, tmp_path):
+    """The rate climbs until the weights fly apart; every loss is a number."""
+    run = tmp_path / "run"
+    wild = ["--optim.lr", "100", "--optim.warmup_steps", "10000", "--optim.groups", "[]"]
+    wild += ["--optim.max_loss_ratio", "1.5", "--optim.max_skipped", "2"]
+    more = ("--samples", str(300 * 32), "--checkpoint_every", "1", "--deepspeed", "ds_configs/zero0.json")
+    done = gemsmith("train", *arguments(shards, run, *wild, *more), "--ranks", 1, check=False)
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "3 steps in a row could not be taken" in error, done.stderr[-2000:]
+    assert "above optim.max_loss_ratio 1.5 x the median" in error
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) > 10 and all(math.isfinite(line["loss"]) for line in lines)
+    counted = [line["skipped_steps"] for line in lines]
+    assert counted[0] == 0 and counted[-1] == done.stdout.count("is left out: the loss is")
+    assert counted[-3:] == [counted[-1] - 2, counted[-1] - 1, counted[-1]]
+    # Weights, moments and step counts of the steps that were left out are those of the last one taken.
+    kept = checkpoint.complete(run)
+    states = [(folder / "rank_00000.safetensors").read_bytes() for folder in kept]
+    assert [int(folder.name[5:]) for folder in kept] == [line["step"] for line in lines[-3:]]
+    assert states[0] == states[1] == states[2]
+
+
+@pytest.fixture
+def stopped(finished, tmp_path) -> Path:
+    """The run as a kill after step 20 leaves it."""
+    run = tmp_path / "stopped"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("step_00000024", "export"))
+    (run / "manifest.json").unlink()
+    for name, size in (("decoded.data.u8", 100 * 32 * 32 * 3), ("decoded.data.known", 100)):
+        with open(run / name, "wb") as file:  # pictures are kept decoded until a run has ended
+            file.truncate(size)
+    return run
+
+
+def refusal(shards: Path, run: Path) -> str:
+    """The line that `gemsmith train` refuses to go on with."""
+    done = gemsmith("train", *arguments(shards, run), "--ranks", 2, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()  # nothing was launched
+    return line
+
+
+def test_checkpoints_that_cannot_be_resumed_are_refused_before_anything_starts(stopped, shards):
+    folder = checkpoint.step_folder(stopped, 20)
+    file, manifest = folder / "rank_00001.safetensors", folder / "manifest.json"
+    whole, facts = file.read_bytes(), json.loads(manifest.read_text())
+
+    facts["config"]["mmgem"]["language"]["hidden_size"] = 48  # as of a run with another model, copied here
+    manifest.write_text(json.dumps(facts))
+    line = refusal(shards, stopped)
+    assert line.startswith(f"error: --out {folder}: is a checkpoint of another model"), line
+    assert "another mmgem.language.hidden_size; delete that folder, or" in line
+
+    file.write_bytes(whole[:-100])
+    line = refusal(shards, stopped)
+    assert f"{file.name} has {len(whole) - 100} bytes of {len(whole)}" in line and "delete that folder and" in line
+
+    file.unlink()
+    line = refusal(shards, stopped)
+    assert f"{file.name} is missing" in line and "the run resumes from the one before" in line
+
+
+def test_without_a_manifest_or_room_the_checkpoint_before_counts(finished, stopped, shards):
+    """Resumed from before a checkpoint without manifest; then the disk is full, and then it has room again."""
+    (checkpoint.step_folder(stopped, 20) / "manifest.json").unlink()
+    process = start(shards, stopped)
+    ranks = wait_for(lambda: len(found := list((stopped / "ranks").glob("*.pid"))) == 2 and found)
+    for file in ranks:  # writes past this fail, as on a full disk; a rank's part of a checkpoint is larger
+        number = int(wait_for(file.read_text))
+        resource.prlimit(number, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "resuming after step 16" in output, output[-2000:]
+    said = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert said and all("the checkpoint could not be written" in x and "make room" in x for x in said), output[-2000:]
+    assert "Traceback" not in output
+    assert [p.name for p in checkpoint.complete(stopped)] == ["step_00000016"]
+
+    done = gemsmith("train", *arguments(shards, stopped), "--ranks", 2)
+    assert "resuming after step 16" in done.stdout
+    expected, found = state_of(finished), state_of(stopped)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert not any(checkpoint.step_folder(stopped, 20).glob("*.part"))

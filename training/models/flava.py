@@ -41,6 +41,7 @@ from training.models.kind import check_kind
 from training.models.mmgem import MEAN, STD
 from training.models.patches import KeptPatches, only
 from training.models.scalars import add_scalars, read_scalars
+from training.partitioned import lasting_sources
 
 
 class FlavaConfig(PretrainedConfig):
@@ -167,7 +168,8 @@ class Flava(PreTrainedModel):
                     f"flava.name_or_path: {name_or_path} has {name} of shape {list(found)}, the recipe "
                     f"{list(tensor.shape)}; give the checkpoint's sizes, tokenizer and codebook"
                 )
-        self.load_state_dict({name: published[name] for name in own}, strict=False)
+        with lasting_sources():
+            self.load_state_dict({name: published[name] for name in own}, strict=False)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "Flava":

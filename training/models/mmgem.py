@@ -32,6 +32,7 @@ from training.models.kind import check_kind, opened
 from training.models.patches import only
 from training.models.scalars import add_scalars, read_scalars
 from training.models.vision import pretrained_tower, vision_tower
+from training.partitioned import lasting_sources
 from training.tokenizer import CAP, EMB
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -162,10 +163,11 @@ class MMGem(PreTrainedModel):
             **settings,
         )
         model = cls(config)
-        if language.name_or_path:
-            model.llm.load_state_dict(pretrained.state_dict())
-        if weights is not None:
-            model.vision.load_state_dict(weights)
+        with lasting_sources():
+            if language.name_or_path:
+                model.llm.load_state_dict(pretrained.state_dict())
+            if weights is not None:
+                model.vision.load_state_dict(weights)
         return model
 
     @property

@@ -20,6 +20,7 @@ import torch
 
 from curation.errors import UserError
 from training.models.scalars import read_scalars
+from training.partitioned import lasting_sources
 
 TRAINED = {"captioning": ("h3.weight", "h3.bias", "prompts"), "retrieval": ("h4.weight", "h4.bias")}
 """What each part of stage 2 trains; all else is frozen."""
@@ -72,7 +73,8 @@ def begin_from(model: Any, state: dict[str, torch.Tensor], source: str) -> None:
         shapes = [tuple(side[name].shape) if name in side else "nothing" for side in (state, own)]
         if shapes[0] != shapes[1]:
             raise UserError(f"mmgem.init: {source} is of another model: {name} is {shapes[0]} there, {shapes[1]} here")
-    model.load_state_dict(state, strict=False)
+    with lasting_sources():
+        model.load_state_dict(state, strict=False)
     if "prompts" in new:
         with torch.no_grad():
             model.prompts.copy_(model.llm.get_input_embeddings().weight[model.config.cap_token_id])
