@@ -173,7 +173,7 @@ def _part(number: int, first: int, rows: int, width: int) -> pa.Table:
     phash = (look.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(0x5851F42D4C957F2D)) ^ flipped
     hexadecimal = _uids(number)[: 16 * rows].hex().encode()
     points = rng.normal(size=(rows, width)).astype(np.float32) + rng.normal(size=(10, width))[rng.integers(0, 10, rows)]
-    points[1::20] = points[:-1:20]
+    points[2::20] = points[:-2:20]  # of the even rows, whose uids are on the list
     points /= np.linalg.norm(points, axis=1, keepdims=True)
     named = np.minimum(rng.zipf(1.3, 4 * rows), CONCEPTS) - 1
     offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 8, rows))]).clip(max=4 * rows).astype(np.int32)

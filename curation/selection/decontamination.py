@@ -27,7 +27,7 @@ from curation.selection.interface import Apart, Fold, Program
 from curation.selection.reference_quantile import identities, read_reference, reference_content
 
 BITS = 64
-BLOCK = 8_192  # reference embeddings that are compared at once
+BLOCK = 8_192  # embeddings of either side that are compared at once
 ROUNDING = 5e-4  # twice what float32 can be off in a dot product of unit vectors of width 4,000
 
 Bands = list[tuple[np.ndarray, np.ndarray]]
@@ -168,6 +168,9 @@ def within_cosine(points: np.ndarray, reference: np.ndarray, cosine: float) -> n
     Returns:
         bool [n].
     """
+    if len(points) > BLOCK:  # which in float64 take several times what they take in the store
+        blocks = [points[start : start + BLOCK] for start in range(0, len(points), BLOCK)]
+        return np.concatenate([within_cosine(block, reference, cosine) for block in blocks])
     exact = _unit(points)
     near = np.zeros(len(points), bool)
     for start in range(0, len(reference), BLOCK):

@@ -67,7 +67,7 @@ def _at_rank(values: Values, rank: int, rows: int) -> Program:
     """(the value at this place of the descending order, how many are above it, how many equal it)"""
     prefix, depth, above = 0, 0, 0
     while rows > LISTED and depth < 64 // BITS:
-        counts = yield Fold(partial(_counted, values, prefix, depth), np.add)
+        counts = yield Fold(partial(_counted, values, prefix, depth), partial(np.add, dtype=np.int64))
         running = np.cumsum(counts[::-1])  # from the highest bin down
         place = int(np.searchsorted(running, rank - above, side="right"))
         above += int(running[place] - counts[::-1][place])
@@ -100,8 +100,9 @@ def _under(values: Values, prefix: int, depth: int, table: pa.Table) -> np.ndarr
 
 
 def _counted(values: Values, prefix: int, depth: int, table: pa.Table) -> np.ndarray:
+    """uint32 [2^BITS], since every partition sends one to the process that decides."""
     digits = _under(values, prefix, depth, table) >> np.uint64(64 - BITS * (depth + 1))
-    return np.bincount((digits & np.uint64((1 << BITS) - 1)).astype(np.int64), minlength=1 << BITS)
+    return np.bincount((digits & np.uint64((1 << BITS) - 1)).astype(np.int64), minlength=1 << BITS).astype(np.uint32)
 
 
 def _listed(values: Values, prefix: int, depth: int, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -158,7 +158,7 @@ def test_neither_rows_nor_samples_reach_the_process_that_decides(
 ) -> None:
     """By what goes to and comes from the workers: the sample is 320 KB here, the list 80 KB, half of the pool."""
     reference_of(tmp_path, table)
-    pairs = [(int(u[:16], 16), int(u[16:], 16)) for u in table["uid"].to_pylist()[::2]]
+    pairs = [(int(u[:16], 16), int(u[16:], 16)) for u in table["uid"].to_pylist()[: ROWS // 2]]
     np.save(tmp_path / "subset.npy", np.sort(np.array(pairs, "u8,u8")))
     selectors = {
         "uids": Uids(file=str(tmp_path / "subset.npy")),
@@ -177,7 +177,7 @@ def test_neither_rows_nor_samples_reach_the_process_that_decides(
             yield result
 
     run = engine.run(selectors, engine.partitions(parts, 2_000), tmp_path / "run", watched)
-    assert run.stages[0]["dropped"] > 4_000 and run.stages[-1]["dropped"] and run.stages[-1]["out"] > 500
+    assert run.stages[0]["dropped"] > 4_000 and run.stages[-1]["dropped"] and run.stages[-1]["out"] > 50
     assert max(sent) < 10_000
 
 
