@@ -97,6 +97,8 @@ def test_the_same_bytes_for_1_2_and_4_workers_and_any_order_of_shards(
     for shard in range(8):
         rows = range(shard * 1250, shard * 1250 + 1250)
         samples = {str(n): sample(n, jpg=pictures[n * 7919 % 2_000]) for n in rows}
+        for n in range(rows.start, rows.stop, 11):
+            samples[str(n)]["txt"] = "ein kleiner Hund läuft über die grüne Wiese".encode()
         write_tar(tmp_path / "ab"[shard % 2] / f"{shard}.tar", samples)
     entries = ["picture", "the thing", "table", *map(str, range(0, 10_000, 9))]
     (tmp_path / "metadata.json").write_text(json.dumps(entries))
