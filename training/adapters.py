@@ -31,6 +31,7 @@ from training.config import AdapterConfig, GroupConfig
 from training.models import dropout
 from training.models.head import Head
 
+BLOCK = 64  # weights that share a scale, as in QLoRA
 FOLDER, TRAINED = "adapter", "trained.safetensors"
 PREFIX = "base_model.model."
 """What peft writes before the names of a wrapped module's parameters."""
@@ -134,7 +135,8 @@ def _unreached(module: nn.Module) -> dict[str, Any]:
 
 
 def _quantise(module: Any, config: AdapterConfig) -> None:
-    """Linear layers of the module become NF4 with double quantisation (Dettmers 2023); the output head stays."""
+    """Linear layers of the module become NF4 with double quantisation (Dettmers 2023); the output head stays, and what
+    has rows of no whole blocks, which bitsandbytes' AVX-512 kernel unpacks to other weights (seen in 0.50.2)."""
     try:
         import bitsandbytes as bnb
     except ImportError:
@@ -145,11 +147,11 @@ def _quantise(module: Any, config: AdapterConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, layer in list(module.named_modules()):
         saved = any(part in config.modules_to_save for part in name.split("."))
-        if type(layer) is not nn.Linear or layer is head or saved:
+        if type(layer) is not nn.Linear or layer is head or saved or layer.in_features % BLOCK:
             continue
         sizes = (layer.in_features, layer.out_features)
         packed: Any = bnb.nn.Linear4bit(*sizes, bias=layer.bias is not None, quant_type="nf4", device="meta")
-        packed.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+        packed.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", blocksize=BLOCK)
         packed.bias = layer.bias
         try:
             packed.to(device)

@@ -181,16 +181,19 @@ def test_an_mmgem_takes_them_too(shards, tmp_path):
 
 def test_qlora_trains_on_packed_weights(tmp_path):
     bnb = pytest.importorskip("bitsandbytes")
-    settings = config("qlora", modules_to_save=["multi_modal_projector"])
+    shared = {"modules_to_save": ["multi_modal_projector"]}
+    settings = config("qlora", **shared)
     model, inputs = adapted(settings)
-    layer = model.backbone.get_decoder().layers[0].self_attn.q_proj.base_layer
+    block = model.backbone.get_decoder().layers[0]
+    layer = block.mlp.down_proj.base_layer
     assert type(layer) is bnb.nn.Linear4bit and layer.weight.dtype == torch.uint8
+    assert type(block.self_attn.q_proj.base_layer) is torch.nn.Linear, "32 weights a row are no whole blocks"
     assert type(model.backbone.lm_head) is torch.nn.Linear
     chunk = inputs.collate(mixed_rows(0))
     model(chunk)["left"].square().mul(torch.arange(32.0)).sum().backward()
     moving = trained(model)
     assert all(("lora_" in n or "modules_to_save" in n) and p.grad.any() for n, p in moving.items())
-    plain, _ = adapted(config("lora", modules_to_save=["multi_modal_projector"]))  # with what the packed weights say
+    plain, _ = adapted(config("lora", **shared))  # with what the packed weights say
     for name, part in model.named_modules():
         if isinstance(part, bnb.nn.Linear4bit):
             weight = bnb.functional.dequantize_4bit(part.weight.data, part.weight.quant_state)
