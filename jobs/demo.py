@@ -17,7 +17,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,19 @@ class DemoSizes:
     captioned: int = 500
 
 
+@contextmanager
+def _sigterm_held() -> Iterator[None]:
+    """SIGTERM is taken afterwards: a process that is just being started would be left to itself."""
+    held: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for number in held:
+        signal.raise_signal(number)
+
+
 @dataclass(slots=True)
 class Story:
     """The folders of one demo and the seconds its steps took."""
@@ -64,11 +78,13 @@ class Story:
         begun, environment = time.monotonic(), {**os.environ, "OMP_NUM_THREADS": str(threads)}
         # The training has the cores; grading takes what it leaves.
         commands = [command, *([] if beside is None else [("nice", "-n", "19", *beside)])]
-        # Each in a group of its own, launchers and ranks included, so that one that is left can be ended as a whole.
-        running = [
-            subprocess.Popen([*map(str, words)], cwd=ROOT, env=environment, process_group=0) for words in commands
-        ]
+        running: list[subprocess.Popen[bytes]] = []
         try:
+            with _sigterm_held():
+                # Each in a group of its own, launchers and ranks included: what is left can be ended as a whole.
+                for words in commands:
+                    line = [*map(str, words)]
+                    running.append(subprocess.Popen(line, cwd=ROOT, env=environment, process_group=0))
             code = next((code for process in running if (code := process.wait())), 0)
         finally:
             for process in running:

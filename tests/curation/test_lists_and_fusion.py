@@ -51,9 +51,8 @@ def measured(folder: Path, tables: list[pa.Table]) -> str:
 
 
 def pictures(rng: np.random.Generator, rows: int, start: int) -> tuple[list[bytes], list[int], np.ndarray]:
-    digests = [(start + i).to_bytes(32, "big") for i in range(rows)]
     hashes = [int(h) for h in rng.integers(0, 2**64, rows, dtype=np.uint64)]
-    return digests, hashes, rng.normal(size=(rows, WIDTH))
+    return [(start + i).to_bytes(32, "big") for i in range(rows)], hashes, rng.normal(size=(rows, WIDTH))
 
 
 def picture_table(digests: list[bytes], hashes: list[int], points: np.ndarray, error: list[str | None]) -> pa.Table:
