@@ -6,20 +6,17 @@ from typing import Any
 
 import pytest
 
-from curation import phases, pipeline
 from curation.config import parse_config
 from curation.pipeline import curate
 from curation.store import SignalSet
 from curation.workers import Workers
 from tests.curation.conftest import sample, write_tar
-from tests.curation.test_kill import RECIPE, here, nothing
+from tests.curation.test_kill import RECIPE, in_this_process
 
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Workers, "map", here)
-    for module in (phases, pipeline):
-        monkeypatch.setattr(module, "write_report", nothing)
+    in_this_process(monkeypatch)
 
 
 @pytest.fixture

@@ -79,6 +79,13 @@ def nothing(*arguments: object, **options: object) -> None:
     pass
 
 
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Ray, and without the page: it is made anew by each run, and its drawings would take most of the time."""
+    monkeypatch.setattr(Workers, "map", here)
+    for module in (phases, pipeline):
+        monkeypatch.setattr(module, "write_report", nothing)
+
+
 STEPS = (
     (os, "replace", nothing),
     (Path, "rename", nothing),
@@ -124,9 +131,7 @@ def test_killed_at_every_step_and_run_again_gives_the_same_bytes(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwritten: bool
 ) -> None:
     """`overwritten`: in a folder that holds a finished run with another seed, at every step of emptying it too."""
-    monkeypatch.setattr(Workers, "map", here)
-    for module in (phases, pipeline):  # the page is made anew by each run, and its drawings would take most of the time
-        monkeypatch.setattr(module, "write_report", nothing)
+    in_this_process(monkeypatch)
     config, other = parse_config(RECIPE), parse_config({**RECIPE, "seed": 1})
     whole, old = tmp_path / "whole", tmp_path / "old"
     manifest = curate(config, pools=[str(raw)], out=whole)

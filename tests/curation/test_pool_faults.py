@@ -16,14 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from curation import files, phases, pipeline
+from curation import files, pipeline
 from curation.config import parse_config
 from curation.errors import UserError
 from curation.pipeline import curate
 from curation.pool import list_shards
-from curation.workers import Workers
 from tests.curation.conftest import picture, sample, write_tar
-from tests.curation.test_kill import digests, here, nothing, run_until
+from tests.curation.test_kill import digests, in_this_process, run_until
 
 RECIPE: dict[str, Any] = {
     "signals": {"text": {"kind": "text"}, "fingerprints": {"kind": "fingerprints"}},
@@ -61,10 +60,8 @@ fsspec.register_implementation("unsteady", Unsteady, clobber=True)
 
 
 @pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Workers, "map", here)
-    for module in (phases, pipeline):
-        monkeypatch.setattr(module, "write_report", nothing)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch)
 
 
 @pytest.fixture

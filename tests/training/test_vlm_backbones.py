@@ -8,7 +8,7 @@ import transformers
 from torch.nn import functional as F
 
 from curation.errors import UserError
-from tests.training.vlm import CAPTIONS, LLAVA, TEXT, mixed_rows, picture, tiny
+from tests.training.vlm import CAPTIONS, LLAVA, TEXT, assert_alone_as_padded, picture, tiny
 from training.config import ObjectiveConfig
 from training.family_config import Vlm2VecRecipe
 from training.models import vlm_inputs
@@ -116,13 +116,7 @@ def opened(folder, side="left"):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_row_embeds_the_same_alone_and_padded_on_either_side(kind, side, folder):
     model, inputs = opened(folder(kind), side)
-    items = [item for row in mixed_rows() if row for item in (row.query, row.positive)]
-    with torch.no_grad():
-        together = model.embed(inputs.side(items))[: len(items)]
-        alone = torch.cat([model.embed(inputs.side([item], picture=False)) for item in items])
-    assert inputs.side(items)["attention_mask"].min() == 0, "some rows are padded"
-    assert (together - alone).abs().max() < 1e-5
-    assert torch.pdist(together).min() > 1e-3, "the rows differ, so that a wrong position would show"
+    assert_alone_as_padded(model, inputs)
 
 
 @KINDS

@@ -94,3 +94,14 @@ def mixed_rows(negatives=2):
         Row(query=r.query, positive=r.positive, negatives=extra[i % 2 :][: i % (negatives + 1)]) if r else None
         for i, r in enumerate(rows)
     ]
+
+
+def assert_alone_as_padded(model, inputs):
+    """A row's embedding is the same whether it stands alone or is padded beside others."""
+    items = [item for row in mixed_rows() if row for item in (row.query, row.positive)]
+    with torch.no_grad():
+        together = model.embed(inputs.side(items))[: len(items)]
+        alone = torch.cat([model.embed(inputs.side([item], picture=False)) for item in items])
+    assert inputs.side(items)["attention_mask"].min() == 0, "some rows are padded"
+    assert (together - alone).abs().max() < 1e-5
+    assert torch.pdist(together).min() > 1e-3, "the rows differ, so that a wrong position would show"
