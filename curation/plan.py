@@ -22,8 +22,7 @@ import pyarrow.compute as pc
 
 from curation.errors import UserError
 from curation.hashing import hash64_many
-from curation.ledger import read_column
-from curation.selection.engine import Part, Partition
+from curation.selection.engine import Part, Partition, read_columns
 from curation.shuffle import MapParts, RowFiles, buckets_for, gather, hash_buckets, scatter
 from curation.tar import BLOCK, END
 
@@ -103,14 +102,14 @@ def plan(
         UserError: a sample has a member of such an extension already.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kept = [n for counts in map_parts(partial(_count, ledger), pool) for n in counts]
-    buckets = buckets_for(sum(kept), ROW_BYTES)
+    buckets = buckets_for(sum(partition.rows for partition in pool), ROW_BYTES)
     splitters = _splitters(pool, ledger, buckets, map_parts)
-    for _ in map_parts(partial(_send_uids, ledger, folder / "uids", splitters), pool):
-        pass
+    giving = [one for sent in map_parts(partial(_send_uids, ledger, folder / "uids", splitters), pool) for one in sent]
+    total = sum(kept for _, kept in giving)
     numbered = gather(folder / "uids", len(pool), buckets, ROW_BYTES, partial(_number, folder), map_parts)
-    ids = _join(folder / "sample_ids.npy", [Path(piece) for piece in numbered.summaries], sum(kept))
+    ids = _join(folder / "sample_ids.npy", [Path(piece) for piece in numbered.summaries], total)
 
+    buckets = buckets_for(total, ROW_BYTES)
     sent = np.zeros(buckets, np.int64)
     send = partial(_send_hashes, ledger, folder / "places", numbered, seed, buckets, members)
     for counts in map_parts(send, pool):
@@ -123,9 +122,8 @@ def plan(
     begins = [start + at for start, (_, at) in zip(tape_starts, places.summaries, strict=True)]
     shard_starts = np.concatenate([np.zeros(0, np.int64), *begins])
     ends = np.append(shard_starts[1:], lengths.sum()) if len(shard_starts) else shard_starts
-    total = sum(kept)
     return Plan(
-        inputs=_inputs([part for partition in pool for part in partition.parts], kept),
+        inputs=_inputs([part for partition in pool for part in partition.parts], giving),
         sizes=[int(size) + len(END) for size in ends - shard_starts],
         samples=[min(shard_samples, total - start) for start in range(0, total, shard_samples)],
         ids=ids,
@@ -137,37 +135,35 @@ def plan(
     )
 
 
-def _inputs(parts: Sequence[Part], kept: Sequence[int]) -> list[Input]:
+def _inputs(parts: Sequence[Part], giving: Sequence[tuple[str, int]]) -> list[Input]:
+    """`giving`: the shard of each part, and how many copies it gives."""
     groups: dict[str, list[int]] = {}
     for i, part in enumerate(parts):
         groups.setdefault(part.path.name.rpartition("-")[0], []).append(i)
     return [
         Input(
             index=index,
-            shard=Partition(number=0, parts=(parts[members[0]],)).read(["shard"])["shard"][0].as_py(),
+            shard=giving[members[0]][0],
             fingerprint=name,
             parts=tuple(parts[i] for i in members),
-            kept=sum(kept[i] for i in members),
+            kept=sum(giving[i][1] for i in members),
         )
         for index, (name, members) in enumerate(groups.items())
-        if any(kept[i] for i in members)
+        if any(giving[i][1] for i in members)
     ]
 
 
-def _copies(partition: Partition, ledger: Path) -> np.ndarray:
-    return np.concatenate([read_column(ledger, part, "copies") for part in partition.parts])
+def _listed(partition: Partition, ledger: Path, columns: Sequence[str]) -> list[pa.Table]:
+    """These columns of the ledger, a table of each part."""
+    return [read_columns(ledger / part.path.name, columns) for part in partition.parts]
 
 
-def _kept(partition: Partition, ledger: Path, columns: Sequence[str]) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """(the columns of the kept rows, their places in the pool int64, their copies int32)"""
-    copies = _copies(partition, ledger)
+def _kept(listed: Sequence[pa.Table], partition: Partition) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+    """(what is listed of the kept rows, their places in the pool int64, their copies int32)"""
+    table = pa.concat_tables(listed)
+    copies = table["copies"].to_numpy()
     here = np.flatnonzero(copies)
-    return partition.read(columns).take(pa.array(here)), here + partition.first, copies[here]
-
-
-def _count(ledger: Path, partition: Partition) -> list[int]:
-    """Copies of each part."""
-    return [int(read_column(ledger, part, "copies").sum()) for part in partition.parts]
+    return table.take(pa.array(here)), here + partition.first, copies[here]
 
 
 def _splitters(pool: Sequence[Partition], ledger: Path, buckets: int, map_parts: MapParts) -> np.ndarray:
@@ -182,7 +178,7 @@ def _splitters(pool: Sequence[Partition], ledger: Path, buckets: int, map_parts:
 
 def _sample(ledger: Path, partition: Partition) -> tuple[np.ndarray, np.ndarray]:
     """Of at most SAMPLED uids with the lowest hashes: the hashes, the uids as UID."""
-    table, _, _ = _kept(partition, ledger, ["uid"])
+    table, _, _ = _kept(_listed(partition, ledger, ["uid", "copies"]), partition)
     uids = table["uid"].to_pylist()
     hashes = hash64_many("uid sample", uids)
     lowest = np.argsort(hashes, kind="stable")[:SAMPLED]
@@ -190,14 +186,17 @@ def _sample(ledger: Path, partition: Partition) -> tuple[np.ndarray, np.ndarray]
     return hashes[lowest], _as_uid(high, low)
 
 
-def _send_uids(ledger: Path, folder: Path, splitters: np.ndarray, partition: Partition) -> None:
-    table, rows, copies = _kept(partition, ledger, ["uid"])
+def _send_uids(ledger: Path, folder: Path, splitters: np.ndarray, partition: Partition) -> list[tuple[str, int]]:
+    """Send every kept uid by its range; the shard of each part, and how many copies it gives."""
+    listed = _listed(partition, ledger, ["uid", "shard", "copies"])
+    table, rows, copies = _kept(listed, partition)
     high, low = numbers(table["uid"].to_pylist())
     bucket = np.searchsorted(splitters["f0"], high, "left")
     for splitter in splitters:  # those with the same high half as a splitter, as all short numbers have
         bucket += (high == splitter["f0"]) & (low >= splitter["f1"])
     sent = pa.table({"high": high, "low": low, "row": rows, "copies": copies, "bucket": bucket})
     scatter(folder, partition.number, sent, len(splitters) + 1)
+    return [(part["shard"][0].as_py(), pc.sum(part["copies"]).as_py()) for part in listed]
 
 
 def _number(folder: Path, pieces: Iterator[pa.Table]) -> tuple[pa.Table, str]:
@@ -237,7 +236,8 @@ def _send_hashes(
     partition: Partition,
 ) -> np.ndarray:
     """Send every copy by its hash; how many went to each bucket: int64 [buckets]."""
-    table, rows, copies = _kept(partition, ledger, ["uid", "extensions", "sizes", *members.values()])
+    table, rows, copies = _kept(_listed(partition, ledger, ["uid", "copies"]), partition)
+    measured = partition.read(["extensions", "sizes", *members.values()]).take(pa.array(rows - partition.first))
     first = np.zeros(len(rows), np.int64)
     for _, found in numbered.between(partition.first, partition.first + partition.rows):
         first[np.searchsorted(rows, found["row"].to_numpy())] = found["first"].to_numpy()
@@ -253,7 +253,7 @@ def _send_hashes(
         "hash": hashes,
         "row": rows[of],
         "copy": number.astype(np.int32),
-        "taken": taken(table, members)[of],
+        "taken": taken(measured, members)[of],
         "bucket": bucket,
     }
     scatter(folder, partition.number, pa.table(sent), buckets)
