@@ -21,8 +21,6 @@ from benchmarks.building_rows import SAMPLES, SHARDS
 from benchmarks.case import LATEST
 from curation.errors import UserError, exit_code
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "curation.md"
-MARKS = "<!-- by benchmarks.cost -->\n", "<!-- end -->\n"  # around the table there
 PAIRS = 12_800_000_000
 PAIR_BYTES = 30_000  # assumed: what a picture of the build's rows takes
 EMBEDDING_BYTES = 768 * 2  # ViT-L/14 in float16
@@ -84,25 +82,6 @@ def table(rows: Mapping[str, Mapping[str, Any]], pairs: int) -> str:
     ):
         lines.append(f"| {name} | {size:,} | {size * pairs / 1e12:,.1f} |")
     return "\n".join(lines)
-
-
-def into_docs(results: Path = LATEST, docs: Path = DOCS) -> None:
-    """Put the table of these results between its marks in the page."""
-    before, between, after = _parts_of(docs.read_text())
-    wanted = table(read(results), PAIRS) + "\n"
-    if between != wanted:
-        docs.write_text(before + wanted + after)
-
-
-def in_docs(docs: Path = DOCS) -> str:
-    """The table that is in the page."""
-    return _parts_of(docs.read_text())[1].rstrip("\n")
-
-
-def _parts_of(text: str) -> tuple[str, str, str]:
-    start = text.index(MARKS[0]) + len(MARKS[0])
-    end = text.index(MARKS[1], start)
-    return text[:start], text[start:end], text[end:]
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,8 @@
     python -m benchmarks.run --only build_keep  those whose name contains this; other rows of the file stay
     python -m benchmarks.run --quick            small sizes, one run: whether it works, not how fast it is
 
+The tables that docs/ shows of the figures, docs/speed.md and the costs in docs/curation.md, are written along.
+
 Both sides of a row run in turn in one process on the same data, so that
 whatever else the machine does hits both, and the side that begins changes with
 each run. A figure is the median of its runs; the ratio is that of the medians.
@@ -29,6 +31,7 @@ from benchmarks import (
     loader_rows,
     loss_rows,
     matching_rows,
+    pages,
     rank_rows,
     selection_rows,
     step_cost_rows,
@@ -114,15 +117,32 @@ def device() -> str:
     return f"{cpu}, {len(os.sched_getaffinity(0))} cores"
 
 
+COLUMNS = ("row", "ours", "peer", "unit", "ratio", "asked", "", "peer is")
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [("row", "ours", "peer", "unit", "ratio", "reach", "", "peer is")]
+    lines = [COLUMNS, *_cells(rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def in_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The same rows, of either area under its heading and with where they were measured."""
+    said = []
+    for area in dict.fromkeys(row["area"] for row in rows):
+        of = [row for row in rows if row["area"] == area]
+        lines = [COLUMNS, ("---",) * len(COLUMNS), *_cells(of)]
+        on = ", ".join(dict.fromkeys(row["device"] for row in of))
+        said.append(f"## {area.title()} ({on})\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(said)
+
+
+def _cells(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     for row in rows:
         sign = ">=" if row["better"] == "higher" else "<="
         figures = (f"{row['ours']:,.4g}", f"{row['peer']:,.4g}", row["unit"], f"{row['ratio']:.3g}")
         verdict = "passed" if row["passed"] else "MISSED"
-        lines.append((row["name"], *figures, f"{sign} {row['reach']:g}", verdict, row["peer_name"]))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+        yield row["name"], *figures, f"{sign} {row['reach']:.3g}", verdict, row["peer_name"]
 
 
 def run(only: str, quick: bool, work: Path | None, out: Path) -> list[dict[str, Any]]:
@@ -155,6 +175,12 @@ def run(only: str, quick: bool, work: Path | None, out: Path) -> list[dict[str, 
     return rows
 
 
+def into_docs() -> None:
+    """Put the tables of the committed results into the pages."""
+    pages.put(pages.DOCS / "speed.md", "benchmarks.run", in_markdown(json.loads(LATEST.read_text())))
+    pages.put(pages.DOCS / "curation.md", "benchmarks.cost", cost.table(cost.read(LATEST), cost.PAIRS))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", allow_abbrev=False)
     parser.add_argument("--only", default="", metavar="NAME", help="rows whose name contains this")
@@ -166,7 +192,7 @@ def main() -> int:
         parser.error("--quick figures are no results: name another file with --out")
     print(table(run(a.only, a.quick, a.work, a.out or LATEST)))
     if a.out is None:
-        cost.into_docs()
+        into_docs()
     return 0
 
 

@@ -1,12 +1,8 @@
-"""The cost of a pool from measured rows: the arithmetic by hand, and the page's table is what the rows say."""
-
-import json
-from pathlib import Path
+"""The cost of a pool from measured rows: the arithmetic by hand."""
 
 import pytest
 
-from benchmarks.case import LATEST
-from benchmarks.cost import BUILD_PAIRS, MARKS, PAIRS, PHASES, core_hours, in_docs, into_docs, read, table
+from benchmarks.cost import BUILD_PAIRS, PHASES, core_hours, table
 from benchmarks.run import GROUPS
 from curation.errors import UserError
 
@@ -30,12 +26,3 @@ def test_table_has_every_phase_and_names_what_is_missing() -> None:
     assert "Not measured yet: `reselect`." in table(rows, 1)
     with pytest.raises(UserError, match="has no row of curation; run make bench"):
         table({}, 1)
-
-
-def test_the_page_has_the_table_of_the_results(tmp_path: Path) -> None:
-    assert in_docs() == table(read(LATEST), PAIRS), "python -m benchmarks.run writes both"
-    page, results = tmp_path / "page.md", tmp_path / "rows.json"
-    page.write_text(f"before\n{MARKS[0]}old\n{MARKS[1]}after\n")
-    results.write_text(json.dumps([{**ROW, "name": "reselect"}]))
-    into_docs(results, page)
-    assert page.read_text() == f"before\n{MARKS[0]}{table(read(results), PAIRS)}\n{MARKS[1]}after\n"
