@@ -11,7 +11,11 @@ Measure = Callable[[], float]  # does the work once and returns the figure, in t
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row. `ratio` is ours / peer; `reach` bounds it from below where higher is better, else from above."""
+    """One row. `ratio` is ours / peer; `reach` bounds it from below where higher is better, else from above.
+
+    Each figure is the mean of so many `calls`, of either side in turn: a second's work is at the mercy of what else is
+    done.
+    """
 
     name: str
     area: Literal["curation", "training", "evaluation"]
@@ -21,6 +25,7 @@ class Case:
     peer_name: str
     ours: Measure
     peer: Measure
+    calls: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

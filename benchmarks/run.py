@@ -8,7 +8,7 @@ The tables that docs/ shows of the figures, docs/speed.md and the costs in docs/
 
 Both sides of a row run in turn in one process on the same data, so that
 whatever else the machine does hits both, and the side that begins changes with
-each run. A figure is the median of its runs; the ratio is that of the medians.
+each call. A figure is the median of its runs; the ratio is that of the medians.
 A row that misses its reach is written like any other, with "passed": false.
 """
 
@@ -38,7 +38,7 @@ from benchmarks import (
     step_peer_rows,
     training_rows,
 )
-from benchmarks.case import LATEST, Bench, Case
+from benchmarks.case import LATEST, Bench, Case, Measure
 from curation.errors import UserError, exit_code
 from curation.manifest import SCHEMA_VERSION, write_json
 
@@ -78,15 +78,15 @@ GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
 
 
 def measure(case: Case, runs: int) -> dict[str, Any]:
-    """The row of one case, after one run of each side that is not counted."""
-    ours: list[float] = []
-    peer: list[float] = []
-    sides = [(case.ours, ours), (case.peer, peer)]
-    for run in range(runs + 1):
-        for side, figures in sides if run % 2 else sides[::-1]:
+    """The row of one case, after one call of each side that is not counted."""
+    sides = case.peer, case.ours
+    figures: dict[Measure, list[float]] = {side: [] for side in sides}
+    for turn in range(1 + runs * case.calls):
+        for side in sides if turn % 2 == 0 else sides[::-1]:
             figure = side()
-            if run:  # the first one warms caches
-                figures.append(figure)
+            if turn:  # the first one warms caches
+                figures[side].append(figure)
+    ours, peer = (_means(figures[side], case.calls) for side in (case.ours, case.peer))
     ratio = statistics.median(ours) / statistics.median(peer)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -106,6 +106,11 @@ def measure(case: Case, runs: int) -> dict[str, Any]:
         "device": device(),
         "command": f"python -m benchmarks.run --only {case.name}",
     }
+
+
+def _means(figures: Sequence[float], calls: int) -> list[float]:
+    """Of so many figures after one another each."""
+    return [statistics.fmean(figures[n : n + calls]) for n in range(0, len(figures), calls)]
 
 
 def device() -> str:

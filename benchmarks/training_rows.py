@@ -25,7 +25,7 @@ def steps(bench: Bench) -> Iterator[Case]:
     pool = bench.work / "pool"
     less = 8 if bench.quick else 1
     synthesise(out=pool, pairs=512 // less, seed=0, noise=False)
-    for chunk, batch in ((8, 64), (32, 256)):
+    for chunk, batch, calls in ((8, 64, 8), (32, 256, 3)):
         whole, parts = _step_and_parts(pool, bench.work / f"tokenizer-{chunk}", chunk // less, batch // less)
         yield Case(
             name=f"step_chunk_{chunk}_of_{batch}",
@@ -36,6 +36,7 @@ def steps(bench: Bench) -> Iterator[Case]:
             peer_name="its parts by themselves: embedding, coupled loss, forward + backward of every chunk",
             ours=whole,
             peer=parts,
+            calls=1 if bench.quick else calls,
         )
     retained, plain = _step_and_plain(pool, bench.work / "tokenizer-retained", 256 // less)
     yield Case(
@@ -47,6 +48,7 @@ def steps(bench: Bench) -> Iterator[Case]:
         peer_name="plain full-batch step: one forward, textbook loss, one backward",
         ours=retained,
         peer=plain,
+        calls=1 if bench.quick else 3,
     )
 
 

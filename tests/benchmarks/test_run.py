@@ -1,5 +1,6 @@
 """The bench itself: rows as the contract has them, medians of alternating sides, honest verdicts; no speed."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -47,6 +48,14 @@ def test_medians_without_the_first_run_and_an_honest_verdict(better: str, reach:
     assert row["runs"] == 3 and row["ours_runs"] == [1.0, 2.0, 30.0]
     pairs = [tuple(calls[i : i + 2]) for i in range(0, 8, 2)]
     assert set(pairs) == {("ours", "peer"), ("peer", "ours")}, "the side that begins changes"
+
+
+def test_a_figure_may_be_the_mean_of_several_calls() -> None:
+    calls: list[str] = []
+    one = dataclasses.replace(case([99.0, 1.0, 3.0, 5.0, 9.0], [9.0, 2.0, 2.0, 4.0, 4.0], "lower", 1.0, calls), calls=2)
+    row = measure(one, 2)
+    assert (row["ours_runs"], row["peer_runs"]) == ([2.0, 7.0], [2.0, 4.0])
+    assert calls[:6] == ["peer", "ours", "ours", "peer", "peer", "ours"]
 
 
 def bench(*words: str) -> subprocess.CompletedProcess[str]:
