@@ -57,15 +57,14 @@ def matching(bench: Bench) -> Iterator[Case]:
         peer=lambda: _speed(theirs, texts),
         **shared,
     )
-    many = texts * 5  # seconds of work, beside which what a call takes is little
+    (bench.work / "captions.json").write_text(json.dumps(texts * 5))  # seconds of work, beside which a call is little
     with Workers(2, None) as workers:
 
         def spread(count: int) -> float:
-            """On so many of Ray's workers, which keep their automatons from run to run. Captions a second."""
-            halves = [many[i::count] for i in range(count)]
+            """On so many of Ray's workers, which keep captions and automatons from run to run. Captions a second."""
             began = time.perf_counter()
-            matched = sum(workers.map(_Matching(str(metadata)), halves))
-            assert matched == len(many)
+            matched = sum(workers.map(_Matching(bench.work), [slice(i, None, count) for i in range(count)]))
+            assert matched == 5 * len(texts)
             return matched / (time.perf_counter() - began)
 
         yield Case(
@@ -79,19 +78,20 @@ def matching(bench: Bench) -> Iterator[Case]:
 
 
 class _Matching:
-    """What a worker is given: matches captions and says how many."""
+    """What a worker is given: matches the captions of a slice and says how many."""
 
-    def __init__(self, metadata: str) -> None:
-        self._metadata = metadata
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
-    def __call__(self) -> Callable[[Sequence[str]], int]:
-        match = _matcher(self._metadata)
-        return lambda captions: sum(match(caption) is not None for caption in captions)
+    def __call__(self) -> Callable[[slice], int]:
+        match, captions = _held(self._folder)
+        return lambda part: sum(match(caption) is not None for caption in captions[part])
 
 
 @lru_cache(maxsize=1)
-def _matcher(metadata: str) -> Match:
-    return ConceptsMeter(read_entries(metadata), "concepts").match
+def _held(folder: Path) -> tuple[Match, list[str]]:
+    entries = read_entries(str(folder / "metadata.json"))
+    return ConceptsMeter(entries, "concepts").match, json.loads((folder / "captions.json").read_text())
 
 
 def _as_metaclip(entries: Sequence[str]) -> Match:

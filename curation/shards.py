@@ -71,22 +71,22 @@ def _samples(tape: Source, part: Part, entries: pa.Table, new: Mapping[str, str]
     table = read_columns(part.path, columns).take(entries["row"]).combine_chunks()
     rows = np.arange(table.num_rows)
     of = [np.repeat(rows, pc.list_value_length(table["sizes"]).to_numpy())]  # the copy that each member belongs to
-    extensions = pc.list_flatten(table["extensions"]).to_pylist()
+    extensions = [pc.list_flatten(table["extensions"]).combine_chunks()]
     starts, sizes = ([pc.list_flatten(table[name]).to_numpy()] for name in ("offsets", "sizes"))
     texts: list[bytes] = []
     for extension, column in new.items():
         added = [text.encode() for text in table[column].drop_null().to_pylist()]
         of.append(rows[table[column].is_valid().to_numpy()])
-        extensions += [extension] * len(added)
+        extensions.append(pa.repeat(extension, len(added)))
         starts.append(-1 - len(texts) - np.arange(len(added)))
         sizes.append(np.array([len(text) for text in added], np.int64))
         texts += added
     members = np.concatenate(of)
     order = np.argsort(members, kind="stable")
-    stems = [f"{u}-{c}." for u, c in zip(table["uid"].to_pylist(), entries["copy"].to_pylist(), strict=True)]
+    stems = pc.binary_join_element_wise(table["uid"], pc.cast(entries["copy"], pa.string()), "-").combine_chunks()
+    named = stems.take(pa.array(members[order])), pa.concat_arrays(extensions).take(pa.array(order))
     size = np.concatenate(sizes)[order]
-    called = zip(members[order].tolist(), order.tolist(), strict=True)
-    heads = headers([stems[of_sample] + extensions[i] for of_sample, i in called], size)
+    heads = headers(pc.binary_join_element_wise(*named, "."), size)
     lengths = np.bincount(members, minlength=len(rows))
     return lay_out(tape, heads, np.concatenate(starts)[order], size, lengths, texts)
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 BLOCK = 512
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -197,16 +199,17 @@ def open_shard(path: str | Path) -> Bytes:
         return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def headers(names: Sequence[str], sizes: np.ndarray) -> np.ndarray:
+def headers(names: Sequence[str] | pa.Array, sizes: np.ndarray) -> np.ndarray:
     """ustar headers of regular files, uint8 [n, 512]: mode 0644, without owner or time, so that equal inputs give
     equal tars. All at once: a build writes one for every member, and field by field they take several times as long.
 
     A name is at most 100 bytes (ours are a 32-digit uid, a copy number and an extension); sizes int64 [n] in bytes.
     """
-    encoded = [name.encode() for name in names]
-    assert max(map(len, encoded), default=0) <= 100 and sizes.max(initial=0) < 8**11, "beyond a ustar header"
-    called, digits = np.array(encoded, "S100").view(np.uint8).reshape(-1, 100), _octal(sizes, 11)
-    blocks = np.zeros((len(encoded), BLOCK), np.uint8)
+    padded = pc.ascii_rpad(pa.array(names, pa.string()), 100, padding="\0")  # by bytes, whatever they are
+    called = np.frombuffer(padded.buffers()[2] or b"", np.uint8)
+    assert len(called) == 100 * len(sizes) and sizes.max(initial=0) < 8**11, "beyond a ustar header"
+    called, digits = called.reshape(-1, 100), _octal(sizes, 11)
+    blocks = np.zeros((len(sizes), BLOCK), np.uint8)
     blocks[:, :100] = called
     blocks[:, 100:265] = np.frombuffer(_SAME, np.uint8)
     blocks[:, 124:135] = digits
