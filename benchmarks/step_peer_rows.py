@@ -3,7 +3,9 @@
 Both peers run by their own code: open_clip's `train_one_epoch` with
 `accum_freq`, over an epoch of one batch, and sentence-transformers'
 `CachedMultipleNegativesRankingLoss` in both directions, with one column of
-images and one of texts. Every side begins from the same weights and ends with
+images and one of texts. No side ever holds more than one chunk's graph: the
+first chunk's, which ours keeps from the first pass, is gone before the second
+chunk is run again. Every side begins from the same weights and ends with
 a step of the same AdamW, whose rate is 0 so that the weights stay: the
 gradients of the towers are first compared with the plain full-batch step's. The
 temperature is learned by us and by open_clip (which counts its gradient once
@@ -148,6 +150,7 @@ def _ours(subject: Subject) -> Side:
             weights={},
             coupled=coupled,
             world=world,
+            retain=True,
         )
         optimizer.step()
 
