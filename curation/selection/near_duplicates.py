@@ -145,12 +145,12 @@ def greedy(near: RowFiles) -> RowFiles:
         rows = batch["row"].to_numpy()
         whole = int(np.searchsorted(rows, rows[-1:], "left")[0]) if len(rows) else 0
         if whole:
-            gone = gone.plus(row_table(_gone(pa.Table.from_batches([*carried, batch.slice(0, whole)]), gone)))
+            gone = gone.plus(row_table(_gone(pa.Table.from_batches([*carried, batch.slice(0, whole)]), gone))).merged()
             carried = []
         carried.append(batch.slice(whole))
     if carried:
-        gone = gone.plus(row_table(_gone(pa.Table.from_batches(carried), gone)))
-    return gone.merged()
+        gone = gone.plus(row_table(_gone(pa.Table.from_batches(carried), gone))).merged()
+    return gone
 
 
 def _gone(pairs: pa.Table, before: RowFiles) -> np.ndarray:
