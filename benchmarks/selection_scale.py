@@ -7,8 +7,9 @@
 The signals are made up, the selection is `phases.select` as `gemsmith curate`
 calls it, on Ray with a worker for each core. Memory is each process's highest
 resident size by the kernel's count, maps of files included. Brings its kind
-into benchmarks/results/selection_scale.json and prints it. Pools of less than
-four partitions are selected from without workers, so smaller sizes show nothing.
+into benchmarks/results/selection_scale.json, each figure with its reach and
+whether it is in it, and prints it. Pools of less than four partitions are
+selected from without workers, so smaller sizes show nothing.
 """
 
 import argparse
@@ -53,6 +54,8 @@ PART_ROWS = 1_000  # the default unit of a measurement
 REFERENCE_ROWS = 2_000  # the first ones of the pool
 CONCEPTS = 20_000
 RESULTS = Path(__file__).parent / "results" / "selection_scale.json"
+REACHES = {"driver_mib": 600.0, "driver_growth": 1.1, "worker_growth": 1.15, "time_growth_over_rows": 1.2}
+"""At most so much: the driver at either size; a worker has its partition and what allocators round up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +121,10 @@ def main() -> int:
         done = subprocess.run([*command, "--work", str(folder)], stdout=subprocess.PIPE, text=True, check=True)
         sizes[str(rows)] = json.loads(done.stdout.splitlines()[-1])
         print(rows, sizes[str(rows)], file=sys.stderr, flush=True)
-    small, large = sizes.values()
     kinds = json.loads(a.out.read_text())["kinds"] if a.out.exists() else {}
     kinds[a.kind] = {
         "sizes": sizes,
-        "driver_growth": large["driver_mib"] / small["driver_mib"],
-        "worker_growth": large["worker_mib"] / small["worker_mib"],
-        "time_growth_over_rows": large["wall_s"] / small["wall_s"] / kind.times,
+        "figures": figures(sizes, kind.times),
         "partition_rows": PARTITION_ROWS,
         "device": device(),
         "command": f"python -m benchmarks.selection_scale --work FOLDER --kind {a.kind}",
@@ -134,6 +134,21 @@ def main() -> int:
     )
     print(json.dumps(kinds[a.kind], indent=1))
     return 0
+
+
+def figures(sizes: dict[str, dict[str, Any]], times: int) -> dict[str, dict[str, Any]]:
+    """By name {"value", "reach", "passed"}, of a size and one of so many times the rows."""
+    small, large = sizes.values()
+    values = {
+        "driver_mib": max(small["driver_mib"], large["driver_mib"]),
+        "driver_growth": large["driver_mib"] / small["driver_mib"],
+        "worker_growth": large["worker_mib"] / small["worker_mib"],
+        "time_growth_over_rows": large["wall_s"] / small["wall_s"] / times,
+    }
+    return {
+        name: {"value": round(value, 4), "reach": REACHES[name], "passed": value <= REACHES[name]}
+        for name, value in values.items()
+    }
 
 
 def make_references(folder: Path, width: int, rows: int) -> None:

@@ -27,8 +27,9 @@ from curation.plan import plan
 from curation.pool import Shard
 from curation.report import write_report
 from curation.selection import engine
-from curation.selection.engine import Part, Partition
+from curation.selection.engine import Part
 from curation.shuffle import MapParts
+from curation.sidecar import index_folder, make_index
 from curation.signals import made_by
 from curation.store import SignalSet, Unit
 from curation.summary import summarise
@@ -86,6 +87,7 @@ def measure(run: Run) -> dict[str, Any]:
     unscanned = [shard for shard in mine if store.shard_record(run.root, shard) is None]
     setup = Measuring(signals=run.config.signals, signal_set=signal_set_of(run, None))
     here = [shard for shard in unscanned if not shard.whole]
+    _index_metadata(run, here)
     for _ in progress(run.workers.map(setup, here), label="scan", total=len(here), unit="shards", amount=_one):
         pass
     unseen = {shard.path for shard in unscanned if shard.whole}
@@ -98,6 +100,7 @@ def measure(run: Run) -> dict[str, Any]:
     wanted = unseen | {unit.shard.path for unit in signal_set.missing(known)}
     whole = [Whole(shard=shard) for shard in mine if shard.whole and shard.path in wanted]
     setup = Measuring(signals=run.config.signals, signal_set=signal_set)
+    _index_metadata(run, [one.shard for one in whole])
     measured = 0
     results = progress(run.workers.map(setup, whole), label="measure", total=len(whole), unit="shards", amount=_one)
     for done, result in enumerate(results, start=1):
@@ -113,6 +116,7 @@ def measure(run: Run) -> dict[str, Any]:
         if unit.part in before:
             errors.update(part_errors(signal_set.path(unit)))
     missing = signal_set.missing(units)
+    _index_metadata(run, [unit.shard for unit in missing])
     results = run.workers.map(setup, missing)
     total = sum(unit.rows for unit in missing)
     for result in progress(results, label="measure", total=total, unit="pairs", amount=lambda r: r["rows"]):
@@ -134,6 +138,12 @@ def measure(run: Run) -> dict[str, Any]:
     if run.slice is None:
         write_manifest(run.out / "measure.manifest.json", manifest)
     return manifest
+
+
+def _index_metadata(run: Run, shards: Sequence[Shard]) -> None:
+    """Make what finds these shards' rows of metadata, before every worker looks there."""
+    for names, tables in dict.fromkeys((shard.metadata, shard.tables) for shard in shards if shard.metadata):
+        make_index(index_folder(run.root, names, tables), names, _map_parts(run, names, "index"))
 
 
 def _one(_: Any) -> int:
@@ -186,7 +196,7 @@ def _in_order(folder: Path, names: Sequence[str], rows: Sequence[int]) -> list[P
     return [Part(path=folder / name, first=first, rows=n) for name, n, first in zip(names, rows, firsts)]
 
 
-def _map_parts(run: Run, pool: Sequence[Partition], label: str) -> MapParts:
+def _map_parts(run: Run, pool: Sequence[Any], label: str) -> MapParts:
     """The builtin map, or Ray's where there are partitions enough for it to pay; either shows how far it is."""
 
     def shown(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:

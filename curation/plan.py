@@ -11,10 +11,9 @@ import hashlib
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +21,9 @@ import pyarrow.compute as pc
 
 from curation.errors import UserError
 from curation.hashing import hash64_many
+from curation.selection import subset
 from curation.selection.engine import Part, Partition, read_columns
-from curation.shuffle import MapParts, RowFiles, buckets_for, gather, hash_buckets, scatter
+from curation.shuffle import MapParts, RowFiles, buckets_for, gather, hash_buckets, scatter, write_npy
 from curation.tar import BLOCK, END
 
 SAMPLED = 4_096  # uids from which the ranges of uids are guessed
@@ -57,15 +57,18 @@ class Plan:
     shard_samples: int
     members: Mapping[str, str]
     places: RowFiles  # row, copy int32, place int64, tape int64: bytes from the start of the bucket
+    ranks: np.ndarray  # int64 [buckets]: the place that each begins with
     tape_starts: np.ndarray  # int64 [buckets]
     shard_starts: np.ndarray  # int64 [output shards]
 
     def entries(self, part: Part) -> pa.Table:
         """Every copy that a part gives: row (of the part), copy, output, offset; by row and copy."""
         found = []
-        for bucket, table in self.places.between(part.first, part.first + part.rows):
+        for table in self.places.between(part.first, part.first + part.rows):
+            place = table["place"].to_numpy()
+            bucket = np.searchsorted(self.ranks, place, "right") - 1
             tape = table["tape"].to_numpy() + self.tape_starts[bucket]
-            output = table["place"].to_numpy() // self.shard_samples
+            output = place // self.shard_samples
             columns = {
                 "row": table["row"].to_numpy() - part.first,
                 "copy": table["copy"],
@@ -107,7 +110,8 @@ def plan(
     giving = [one for sent in map_parts(partial(_send_uids, ledger, folder / "uids", splitters), pool) for one in sent]
     total = sum(kept for _, kept in giving)
     numbered = gather(folder / "uids", len(pool), buckets, ROW_BYTES, partial(_number, folder), map_parts)
-    ids = _join(folder / "sample_ids.npy", [Path(piece) for piece in numbered.summaries], total)
+    ids = folder / "sample_ids.npy"
+    write_npy(ids, UID, (), [Path(piece) for piece in numbered.summaries])
 
     buckets = buckets_for(total, ROW_BYTES)
     sent = np.zeros(buckets, np.int64)
@@ -129,7 +133,8 @@ def plan(
         ids=ids,
         shard_samples=shard_samples,
         members=members,
-        places=places,
+        places=replace(places, summaries=[]),
+        ranks=ranks,
         tape_starts=tape_starts,
         shard_starts=shard_starts,
     )
@@ -191,11 +196,9 @@ def _send_uids(ledger: Path, folder: Path, splitters: np.ndarray, partition: Par
     listed = _listed(partition, ledger, ["uid", "shard", "copies"])
     table, rows, copies = _kept(listed, partition)
     high, low = numbers(table["uid"].to_pylist())
-    bucket = np.searchsorted(splitters["f0"], high, "left")
-    for splitter in splitters:  # those with the same high half as a splitter, as all short numbers have
-        bucket += (high == splitter["f0"]) & (low >= splitter["f1"])
+    bucket = subset.places((splitters["f0"], splitters["f1"]), (high, low), after=True)
     sent = pa.table({"high": high, "low": low, "row": rows, "copies": copies, "bucket": bucket})
-    scatter(folder, partition.number, sent, len(splitters) + 1)
+    scatter(folder, partition.number, [sent], len(splitters) + 1)
     return [(part["shard"][0].as_py(), pc.sum(part["copies"]).as_py()) for part in listed]
 
 
@@ -215,17 +218,6 @@ def _number(folder: Path, pieces: Iterator[pa.Table]) -> tuple[pa.Table, str]:
     return pa.table({"row": rows[repeated], "first": first[repeated]}), str(file)
 
 
-def _join(path: Path, pieces: Sequence[Path], length: int) -> Path:
-    """One .npy of the pieces, in their order."""
-    header: dict[str, Any] = {"descr": np.lib.format.dtype_to_descr(UID), "fortran_order": False, "shape": (length,)}
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for piece in pieces:
-            file.write(piece.read_bytes())
-            piece.unlink()
-    return path
-
-
 def _send_hashes(
     ledger: Path,
     folder: Path,
@@ -239,7 +231,7 @@ def _send_hashes(
     table, rows, copies = _kept(_listed(partition, ledger, ["uid", "copies"]), partition)
     measured = partition.read(["extensions", "sizes", *members.values()]).take(pa.array(rows - partition.first))
     first = np.zeros(len(rows), np.int64)
-    for _, found in numbered.between(partition.first, partition.first + partition.rows):
+    for found in numbered.between(partition.first, partition.first + partition.rows):
         first[np.searchsorted(rows, found["row"].to_numpy())] = found["first"].to_numpy()
     of = np.repeat(np.arange(len(rows)), copies)  # the row of each copy
     number = first[of] + np.arange(len(of)) - (np.cumsum(copies) - copies)[of]
@@ -256,7 +248,7 @@ def _send_hashes(
         "taken": taken(measured, members)[of],
         "bucket": bucket,
     }
-    scatter(folder, partition.number, pa.table(sent), buckets)
+    scatter(folder, partition.number, [pa.table(sent)], buckets)
     return np.bincount(bucket, minlength=buckets)
 
 

@@ -44,8 +44,8 @@ class Shard:
     """One tape of a pool; `index` is its place among all shards of the run.
 
     `path` is the name by which `curation.sources` opens it. `sidecar` is the parquet file beside a tar, `metadata`
-    are parquet files whose rows belong to samples of any tar, by uid. Their fingerprints follow the tape's own in
-    `fingerprint`, after a dot.
+    are parquet files whose rows belong to samples of any tar, by uid; `tables` names their content. Their fingerprints
+    follow the tape's own in `fingerprint`, after a dot.
     """
 
     path: str
@@ -54,6 +54,7 @@ class Shard:
     index: int
     sidecar: str | None = None
     metadata: tuple[str, ...] = ()
+    tables: str = ""
 
     @property
     def whole(self) -> bool:
@@ -166,8 +167,14 @@ def _with_tables(shard: Shard, index: int, metadata: Mapping[str, File]) -> Shar
     if not metadata or not shard.path.endswith(".tar"):
         return dataclasses.replace(shard, index=index)
     tape, _, mark = shard.fingerprint.partition(".")
-    both = config_hash([mark, sorted(map(file_fingerprint, metadata.values()))])
-    return dataclasses.replace(shard, index=index, fingerprint=f"{tape}.{both}", metadata=tuple(sorted(metadata)))
+    tables = sorted(map(file_fingerprint, metadata.values()))
+    return dataclasses.replace(
+        shard,
+        index=index,
+        fingerprint=f"{tape}.{config_hash([mark, tables])}",
+        metadata=tuple(sorted(metadata)),
+        tables=config_hash(tables),
+    )
 
 
 def read_row(data: Tape, sample: Sample, modality: Modality = "pairs", beside: Beside | None = None) -> Row:

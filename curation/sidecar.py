@@ -6,30 +6,37 @@ rows belong to samples anywhere, by uid. Their columns (scores that somebody has
 computed, original sizes, licences) become part of the sample's record, so that
 they are read and not measured again; the shards that come out do not carry them.
 
-Metadata is found through an index that is made once, in the signal store: the
-uids' hashes, sorted (8 bytes a row, mapped into memory by every worker), and
-where each row lies (8 more). The rows of a tar mostly lie in one file, since
-img2dataset goes through them in order, so the last files read are kept.
+Metadata is found through an index that is made once, in the signal store and
+before anything is measured: the uids' hashes, sorted (8 bytes a row, mapped into
+memory by every worker), and where each row lies (8 more). It is sorted by a
+shuffle (`curation.shuffle`), since there are as many rows as the pool has. The
+rows of a tar mostly lie in one file, since img2dataset goes through them in
+order, so the last files read are kept.
 """
 
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation import files
 from curation.errors import UserError
 from curation.hashing import config_hash, hash64, hash64_many
 from curation.pool import Shard
+from curation.shuffle import MapParts, buckets_for, gather, hash_buckets, scatter, write_npy
 from curation.sources.parquet import plain_rows
 
 UIDS = ("uid", "UID")
+ROW_BYTES = 16  # of a row while it is sorted
+BATCH = 1 << 16  # uids that are read at once
 
 
 class Sidecar:
@@ -49,7 +56,7 @@ class Sidecar:
                 self._by_key = {row["key"]: row for row in rows if isinstance(row.get("key"), str)}
                 self._by_uid = {row["uid"]: row for row in rows if isinstance(row.get("uid"), str)}
         if shard.metadata:
-            self._metadata = open_metadata(root, shard.metadata, shard.fingerprint.partition(".")[2])
+            self._metadata = Metadata(index_folder(root, shard.metadata, shard.tables), shard.metadata)
 
     def row(self, key: str, uid: object) -> Mapping[str, Any]:
         """The row of a sample, {} where there is none; its own table's columns before those of metadata."""
@@ -62,7 +69,7 @@ class Sidecar:
 
 
 class Metadata:
-    """Rows by uid over several parquet files."""
+    """Rows by uid over several parquet files, by the index that `make_index` made in the folder."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self._content = folder.name
@@ -82,41 +89,81 @@ class Metadata:
         return {}
 
 
-def open_metadata(root: Path, names: Sequence[str], content: str) -> Metadata:
-    """The rows of these files by uid, through the index in the signal store, which is made where it is not there.
+def index_folder(root: Path, names: Sequence[str], content: str) -> Path:
+    """Where in the signal store the index of these files is. `content` changes when theirs does."""
+    return root / "metadata" / config_hash([list(names), content])
 
-    Args:
-        content: what changes when the files do.
+
+def make_index(folder: Path, names: Sequence[str], map_parts: MapParts = map) -> None:
+    """Make the index of these files at `index_folder`, where it is not there; no process holds more than a bucket.
 
     Raises:
         UserError: one of them cannot be read: to go on without its scores would drop samples for no reason of theirs.
     """
-    folder = root / "metadata" / config_hash([list(names), content])
-    if not folder.is_dir():
-        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        temporary.mkdir(parents=True)
-        _write_index(temporary, names)
-        try:
+    if folder.is_dir():
+        return
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        _write_index(temporary, names, map_parts)
+        with suppress(OSError):  # another job has made the same
             temporary.rename(folder)
-        except OSError:  # another worker has made the same
-            shutil.rmtree(temporary)
-    return Metadata(folder, names)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_index(folder: Path, names: Sequence[str]) -> None:
-    hashes, places = [], []
-    for file, name in enumerate(names):
-        uids = _checked(name, UIDS)
-        if not uids.num_columns:
-            continue
-        column = uids.column(0).cast(pa.string())
-        rows = np.flatnonzero(column.is_valid().to_numpy())
-        hashes.append(hash64_many("uid", column.drop_null().to_pylist()))
-        places.append(np.stack([np.full(len(rows), file), rows], axis=1).astype(np.int32))
-    found = np.concatenate([*hashes, np.zeros(0, np.uint64)])
-    order = np.argsort(found, kind="stable")  # of equal uids, the first
-    np.save(folder / "hashes.npy", found[order])
-    np.save(folder / "places.npy", np.concatenate([*places, np.zeros((0, 2), np.int32)])[order])
+def _write_index(folder: Path, names: Sequence[str], map_parts: MapParts) -> None:
+    buckets = buckets_for(sum(map_parts(_rows, names)), ROW_BYTES)
+    sent = folder / "uids"
+    for _ in map_parts(partial(_send, sent, buckets), list(enumerate(names))):
+        pass
+    pieces = gather(sent, len(names), buckets, ROW_BYTES, partial(_sort, folder), map_parts).summaries
+    for name, kind, shape in (("hashes", np.uint64, ()), ("places", np.int32, (2,))):
+        write_npy(folder / f"{name}.npy", np.dtype(kind), shape, [Path(f"{piece}.{name}") for piece in pieces])
+    shutil.rmtree(sent)
+
+
+def _rows(name: str) -> int:
+    with _readable(name), files.opened(name) as f:
+        return pq.read_metadata(f).num_rows
+
+
+def _send(folder: Path, buckets: int, item: tuple[int, str]) -> None:
+    number, name = item
+    scatter(folder, number, _hashed(number, name, buckets), buckets)
+
+
+def _hashed(number: int, name: str, buckets: int) -> Iterator[pa.Table]:
+    """Of the rows with a uid: hash, file, row, bucket; at least one table."""
+    first = 0
+    for uids in _uids(name):
+        rows = np.flatnonzero(uids.is_valid().to_numpy(zero_copy_only=False))
+        hashes = hash64_many("uid", uids.drop_null().to_pylist())
+        places = {"file": np.full(len(rows), number, np.int32), "at": (first + rows).astype(np.int32)}
+        yield pa.table({"hash": hashes, **places, "bucket": hash_buckets(hashes, buckets)})
+        first += len(uids)
+
+
+def _uids(name: str) -> Iterator[pa.Array]:
+    """BATCH of them at a time, and an empty one at the end."""
+    with _readable(name), files.fetched(name) as f:
+        parquet = pq.ParquetFile(f)
+        column = next((c for c in UIDS if c in parquet.schema_arrow.names), None)
+        if column is not None:
+            for batch in parquet.iter_batches(BATCH, columns=[column]):
+                yield batch.column(0).cast(pa.string())
+    yield pa.array([], pa.string())
+
+
+def _sort(folder: Path, pieces: Iterator[pa.Table]) -> tuple[pa.Table, str]:
+    """(nothing by row; how the files are called that have the bucket's hashes, sorted, and places)"""
+    table = pa.concat_tables(pieces)
+    table = table.take(pc.sort_indices(table["hash"]))  # stable: of equal uids, the first
+    stem = folder / f"bucket-{uuid.uuid4().hex}"
+    places = np.stack([table["file"].to_numpy(), table["at"].to_numpy()], axis=1)
+    Path(f"{stem}.hashes").write_bytes(table["hash"].to_numpy().tobytes())
+    Path(f"{stem}.places").write_bytes(places.tobytes())
+    return pa.table({"row": pa.array([], pa.int64())}), str(stem)
 
 
 @lru_cache(maxsize=2)
@@ -125,17 +172,20 @@ def _kept_table(name: str, content: str) -> pa.Table:
     return _checked(name)
 
 
-def _checked(name: str, columns: Sequence[str] | None = None) -> pa.Table:
+def _checked(name: str) -> pa.Table:
+    with _readable(name):
+        return _table(name)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
     try:
-        return _table(name, columns)
+        yield
     except (OSError, pa.ArrowException) as reason:
         line = " ".join(str(reason).split())[:200]
         raise UserError(f"--pool {name}: metadata that cannot be read ({line}); mend it or leave it out") from None
 
 
-def _table(name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The table, or those of the columns that it has."""
+def _table(name: str) -> pa.Table:
     with files.fetched(name) as f:
-        parquet = pq.ParquetFile(f)
-        there = parquet.schema_arrow.names
-        return parquet.read(columns=None if columns is None else [c for c in columns if c in there])
+        return pq.ParquetFile(f).read()

@@ -81,14 +81,15 @@ def summarise(
     places: dict[str, list[Place]] = defaultdict(list)
     languages, languages_kept, copies = Counter[str](), Counter[str](), Counter[int]()
     for seen in map_parts(look, list(enumerate(parts))):
-        values.append(seen.values)
+        if len(seen.values):
+            values.append(seen.values.copy())  # a view would keep all of the worker's answer in memory
         for reason, found in seen.places.items():
             places[reason] = heapq.nsmallest(_shown(reason), [*places[reason], *found])
         languages.update(seen.languages)
         languages_kept.update(seen.languages_kept)
         copies.update(seen.copies)
 
-    sampled = np.concatenate(values)
+    sampled = np.concatenate([np.zeros((0, len(columns))), *values])
     axes: dict[str, Axis] = {}
     for i, column in enumerate(columns):
         finite = sampled[np.isfinite(sampled[:, i]), i]

@@ -1,12 +1,16 @@
 """Drop what a list names: takedown requests by uid or image hash, addresses, whole web domains.
 
-The list is read once, where the decision is made, and both ways to match end in
-one set lookup of Arrow for each part: a domain is looked up as itself and as
-each of its parents, for the distinct hosts of the part alone.
+A list may be as long as the pool, so one worker reads it, some lines at a time,
+and every worker looks into what it leaves (`curation.selection.listed`). A
+domain is looked up as itself and as each of its parents, for the distinct hosts
+of the part alone.
 """
 
+import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,12 +20,14 @@ import pyarrow.compute as pc
 
 from curation.errors import UserError
 from curation.hashing import file_hash
-from curation.selection.interface import Fold, Program
-from curation.selection.uids import read_uids
+from curation.selection.interface import Apart, Fold, Program
+from curation.selection.listed import Listed, write_listed
+from curation.selection.uids import uid_blocks
 
 # What urllib calls the hostname: after the last @ of what stands before the path, and before the port.
 HOST = r"^[\x00-\x20]*(?:[A-Za-z][A-Za-z0-9+.\-]*:)?//(?:[^/?#]*@)?(?P<host>\[[^\]/?#]*|[^/?#:]*)"
 NOT_IN_DOMAINS = set("/@?:* ")
+BLOCK = 1 << 17  # lines of a list in memory at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,8 @@ class BlockList:
     `match`: "exact" compares whole values, text with its case, and binary columns (image_sha256) with entries in hex.
     "domain" drops a URL whose host is an entry or lies below one, whatever the case, user, port or dot at the end;
     international names must be spelled as the URLs spell them.
+
+    Memory: 16 bytes an entry, mapped by the workers.
     """
 
     column: str
@@ -52,30 +60,37 @@ class BlockList:
         return (self.column,)
 
     def decide(self) -> Program:
-        """The entries, distinct, as the column has its values; of domains, lower case without dots at the ends."""
+        """The distinct entries as the column has its values; of domains, lower case without dots at the ends."""
         kind = (yield Fold(self._kind, _either)) or pa.string()  # a pool without samples has no parts
-        file = Path(self.file)
-        columnar = self.column == "uid" and file.suffix in (".npy", ".parquet")
-        entries = read_uids(file).to_pylist() if columnar else read_entries(file)
         text = pa.types.is_string(kind)
-        if self.match == "domain" and text:
-            entries = [e.strip(".").lower() for e in entries]
-            if wrong := [e for e in entries if not e or NOT_IN_DOMAINS & set(e)]:
-                raise UserError(f"block_list: {self.file}: {wrong[0]!r} is no domain; write it like example.com")
-            return pa.array(sorted(set(entries)), pa.string())
-        if self.match == "exact" and text:
-            return pa.array(sorted(set(entries)), pa.string())
-        if self.match == "exact" and (pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind)):
-            return pa.array(sorted({self._from_hex(e, kind) for e in entries}), kind)
-        raise UserError(
-            f"block_list: column {self.column} is {kind}; match {self.match} needs text"
-            + (" or bytes" if self.match == "exact" else "")
-        )
+        if not text and (self.match == "domain" or not _is_bytes(kind)):
+            raise UserError(
+                f"block_list: column {self.column} is {kind}; match {self.match} needs text"
+                + (" or bytes" if self.match == "exact" else "")
+            )
+        listed: Listed = yield Apart(partial(self._listed, None if text else kind))
+        return listed
 
     def _kind(self, table: pa.Table) -> pa.DataType:
         return table.schema.field(self.column).type
 
-    def _from_hex(self, entry: str, kind: pa.DataType) -> bytes:
+    def _listed(self, kind: pa.DataType | None, folder: Path) -> Listed:
+        """Of entries that are text, or stand for bytes of a kind."""
+        file = Path(self.file)
+        if self.column == "uid" and file.suffix in (".npy", ".parquet"):
+            blocks: Iterator[list[str]] = (block.to_pylist() for block in uid_blocks(file))
+        else:
+            blocks = entry_blocks(file)
+        value = self._from_domain if self.match == "domain" else str.encode
+        return write_listed(folder, (map(value if kind is None else partial(self._from_hex, kind), b) for b in blocks))
+
+    def _from_domain(self, entry: str) -> bytes:
+        name = entry.strip(".").lower()
+        if not name or NOT_IN_DOMAINS & set(name):
+            raise UserError(f"block_list: {self.file}: {name!r} is no domain; write it like example.com")
+        return name.encode()
+
+    def _from_hex(self, kind: pa.DataType, entry: str) -> bytes:
         width = kind.byte_width if pa.types.is_fixed_size_binary(kind) else len(entry) // 2
         try:
             value = bytes.fromhex(entry)
@@ -85,15 +100,24 @@ class BlockList:
             raise UserError(f"block_list: {self.file}: {entry!r} is no {self.column}; write {2 * width} hex digits")
         return value
 
-    def apply(self, table: pa.Table, decision: pa.Array) -> np.ndarray:
-        values, listed = table[self.column], decision
+    def apply(self, table: pa.Table, decision: Listed) -> np.ndarray:
+        values = table[self.column]
         if self.match == "domain":
             values = hosts(values)
             listed = _at_or_below(values.unique().drop_null().to_pylist(), decision)
-        return ~pc.is_in(values, value_set=listed).to_numpy()
+            return ~pc.is_in(values, value_set=listed).to_numpy()
+        keep, there = np.ones(len(values), bool), values.is_valid().to_numpy()
+        present = values.drop_null()
+        present = present.cast(pa.binary()) if pa.types.is_string(present.type) else present
+        keep[there] = ~decision.among(present.to_pylist())
+        return keep
 
-    def describe(self, decision: pa.Array) -> dict[str, Any]:
-        return {"listed": len(decision)}
+    def describe(self, decision: Listed) -> dict[str, Any]:
+        return {"listed": decision.count}
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind)
 
 
 def _either(a: pa.DataType, b: pa.DataType) -> pa.DataType:
@@ -101,17 +125,19 @@ def _either(a: pa.DataType, b: pa.DataType) -> pa.DataType:
     return a
 
 
-def read_entries(path: Path) -> list[str]:
-    """The entries of a list, in its order.
+def entry_blocks(path: Path) -> Iterator[list[str]]:
+    """The entries of a list, in its order, at most BLOCK at a time.
 
     Raises:
         UserError: the file is not text.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            lines = (line for text in file for line in text.splitlines())
+            while block := list(itertools.islice(lines, BLOCK)):
+                yield [entry for line in block if (entry := re.sub(r"(^|\s)#.*", "", line).strip())]
     except (OSError, UnicodeDecodeError) as reason:
         raise UserError(f"block_list: {path}: cannot be read as a list ({reason}); save it as UTF-8 text") from None
-    return [entry for line in lines if (entry := re.sub(r"(^|\s)#.*", "", line).strip())]
 
 
 def hosts(urls: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -120,11 +146,11 @@ def hosts(urls: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.utf8_lower(pc.utf8_trim(found, "[]."))
 
 
-def _at_or_below(names: list[str], entries: pa.Array) -> pa.Array:
+def _at_or_below(names: list[str], listed: Listed) -> pa.Array:
     """Those of these hosts that are an entry or a subdomain of one, as often as they match."""
     asked, whose = [], []
     for name in names:
         labels = name.split(".")
-        asked += [".".join(labels[n:]) for n in range(len(labels))]
+        asked += [".".join(labels[n:]).encode() for n in range(len(labels))]
         whose += [name] * len(labels)
-    return pa.array(whose, pa.string()).filter(pc.is_in(pa.array(asked, pa.string()), value_set=entries))
+    return pa.array(list(itertools.compress(whose, listed.among(asked).tolist())), pa.string())

@@ -33,7 +33,7 @@ class Centroids:
     files: RowFiles
 
     def __call__(self) -> np.ndarray:
-        ((_, table),) = self.files.between(0, self.count)
+        (table,) = self.files.between(0, self.count)
         return embeddings(table, "centroid")
 
 

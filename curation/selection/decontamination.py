@@ -15,6 +15,7 @@ learns how many pictures it has.
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -102,7 +103,7 @@ class _Reference:
     def __getstate__(self) -> dict[str, Any]:
         return {"_settings": self._settings, "_measured": self._measured}
 
-    def pictures(self) -> int:
+    def pictures(self, folder: Path) -> int:
         return len(self.digests)
 
     @cached_property

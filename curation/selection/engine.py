@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ class _Engine:
 
     def _answer(self, selector: Selector, request: Request) -> Any:
         if isinstance(request, Apart):
-            return next(iter(self._map(_called, [request.work])))
+            return next(iter(self._map(partial(_called, self._folder), [request.work])))
         if isinstance(request, Count):
             return self._round(selector, None)[0]
         if isinstance(request, Fold):
@@ -251,7 +252,7 @@ class _Round:
                 summary = self.request.local(inner)
             else:
                 assert self.shuffled is not None
-                scatter(self.shuffled, partition.number, self.request.rows(inner, self.buckets), self.buckets)
+                scatter(self.shuffled, partition.number, [self.request.rows(inner, self.buckets)], self.buckets)
             if isinstance(summary, Leaving):
                 left = True
                 for name, values in summary.columns.items():
@@ -286,8 +287,8 @@ class _Round:
         return tuple(int(np.count_nonzero(rows)) for rows in (alive, alive & gone, gone))
 
 
-def _called(work: Callable[[], Any]) -> Any:
-    return work()
+def _called(folder: Path, work: Callable[[Path], Any]) -> Any:
+    return work(folder)
 
 
 def _in_scope(table: pa.Table, columns: Sequence[str], scope: np.ndarray) -> pa.Table:

@@ -104,7 +104,7 @@ class ImageBased:
         touched = yield Apart(partial(self._touched, nearest, measured or set()))
         return {"nearest": nearest, "touched": touched}
 
-    def _touched(self, nearest: Nearest, measured: set[tuple[bytes, ...]]) -> np.ndarray:
+    def _touched(self, nearest: Nearest, measured: set[tuple[bytes, ...]], folder: Path) -> np.ndarray:
         """Which centroids are the nearest of a row of the reference: bool [K]"""
         touched = np.zeros(len(nearest.centroids), bool)
         for block in self._reference_blocks(measured):

@@ -16,7 +16,7 @@ ask the pool, and each answer comes back as the value of its `yield`:
 partition and merges them. `Shuffle` brings the rows of one bucket together from
 all partitions (`curation.shuffle`) and lets each bucket find something out;
 selectors that drop rows by what others hold (copies, clusters) are made of it.
-`Apart` lets a worker do what needs no rows but much memory. What is large and
+`Apart` lets a worker do what needs no rows but much memory, and leave files. What is large and
 has to reach every worker (centroids, a reference) stays in files, and decisions
 hold what opens them.
 A selector without `apply` drops the rows in its decision's "dropped".
@@ -32,6 +32,7 @@ recipe dropped, so that a copy that is out anyway does not shadow a good one.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -72,9 +73,10 @@ class Shuffle(NamedTuple):
 
 
 class Apart(NamedTuple):
-    """What `work()` returns, called in one worker: what takes more memory than the process that decides is to have."""
+    """What `work(folder)` returns, called in one worker: what takes more memory than the process that decides is to
+    have. In the folder it may leave files under names of their own, which stay as long as decisions are used."""
 
-    work: Callable[[], Any]
+    work: Callable[[Path], Any]
 
 
 Request = Count | Fold | Shuffle | Apart
@@ -111,9 +113,9 @@ def among(rows: np.ndarray, found: Sequence[Rows]) -> np.ndarray:
         return inside
     for one in found:
         if isinstance(one, RowFiles):
-            pieces = [table["row"].to_numpy() for _, table in one.between(int(rows[0]), int(rows[-1]) + 1)]
+            pieces = (table["row"].to_numpy() for table in one.between(int(rows[0]), int(rows[-1]) + 1))
         else:
-            pieces = [one[slice(*np.searchsorted(one, [rows[0], rows[-1] + 1]))]]
+            pieces = iter([one[slice(*np.searchsorted(one, [rows[0], rows[-1] + 1]))]])
         for piece in pieces:
             place = np.searchsorted(rows, piece)
             place = place[place < len(rows)]

@@ -9,7 +9,7 @@ hashes that differ in at most d bits agree in at least m - d of m bands, so each
 is sent once for every choice of m - d bands, under these bits, and only hashes
 that share them are compared. More bands make longer keys and fewer chance
 meetings; as many are taken as the pool's size asks for, and none is missed.
-What is left to decide in one process are the near pairs alone, some at a time.
+What is left to decide in one worker are the near pairs alone, some at a time.
 """
 
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 
 from curation.errors import UserError
-from curation.selection.interface import Count, Program, Shuffle, among, row_table
-from curation.shuffle import RowFiles, hash_buckets, write_rows
+from curation.selection.interface import Apart, Count, Program, Shuffle, among, row_table
+from curation.shuffle import RowFiles, hash_buckets
 
 BITS = 64
 MOST_KEYS = 40  # of one hash
@@ -36,7 +36,7 @@ MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: spreads keys ov
 class NearDuplicates:
     """Pictures whose 64-bit `column` differs in at most `distance` bits (0 to 15) are the same.
 
-    Near pairs are decided in the pool's order by one process, which holds PAIRS of them.
+    Near pairs are decided in the pool's order by one worker, which holds PAIRS of them.
     """
 
     distance: int = 4
@@ -62,7 +62,8 @@ class NearDuplicates:
         near = yield Shuffle(
             partial(self._keyed, equal, keys), partial(_pairs, self.distance), row_bytes=24, spread=len(keys)
         )
-        return {"dropped": [equal, greedy(near)]}
+        gone = yield Apart(lambda folder: greedy(near))
+        return {"dropped": [equal, gone]}
 
     def _hashes(self, table: pa.Table, buckets: int) -> pa.Table:
         hashes = table[self.column].to_numpy()
@@ -135,42 +136,37 @@ def _pairs(distance: int, pieces: Iterator[pa.Table]) -> tuple[pa.Table, None]:
 def greedy(near: RowFiles) -> RowFiles:
     """The rows that go, when each stays unless an earlier one that stays is near.
 
-    From the first row on, as many at a time as have about PAIRS pairs if these lie evenly. What has gone is a file too,
-    looked into and not held.
+    From the first row on, as many at a time as have about PAIRS pairs. What has gone is in files, looked into and not
+    held.
     """
-    tables = [table for _, table in near.between(0, 1 << 62)]
-    pairs = sum(table.num_rows for table in tables)
-    last = max((table["row"][-1].as_py() for table in tables), default=-1)
-    step = -(-(last + 1) // max(1, -(-pairs // PAIRS)))
-    del tables
-    file = near.folder / "gone.int64"
-    with open(file, "wb") as out:
-        for start in range(0, last + 1, max(step, 1)):
-            gone = np.memmap(file, np.int64, "r") if out.tell() else np.zeros(0, np.int64)
-            found = [table for _, table in near.between(start, start + step)]
-            if found:
-                out.write(_gone(pa.concat_tables(found), start, gone).tobytes())
-                out.flush()
-    rows = np.memmap(file, np.int64, "r") if file.stat().st_size else np.zeros(0, np.int64)
-    return write_rows(near.folder / "gone", row_table(rows))
+    gone = RowFiles(folder=near.folder / "gone", count=0, summaries=[])
+    carried: list[pa.RecordBatch] = []  # the pairs of the last row, of which the next batch may have more
+    for batch in near.in_order(PAIRS):
+        rows = batch["row"].to_numpy()
+        whole = int(np.searchsorted(rows, rows[-1:], "left")[0]) if len(rows) else 0
+        if whole:
+            gone = gone.plus(row_table(_gone(pa.Table.from_batches([*carried, batch.slice(0, whole)]), gone))).merged()
+            carried = []
+        carried.append(batch.slice(whole))
+    if carried:
+        gone = gone.plus(row_table(_gone(pa.Table.from_batches(carried), gone))).merged()
+    return gone
 
 
-def _gone(pairs: pa.Table, start: int, before: np.ndarray) -> np.ndarray:
-    """Of the pairs of all rows from `start` to some end, the rows that go, where `before` are those before `start`."""
+def _gone(pairs: pa.Table, before: RowFiles) -> np.ndarray:
+    """Of the pairs of all rows from one to another, by row, the rows that go, where `before` are those before them."""
     later, earlier = pairs["row"].to_numpy(), pairs["earlier"].to_numpy()
-    order = np.argsort(later, kind="stable")
-    later, earlier = later[order], earlier[order]
     rows, firsts = np.unique(later, return_index=True)
-    place = np.searchsorted(before, earlier)
-    went = np.zeros(len(earlier), bool)
-    inside = place < len(before)
-    went[inside] = before[place[inside]] == earlier[inside]
-    # A row near to one from before `start` that stays goes in any case; of the others, those must be asked in order.
-    goes = np.logical_or.reduceat((earlier < start) & ~went, firsts)
+    if not len(rows):
+        return rows
+    here = earlier >= rows[0]
+    asked, place = np.unique(earlier, return_inverse=True)
+    went = among(asked, [before])[place]
+    # A row near to one from before these that stays goes in any case; of the others, those must be asked in order.
+    goes = np.logical_or.reduceat(~here & ~went, firsts)
     ends = np.append(firsts[1:], len(later))
     at = np.searchsorted(rows, earlier)  # where the earlier one is, if it is a later one of a pair itself
     known = (at < len(rows)) & (rows[np.minimum(at, len(rows) - 1)] == earlier)
-    here = earlier >= start
     for i in np.flatnonzero(~goes).tolist():
         mine = slice(firsts[i], ends[i])
         stays = ~(known[mine] & goes[at[mine] % len(rows)])

@@ -6,6 +6,7 @@ subset, as DataComp writes them, stays in its file (`curation.selection.subset`)
 any other list is held in memory.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -63,7 +64,7 @@ class Uids:
         often = np.zeros(table.num_rows, np.int32)
         if isinstance(counts, RowFiles):
             rows = table["row"].to_numpy()
-            for _, found in counts.between(int(rows[0]), int(rows[-1]) + 1) if len(rows) else ():
+            for found in counts.between(int(rows[0]), int(rows[-1]) + 1) if len(rows) else ():
                 often[np.searchsorted(rows, found["row"].to_numpy())] = found["often"].to_numpy()
         else:
             place = pc.index_in(table["uid"].combine_chunks(), value_set=counts.field("values"))
@@ -76,17 +77,29 @@ class Uids:
 
 
 def read_uids(path: Path) -> pa.Array:
-    """The uids of a list, repeats and all.
+    """All of `uid_blocks`."""
+    blocks = list(uid_blocks(path))
+    return pa.concat_arrays(blocks) if blocks else pa.array([], pa.string())
+
+
+def uid_blocks(path: Path) -> Iterator[pa.Array]:
+    """The uids of a list, repeats and all; some at a time where it is no text.
 
     Raises:
         UserError: the file is none of the three forms.
     """
     try:
         if path.suffix == ".npy":
-            return pa.array([f"{a:016x}{b:016x}" for a, b in Subset(path).opened().tolist()], pa.string())
-        if path.suffix == ".parquet":
-            return pq.read_table(path, columns=["uid"])["uid"].combine_chunks().drop_null()
-        return pa.array([line.strip() for line in path.read_text().splitlines() if line.strip()], pa.string())
+            for high, low in Subset(path).blocks():
+                yield pa.array([f"{a:016x}{b:016x}" for a, b in zip(high.tolist(), low.tolist())], pa.string())
+        elif path.suffix == ".parquet":
+            with pq.ParquetFile(path) as file:
+                if "uid" not in file.schema_arrow.names:
+                    raise ValueError("no column uid")
+                for batch in file.iter_batches(columns=["uid"]):
+                    yield batch.column(0).drop_null()
+        else:
+            yield pa.array([line.strip() for line in path.read_text().splitlines() if line.strip()], pa.string())
     except (OSError, ValueError, pa.ArrowInvalid) as reason:
         if isinstance(reason, UserError):
             raise

@@ -1,4 +1,4 @@
-"""Selectors that hold most, at two sizes: neither the driver's memory nor a worker's follows the pool's."""
+"""Selectors that hold most, at two sizes: memory of driver and workers follows not the pool, nor time its square."""
 
 import json
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.selection_scale import KINDS, RESULTS, figures
 from tests.conftest import ROOT
 
 
@@ -21,5 +22,24 @@ def test_memory_does_not_follow_the_pool(kind: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "benchmarks.selection_scale", *command], cwd=ROOT, check=True)
     found = json.loads(out.read_text())["kinds"][kind]
     assert all(size["kept"] and min(size["dropped"].values()) for size in found["sizes"].values())
-    assert found["driver_growth"] <= 1.1 and found["worker_growth"] <= 1.15
-    assert max(size["driver_mib"] for size in found["sizes"].values()) < 600
+    assert {name: figure["value"] for name, figure in found["figures"].items() if not figure["passed"]} == {}
+
+
+@pytest.mark.parametrize(
+    ("missed", "large"),
+    [
+        (None, {"driver_mib": 329.0, "worker_mib": 344.0, "wall_s": 119.0}),
+        ("driver_growth", {"driver_mib": 331.0, "worker_mib": 300.0, "wall_s": 100.0}),
+        ("worker_growth", {"driver_mib": 300.0, "worker_mib": 346.0, "wall_s": 100.0}),
+        ("time_growth_over_rows", {"driver_mib": 300.0, "worker_mib": 300.0, "wall_s": 121.0}),
+    ],
+)
+def test_figures_by_hand(missed: str | None, large: dict[str, float]) -> None:
+    found = figures({"1": {"driver_mib": 300.0, "worker_mib": 300.0, "wall_s": 10.0}, "10": large}, 10)
+    assert [name for name, figure in found.items() if not figure["passed"]] == ([missed] if missed else [])
+    assert found["driver_mib"]["value"] == max(300.0, large["driver_mib"])
+
+
+def test_the_results_say_what_they_reach() -> None:
+    for name, kind in json.loads(RESULTS.read_text())["kinds"].items():
+        assert kind["figures"] == figures(kind["sizes"], KINDS[name].times)

@@ -15,6 +15,7 @@ from curation.selection.interface import Selector
 
 PARTITION_ROWS = 2_000
 BUCKET_BYTES = 20_000
+DIRECT, MERGED = 16, 8  # so that shuffles go the ways of a large pool, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +34,15 @@ def select(
     partition_rows: int = PARTITION_ROWS,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> Selected:
-    before = shuffle.BUCKET_BYTES
-    shuffle.BUCKET_BYTES = bucket_bytes
+    before = shuffle.BUCKET_BYTES, shuffle.DIRECT, shuffle.MERGED
+    shuffle.BUCKET_BYTES, shuffle.DIRECT, shuffle.MERGED = bucket_bytes, DIRECT, MERGED
     try:
         with tempfile.TemporaryDirectory() as folder:
             pool = engine.partitions(parts, partition_rows)
             selection = engine.run(selectors, pool, Path(folder))
             states = [selection.state(partition) for partition in pool]
     finally:
-        shuffle.BUCKET_BYTES = before
+        shuffle.BUCKET_BYTES, shuffle.DIRECT, shuffle.MERGED = before
     return Selected(
         valid=np.concatenate([state.valid for state in states]),
         failed=np.concatenate([state.failed for state in states]),

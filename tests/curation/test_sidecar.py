@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation import phases, pipeline
+from curation import phases, pipeline, shuffle, sidecar
 from curation.config import parse_config
 from curation.errors import UserError
+from curation.hashing import hash64
 from curation.pipeline import curate
 from curation.pool import list_shards
 from curation.signals import SIGNALS
@@ -161,3 +163,45 @@ def test_metadata_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) 
         f.write(b"\xff" * 30)
     with pytest.raises(UserError, match=r"one\.parquet: metadata that cannot be read .*mend it or leave it out"):
         measured([tmp_path / "pool", tmp_path / "meta"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(("bucket_bytes", "direct"), [(1 << 24, 512), (160, 512), (160, 4)])
+def test_the_index_has_every_uid_whatever_the_buckets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket_bytes: int, direct: int
+) -> None:
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr(shuffle, "DIRECT", direct)
+    monkeypatch.setattr(sidecar, "BATCH", 7)
+    rng = np.random.default_rng(0)
+    names, expected = [], []
+    for file in range(5):
+        uids = [None if n % 9 == 4 else uid(n) for n in rng.integers(0, 60, 30 * (file != 2)).tolist()]
+        names.append(str(tmp_path / f"{file}.parquet"))
+        column = "nothing" if file == 3 else ("uid", "UID")[file % 2]
+        pq.write_table(pa.table({column: pa.array(uids, pa.string())}), names[-1])
+        if file != 3:
+            expected += [(hash64("uid", u), file, row, u) for row, u in enumerate(uids) if u is not None]
+    expected.sort(key=lambda one: one[0])  # stable
+    folder = sidecar.index_folder(tmp_path, names, "")
+    sidecar.make_index(folder, names)
+    assert np.load(folder / "hashes.npy").tolist() == [h for h, *_ in expected]
+    assert np.load(folder / "places.npy").tolist() == [[file, row] for _, file, row, _ in expected]
+    assert sorted(path.name for path in folder.iterdir()) == ["hashes.npy", "places.npy"]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    found = sidecar.Metadata(folder, names)
+    for u in {u for *_, u in expected}:
+        assert next(iter(found.row(u).values())) == u
+    assert found.row(uid(99)) == {}
+
+
+def test_tars_with_tables_of_their_own_share_one_index(tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    for n in range(3):
+        write_tar(pool / f"{n}.tar", {str(n): sample(n)})
+        pq.write_table(pa.table({"key": [str(n)], "license": [f"L{n}"]}), pool / f"{n}.parquet")
+    metadata(tmp_path / "one.parquet", range(3))
+    rows = measured([pool, tmp_path / "one.parquet"], tmp_path / "out")
+    assert [(row["said"]["license"], row["said"]["original_width"]) for row in rows] == [
+        (f"L{n}", 1000 + n) for n in range(3)
+    ]
+    assert len(list((tmp_path / "out" / "signals" / "metadata").iterdir())) == 1
