@@ -7,8 +7,6 @@ and writes the list of uids; the next brings hashes of one range together, and
 the ranges in their order are one long tape that is cut into shards.
 """
 
-import hashlib
-import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,15 +22,12 @@ from curation.errors import UserError
 from curation.hashing import hash64_many
 from curation.ledger import read_column
 from curation.selection.engine import Part, Partition
+from curation.selection.subset import PAIR, numbers, paired
 from curation.shuffle import MapParts, RowFiles, buckets_for, gather, hash_buckets, scatter
 from curation.tar import BLOCK, END
 
 SAMPLED = 4_096  # uids from which the ranges of uids are guessed
 ROW_BYTES = 36
-HEX = r"^[0-9a-fA-F]{32}$"
-UID = np.dtype("u8,u8")
-Numbers = tuple[np.ndarray, np.ndarray]
-"""The high and the low half of uids as numbers of 128 bits: uint64 [n] both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +166,8 @@ def _count(ledger: Path, partition: Partition) -> list[int]:
 
 
 def _splitters(pool: Sequence[Partition], ledger: Path, buckets: int, map_parts: MapParts) -> np.ndarray:
-    """What divides the uids into so many ranges of about equally many: UID [buckets - 1]."""
-    sample, weights = np.zeros(0, UID), np.zeros(0, np.uint64)
+    """What divides the uids into so many ranges of about equally many: PAIR [buckets - 1]."""
+    sample, weights = np.zeros(0, PAIR), np.zeros(0, np.uint64)
     for hashes, uids in map_parts(partial(_sample, ledger), pool) if buckets > 1 else ():
         weights, sample = np.concatenate([weights, hashes]), np.concatenate([sample, uids])
         lowest = np.argsort(weights, kind="stable")[:SAMPLED]
@@ -181,13 +176,13 @@ def _splitters(pool: Sequence[Partition], ledger: Path, buckets: int, map_parts:
 
 
 def _sample(ledger: Path, partition: Partition) -> tuple[np.ndarray, np.ndarray]:
-    """Of at most SAMPLED uids with the lowest hashes: the hashes, the uids as UID."""
+    """Of at most SAMPLED uids with the lowest hashes: the hashes, the uids as PAIR."""
     table, _, _ = _kept(partition, ledger, ["uid"])
     uids = table["uid"].to_pylist()
     hashes = hash64_many("uid sample", uids)
     lowest = np.argsort(hashes, kind="stable")[:SAMPLED]
     high, low = numbers([uids[i] for i in lowest])
-    return hashes[lowest], _as_uid(high, low)
+    return hashes[lowest], paired(high, low)
 
 
 def _send_uids(ledger: Path, folder: Path, splitters: np.ndarray, partition: Partition) -> None:
@@ -211,14 +206,14 @@ def _number(folder: Path, pieces: Iterator[pa.Table]) -> tuple[pa.Table, str]:
     before = np.cumsum(copies) - copies
     first = before - before[new][np.cumsum(new) - 1] if len(rows) else before
     file = folder / f"ids-{uuid.uuid4().hex}"
-    file.write_bytes(np.repeat(_as_uid(high, low), copies).tobytes())
+    file.write_bytes(np.repeat(paired(high, low), copies).tobytes())
     repeated = ~new
     return pa.table({"row": rows[repeated], "first": first[repeated]}), str(file)
 
 
 def _join(path: Path, pieces: Sequence[Path], length: int) -> Path:
     """One .npy of the pieces, in their order."""
-    header: dict[str, Any] = {"descr": np.lib.format.dtype_to_descr(UID), "fortran_order": False, "shape": (length,)}
+    header: dict[str, Any] = {"descr": np.lib.format.dtype_to_descr(PAIR), "fortran_order": False, "shape": (length,)}
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for piece in pieces:
@@ -289,16 +284,3 @@ def _place(
     tape = np.cumsum(size[order]) - size[order]
     found = pa.table({"row": rows[order], "copy": copy[order], "place": place, "tape": tape})
     return found, (int(size.sum()), tape[place % shard_samples == 0])
-
-
-def numbers(uids: Sequence[str]) -> Numbers:
-    """Uids as numbers; one that is not 32 hex digits, which DataComp's always are, by its md5."""
-    digits = uids
-    if not pc.all(pc.match_substring_regex(pa.array(uids, pa.string()), HEX)).as_py():
-        digits = [uid if re.fullmatch(HEX, uid) else hashlib.md5(uid.encode()).hexdigest() for uid in uids]
-    pairs = np.frombuffer(bytes.fromhex("".join(digits)), ">u8").astype("u8").reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1]
-
-
-def _as_uid(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    return np.stack([high, low], axis=1).reshape(-1).view(UID)

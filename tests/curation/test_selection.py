@@ -11,8 +11,7 @@ import pytest
 from curation.config import load_config, parse_config
 from curation.errors import UserError
 from curation.manifest import write_manifest
-from curation.selection import near_duplicates, subset
-from curation.selection.block_list import BlockList
+from curation.selection import near_duplicates
 from curation.selection.caption_rules import CaptionRules
 from curation.selection.cluster_balance import ClusterBalance
 from curation.selection.engine import Part
@@ -23,7 +22,6 @@ from curation.selection.language import LanguageIs
 from curation.selection.near_duplicates import NearDuplicates
 from curation.selection.reference_quantile import ReferenceQuantile
 from curation.selection.threshold import Threshold
-from curation.selection.uids import Uids
 from tests.curation import by_hand
 from tests.curation.selecting import select
 
@@ -228,55 +226,6 @@ def test_reference_quantile(table: pa.Table, tmp_path: Path) -> None:
         keeps(ReferenceQuantile(column="score", reference=str(trusted), quantile=0.1), other)
     with pytest.raises(UserError, match="no finished measure"):
         keeps(ReferenceQuantile(column="score", reference=str(tmp_path / "none"), quantile=0.1), other)
-
-
-def test_uids_in_every_form(table: pa.Table, parts: list[Part], tmp_path: Path) -> None:
-    wanted = table["uid"].to_pylist()[::7]
-    pairs = np.array([(int(u[:16], 16), int(u[16:], 16)) for u in wanted], "u8,u8")
-    np.save(tmp_path / "list.npy", np.sort(pairs))
-    (tmp_path / "list.txt").write_text("\n".join(wanted) + "\n")
-    pq.write_table(pa.table({"uid": wanted}), tmp_path / "list.parquet")
-    np.save(tmp_path / "mixed.npy", pairs[::-1])
-    valid = valid_of(table)
-    expected = np.isin(table["uid"].to_pylist(), wanted)
-    for name in ("list.npy", "mixed.npy", "list.txt", "list.parquet"):
-        kept = keeps(Uids(file=str(tmp_path / name)), parts)
-        np.testing.assert_array_equal(kept[valid], expected[valid])
-        blocked = keeps(BlockList(column="uid", file=str(tmp_path / name)), parts)
-        np.testing.assert_array_equal(blocked[valid], ~expected[valid])
-
-
-@pytest.mark.parametrize("name", ["list.txt", "list.npy"])
-def test_a_uid_is_kept_as_often_as_the_list_has_it(
-    name: str, table: pa.Table, parts: list[Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(subset, "BLOCK", 7)  # so that repeats go from one block of the file into the next
-    uids, valid = table["uid"].to_pylist(), valid_of(table)
-    listed = [*uids[:900:3], *uids[:300], *uids[100:200]]
-    (tmp_path / "list.txt").write_text("\n".join(listed))
-    np.save(tmp_path / "list.npy", np.sort(np.array([(int(u[:16], 16), int(u[16:], 16)) for u in listed], "u8,u8")))
-    selectors = {"uids": Uids(file=str(tmp_path / name)), "half": Fraction(column="score", fraction=0.5)}
-    found = select(selectors, parts)
-    often = np.array([listed.count(uid) if i < 900 else 0 for i, uid in enumerate(uids)])
-    assert set(often) == {0, 1, 2, 3}
-    np.testing.assert_array_equal(found.failed[valid, 0], often[valid] == 0)
-    np.testing.assert_array_equal(found.copies[valid], np.maximum(often, 1)[valid])
-    assert found.stages[0]["copies"] == len(listed)
-    once = select({"uids": Uids(file=str(tmp_path / name), repeats="once")}, parts)
-    np.testing.assert_array_equal(once.failed[:, 0], found.failed[:, 0])
-    assert set(once.copies) == {1}
-    assert once.stages[0]["copies"] == once.stages[0]["listed"] == len(set(listed))
-
-
-def test_a_subset_of_nothing_or_of_others_keeps_nothing(table: pa.Table, parts: list[Part], tmp_path: Path) -> None:
-    for listed in ([], [(0, 1), (0, 2), (2**64 - 1, 2**64 - 1)]):
-        np.save(tmp_path / "list.npy", np.array(listed, "u8,u8"))
-        found = select({"uids": Uids(file=str(tmp_path / "list.npy"))}, parts)
-        assert found.failed[valid_of(table)].all()
-        assert found.stages[0]["listed"] == len(listed)
-    np.save(tmp_path / "list.npy", np.arange(3))
-    with pytest.raises(UserError, match="a DataComp subset has u8,u8"):
-        select({"uids": Uids(file=str(tmp_path / "list.npy"))}, parts)
 
 
 BOILERPLATE = [
