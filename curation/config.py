@@ -30,11 +30,11 @@ from curation import store
 from curation.errors import UserError
 from curation.pool import MAX_EXTENSION, Modality
 from curation.selection import SELECTORS
-from curation.selection.any_of import AnyOf
 from curation.selection.concept_balance import ConceptBalance
 from curation.selection.fraction import Fraction
 from curation.selection.fusion import ScoreFusion
 from curation.selection.interface import Selector
+from curation.selection.joined import Joined
 from curation.selection.reference_quantile import ReferenceQuantile
 from curation.selection.threshold import Threshold
 from curation.selection.values import Values
@@ -124,7 +124,7 @@ def parse_config(raw: Mapping[str, Any]) -> CurateConfig:
 
 def _entry(entry: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
     kind = next(k for k, c in kinds.items() if c is type(entry))
-    if isinstance(entry, AnyOf):
+    if isinstance(entry, Joined):
         return {"kind": kind, "selectors": {n: _entry(s, kinds) for n, s in entry.selectors.items()}}
     return {"kind": kind, **dataclasses.asdict(entry)}
 
@@ -143,7 +143,7 @@ def _entries(raw: Any, kinds: Mapping[str, type], section: str, inherited: Mappi
         kind = rest.pop("kind", None)
         if not isinstance(kind, str) or kind not in kinds:
             raise UserError(f"{where}.kind: {kind!r} is unknown; one of {', '.join(kinds)}")
-        if kinds[kind] is AnyOf:  # what it holds are entries themselves
+        if issubclass(kinds[kind], Joined):  # what it holds are entries themselves
             rest["selectors"] = _entries(rest.get("selectors"), kinds, f"{where}.selectors", inherited)
         fields = {f.name for f in dataclasses.fields(kinds[kind])}
         rest = {**{k: v for k, v in inherited.items() if k in fields}, **rest}
@@ -220,9 +220,9 @@ def _check_members(members: Any, kinds: Mapping[str, pa.DataType]) -> None:
 
 
 def _each(selectors: Mapping[str, Selector]) -> Iterator[tuple[str, Selector]]:
-    """Every selector by its path, those inside an any_of in place of it."""
+    """Every selector by its path, those inside an any_of or all_of in place of it."""
     for name, selector in selectors.items():
-        if isinstance(selector, AnyOf):
+        if isinstance(selector, Joined):
             yield from ((f"{name}.selectors.{path}", inner) for path, inner in _each(selector.selectors))
         else:
             yield name, selector

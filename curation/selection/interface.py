@@ -28,7 +28,10 @@ edited list makes another selection.
 The tables hold the rows in scope alone (never rows with an error), with the
 columns asked for and `row` (int64), the row's place in the pool's order. The
 scope "pool" is every row; "survivors" are those that no earlier selector of the
-recipe dropped, so that a copy that is out anyway does not shadow a good one.
+recipe dropped, so that a copy that is out anyway does not shadow a good one. One
+of scope "survivors" may be so only because its look at a row is dear: where its
+verdict hangs on the row alone, it says `by_row`, and may be one of several
+(`curation.selection.joined`).
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -84,7 +87,8 @@ Rows = np.ndarray | RowFiles
 
 
 class Selector(Protocol):
-    """Optional: `decide() -> Program | Any`, `content() -> str`, and, instead of `apply`, a decision with "dropped"."""
+    """Optional: `decide() -> Program | Any`, `content() -> str`, `by_row: bool`, and, instead of `apply`, a decision
+    with "dropped"."""
 
     scope: ClassVar[Literal["pool", "survivors"]]
 
