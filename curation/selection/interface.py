@@ -16,9 +16,9 @@ ask the pool, and each answer comes back as the value of its `yield`:
 partition and merges them. `Shuffle` brings the rows of one bucket together from
 all partitions (`curation.shuffle`) and lets each bucket find something out;
 selectors that drop rows by what others hold (copies, clusters) are made of it.
-`Apart` lets a worker do what needs no rows but much memory. What is large and
-has to reach every worker (centroids, a reference) stays in files, and decisions
-hold what opens them.
+`Apart` lets a worker do what needs no rows but much memory. `Warn` tells the user
+what is allowed and hardly meant. What is large and has to reach every worker
+(centroids, a reference) stays in files, and decisions hold what opens them.
 A selector without `apply` drops the rows in its decision's "dropped".
 
 One that reads a file of the user's beside the pool has `content() -> str`, which
@@ -80,7 +80,13 @@ class Apart(NamedTuple):
     work: Callable[[], Any]
 
 
-Request = Count | Fold | Shuffle | Apart
+class Warn(NamedTuple):
+    """One line, which names setting, value and mend: on stderr at once, in the stage and on the page."""
+
+    text: str
+
+
+Request = Count | Fold | Shuffle | Apart | Warn
 Program = Generator[Request, Any, Any]
 Rows = np.ndarray | RowFiles
 """Places in the pool: int64, ascending; in one process or in the files of a shuffle."""

@@ -264,6 +264,16 @@ def test_stages_are_counted_in_order(table: pa.Table, parts: list[Part]) -> None
     assert b["would_drop"] == failed[:, 1].sum() > b["dropped"]
 
 
+def test_a_selector_that_keeps_nothing_says_so(
+    table: pa.Table, parts: list[Part], capsys: pytest.CaptureFixture[str]
+) -> None:
+    selectors = {"some": Threshold(column="score", min=0.1), "english": LanguageIs(languages=["EN"])}
+    some, english, after = select({**selectors, "after": Threshold(column="width", min=1)}, parts).stages
+    assert english["out"] == 0 and "warnings" not in some and "warnings" not in after
+    assert english["warnings"] == [f"keeps none of the {english['in']:,} samples that are left; check its settings"]
+    assert capsys.readouterr().err.splitlines() == [f"selectors.english: {english['warnings'][0]}"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
