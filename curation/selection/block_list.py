@@ -2,8 +2,7 @@
 
 The list is read once, where the decision is made, and both ways to match end in
 one set lookup of Arrow for each part: a domain is looked up as itself and as
-each of its parents, for the distinct hosts of the part alone. Uids are looked up
-as numbers, in a list in order (`curation.selection.subset`).
+each of its parents, for the distinct hosts of the part alone.
 """
 
 import re
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.selection.interface import Fold, Program
-from curation.selection.subset import Subset, numbers, read_uids, times
+from curation.selection.uids import read_uids
 
 # What urllib calls the hostname: after the last @ of what stands before the path, and before the port.
 HOST = r"^[\x00-\x20]*(?:[A-Za-z][A-Za-z0-9+.\-]*:)?//(?:[^/?#]*@)?(?P<host>\[[^\]/?#]*|[^/?#:]*)"
@@ -30,7 +29,7 @@ class BlockList:
     """Drop rows whose `column` is named in `file`; a missing value is named by nothing.
 
     `file`: text in UTF-8, one entry a line; a "#" at the start of a line or after white space begins a comment.
-    For `uid` also a DataComp subset (.npy) or a parquet with a column `uid`; uids are compared as `uids` does.
+    For `uid` also a DataComp subset (.npy) or a parquet with a column `uid`.
     `match`: "exact" compares whole values, text with its case, and binary columns (image_sha256) with entries in hex.
     "domain" drops a URL whose host is an entry or lies below one, whatever the case, user, port or dot at the end;
     international names must be spelled as the URLs spell them.
@@ -53,13 +52,11 @@ class BlockList:
         return (self.column,)
 
     def decide(self) -> Program:
-        """The entries, distinct, as the column has its values; of domains, lower case without dots at the ends; of
-        uids a `Subset`."""
+        """The entries, distinct, as the column has its values; of domains, lower case without dots at the ends."""
         kind = (yield Fold(self._kind, _either)) or pa.string()  # a pool without samples has no parts
         file = Path(self.file)
-        if self.column == "uid" and self.match == "exact":
-            return Subset.read(file, read_uids if file.suffix == ".parquet" else read_entries)[0]
-        entries = read_entries(file)
+        columnar = self.column == "uid" and file.suffix in (".npy", ".parquet")
+        entries = read_uids(file).to_pylist() if columnar else read_entries(file)
         text = pa.types.is_string(kind)
         if self.match == "domain" and text:
             entries = [e.strip(".").lower() for e in entries]
@@ -88,18 +85,15 @@ class BlockList:
             raise UserError(f"block_list: {self.file}: {entry!r} is no {self.column}; write {2 * width} hex digits")
         return value
 
-    def apply(self, table: pa.Table, decision: pa.Array | Subset) -> np.ndarray:
-        if isinstance(decision, Subset):
-            pairs = decision.opened()
-            return times((pairs["f0"], pairs["f1"]), numbers(table["uid"].to_pylist())) == 0
+    def apply(self, table: pa.Table, decision: pa.Array) -> np.ndarray:
         values, listed = table[self.column], decision
         if self.match == "domain":
             values = hosts(values)
             listed = _at_or_below(values.unique().drop_null().to_pylist(), decision)
         return ~pc.is_in(values, value_set=listed).to_numpy()
 
-    def describe(self, decision: pa.Array | Subset) -> dict[str, Any]:
-        return {"listed": decision.sizes()[0] if isinstance(decision, Subset) else len(decision)}
+    def describe(self, decision: pa.Array) -> dict[str, Any]:
+        return {"listed": len(decision)}
 
 
 def _either(a: pa.DataType, b: pa.DataType) -> pa.DataType:
@@ -114,7 +108,7 @@ def read_entries(path: Path) -> list[str]:
         UserError: the file is not text.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors begin a text with a mark
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as reason:
         raise UserError(f"block_list: {path}: cannot be read as a list ({reason}); save it as UTF-8 text") from None
     return [entry for line in lines if (entry := re.sub(r"(^|\s)#.*", "", line).strip())]

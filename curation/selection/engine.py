@@ -153,12 +153,13 @@ class _Engine:
                 request = program.send(answer)
             except StopIteration as end:
                 return end.value
-            answer = self._answer(selector, request)
+            if isinstance(request, Warn):
+                self._warn(self._deciding, request.text)
+                answer = None
+            else:
+                answer = self._answer(selector, request)
 
     def _answer(self, selector: Selector, request: Request) -> Any:
-        if isinstance(request, Warn):
-            self._warn(self._deciding, request.text)
-            return None
         if isinstance(request, Apart):
             return next(iter(self._map(_called, [request.work])))
         if isinstance(request, Count):

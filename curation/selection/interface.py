@@ -16,10 +16,11 @@ ask the pool, and each answer comes back as the value of its `yield`:
 partition and merges them. `Shuffle` brings the rows of one bucket together from
 all partitions (`curation.shuffle`) and lets each bucket find something out;
 selectors that drop rows by what others hold (copies, clusters) are made of it.
-`Apart` lets a worker do what needs no rows but much memory. `Warn` tells the user
-what is allowed and hardly meant. What is large and has to reach every worker
-(centroids, a reference) stays in files, and decisions hold what opens them.
+`Apart` lets a worker do what needs no rows but much memory. What is large and
+has to reach every worker (centroids, a reference) stays in files, and decisions
+hold what opens them.
 A selector without `apply` drops the rows in its decision's "dropped".
+`Warn` tells the user of what is allowed and hardly meant.
 
 One that reads a file of the user's beside the pool has `content() -> str`, which
 changes with what it reads from there ("" where that is not there yet): an
@@ -45,6 +46,12 @@ from curation.shuffle import Reduce, RowFiles
 
 class Count(NamedTuple):
     """How many rows are in scope: int."""
+
+
+class Warn(NamedTuple):
+    """One line, which names setting, value and mend: on stderr at once, in the stage and on the page."""
+
+    text: str
 
 
 class Leaving(NamedTuple):
@@ -78,12 +85,6 @@ class Apart(NamedTuple):
     """What `work()` returns, called in one worker: what takes more memory than the process that decides is to have."""
 
     work: Callable[[], Any]
-
-
-class Warn(NamedTuple):
-    """One line, which names setting, value and mend: on stderr at once, in the stage and on the page."""
-
-    text: str
 
 
 Request = Count | Fold | Shuffle | Apart | Warn

@@ -13,14 +13,13 @@ read once.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from curation.errors import UserError
 
@@ -45,21 +44,6 @@ def paired(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return np.stack([high, low], axis=1).reshape(-1).view(PAIR)
 
 
-def read_uids(path: Path) -> list[str]:
-    """The uids of a text file, one a line, or of a parquet file's column `uid`; repeats and all.
-
-    Raises:
-        UserError: the file is neither.
-    """
-    try:
-        if path.suffix == ".parquet":
-            return pq.read_table(path, columns=["uid"])["uid"].cast(pa.string()).drop_null().to_pylist()
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors begin a text with a mark
-    except (OSError, ValueError, KeyError, pa.ArrowException) as reason:
-        raise UserError(f"uids: {path}: cannot be read as a list of uids ({reason})") from None
-    return [line.strip() for line in lines if line.strip()]
-
-
 @dataclass(frozen=True)
 class Subset:
     """A sorted list: the file of a subset, or, where that is no sorted subset, `held`: u8,u8 [n]."""
@@ -68,23 +52,10 @@ class Subset:
     held: np.ndarray | None = None
 
     @classmethod
-    def read(cls, path: Path, uids: Callable[[Path], list[str]] = read_uids) -> tuple["Subset", int, int]:
-        """(the list in a file, how many distinct uids it has, how many in all); `uids` reads what is no .npy.
-
-        Raises:
-            UserError: the file is no list.
-        """
-        subset = cls(path)
-        if path.suffix == ".npy":
-            distinct, total, ordered = subset.sizes()
-            if ordered:
-                return subset, distinct, total
-            high, low = subset.opened()["f0"], subset.opened()["f1"]
-        else:
-            high, low = numbers(uids(path))
-        order = np.lexsort((low, high))
-        subset = cls(path, paired(high[order], low[order]))
-        return subset, *subset.sizes()[:2]
+    def of(cls, path: Path, uids: Pairs) -> "Subset":
+        """Of uids in any order, held in memory."""
+        order = np.lexsort((uids[1], uids[0]))
+        return cls(path, paired(uids[0][order], uids[1][order]))
 
     def opened(self) -> np.ndarray:
         """u8,u8 [n]
@@ -117,7 +88,7 @@ class Subset:
                 yield np.ascontiguousarray(block["f0"]), np.ascontiguousarray(block["f1"])
 
     def sizes(self) -> tuple[int, int, bool]:
-        """(distinct uids, all, whether they are sorted); how many are distinct is right of sorted ones alone"""
+        """(distinct uids, all, whether they are sorted); the first is right of sorted ones alone"""
         distinct, total, ordered = 0, 0, True
         last = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
         for high, low in self.blocks():

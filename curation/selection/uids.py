@@ -2,9 +2,9 @@
 
 A list may name a uid more than once, as DataComp's subsets may: then its sample
 is in the shards as often, its copies spread by their own hashes. Uids are
-compared as numbers (`curation.selection.subset`), so that case means nothing
-and a build's own `sample_ids.npy` names what was built. A sorted subset, as
-DataComp writes them, stays in its file; any other list is held in memory.
+compared as numbers (`curation.selection.subset`), so that case means nothing and
+a build's own `sample_ids.npy` names what was built. A sorted subset, as DataComp
+writes them, stays in its file; any other list is held in memory.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.selection.interface import Program, Shuffle
-from curation.selection.subset import Subset
+from curation.selection.subset import Subset, numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +47,17 @@ class Uids:
 
     def decide(self) -> Program:
         """{"often": the rows that are named, and how often; "listed", "found": distinct uids; "copies"}"""
-        subset, listed, copies = Subset.read(Path(self.file))
+        subset = Subset(Path(self.file))
+        listed, copies, ordered = subset.sizes() if subset.path.suffix == ".npy" else (0, 0, False)
+        if not ordered:
+            subset = Subset.of(subset.path, numbers(read_uids(subset.path).to_pylist()))
+            listed, copies, _ = subset.sizes()
         often = yield Shuffle(subset.sent, subset.counted, row_bytes=24)
         found = sum(often.summaries)  # equal uids are in one bucket
         return {"often": often, "listed": listed, "found": found, "copies": copies}
 
     def apply(self, table: pa.Table, decision: dict[str, Any]) -> np.ndarray:
-        often = np.zeros(table.num_rows, np.int32)
-        rows = table["row"].to_numpy()
+        often, rows = np.zeros(table.num_rows, np.int32), table["row"].to_numpy()
         for _, found in decision["often"].between(int(rows[0]), int(rows[-1]) + 1) if len(rows) else ():
             often[np.searchsorted(rows, found["row"].to_numpy())] = found["often"].to_numpy()
         return np.minimum(often, 1) if self.repeats == "once" else often
@@ -63,3 +67,21 @@ class Uids:
         listed = decision["listed"]
         copies = listed if self.repeats == "once" else decision["copies"]
         return {"listed": listed, "found": decision["found"], "copies": copies}
+
+
+def read_uids(path: Path) -> pa.Array:
+    """The uids of a list, repeats and all.
+
+    Raises:
+        UserError: the file is none of the three forms.
+    """
+    try:
+        if path.suffix == ".npy":
+            return pa.array([f"{a:016x}{b:016x}" for a, b in Subset(path).opened().tolist()], pa.string())
+        if path.suffix == ".parquet":
+            return pq.read_table(path, columns=["uid"])["uid"].combine_chunks().drop_null()
+        return pa.array([line.strip() for line in path.read_text().splitlines() if line.strip()], pa.string())
+    except (OSError, ValueError, pa.ArrowInvalid) as reason:
+        if isinstance(reason, UserError):
+            raise
+        raise UserError(f"uids: {path}: cannot be read as a list of uids ({reason})") from None
