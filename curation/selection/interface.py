@@ -136,5 +136,6 @@ def numbers(table: pa.Table, column: str) -> np.ndarray:
     """A numeric column without its nulls: those become NaN, and integers with nulls float64."""
     values = table[column]
     if values.null_count:
-        values = values.cast(pa.float64()) if pa.types.is_integer(values.type) else values
+        # Not `safe`, which refuses whole numbers that float64 rounds.
+        values = values.cast(pa.float64(), safe=False) if pa.types.is_integer(values.type) else values
     return values.to_numpy()

@@ -22,6 +22,7 @@ from curation.selection.language import LanguageIs
 from curation.selection.near_duplicates import NearDuplicates
 from curation.selection.reference_quantile import ReferenceQuantile
 from curation.selection.threshold import Threshold
+from curation.selection.values import Values
 from tests.curation import by_hand
 from tests.curation.selecting import select
 
@@ -249,9 +250,31 @@ def test_caption_rules_on_captions_by_hand() -> None:
     wrong = [c for c, keep in zip(BOILERPLATE, kept, strict=False) if keep]
     wrong += [c for c, keep in zip(SENTENCES, kept[len(BOILERPLATE) :], strict=True) if not keep]
     assert not wrong
+    # Each pattern by itself: with its own flags, and groups that are counted from its own first one.
+    own = CaptionRules(patterns=["(?i)FOR SALE", r"(\w)\1\1", "(?P<same>very) (?P=same)", "(?P<same>x) y"])
+    captions = ["a house for sale", "it is sooo green", "a very very old tree", "an x y plot", "a house by a tree"]
+    assert own.apply(pa.table({"caption": captions}), None).tolist() == [False] * 4 + [True]
     words = CaptionRules(min_words=3, builtin=False, patterns=["forbidden"])
     captions = pa.table({"caption": ["two words", "now three words", "a FORBIDDEN thing", "click to enlarge"]})
     assert words.apply(captions, None).tolist() == [False, True, False, True]
+
+
+def test_case_is_ignored_in_every_alphabet() -> None:
+    texts = ["ΟΔΟΣ", "οδος", "STRASSE", "Straße", "İ", "ȺȾ", "ȺȾ".lower()]
+    for text in texts:
+        assert Values(column="t", allow=[text], ignore_case=True).apply(
+            pa.table({"t": [text, None]}), None
+        ).tolist() == [
+            True,
+            False,
+        ], text
+    table = pa.table({"t": texts})
+    assert Values(column="t", deny=["Οδοσ"], ignore_case=True).apply(table, None).tolist() == [False] + [True] * 6
+
+
+def test_whole_numbers_beyond_float64_beside_missing_ones() -> None:
+    table = pa.table({"n": pa.array([2**53 + 1, None, 5, -(2**62) - 1], pa.int64())})
+    assert Threshold(column="n", min=5).apply(table, None).tolist() == [True, False, True, False]
 
 
 def test_stages_are_counted_in_order(table: pa.Table, parts: list[Part]) -> None:
@@ -295,6 +318,28 @@ def test_a_selector_that_keeps_nothing_says_so(
         ({"selectors": {"x": {"kind": "threshold", "column": "uid", "min": 3}}}, r"x\.column: uid holds no numbers"),
         ({"selectors": {"x": {"kind": "fraction", "column": "url", "fraction": 0.5}}}, "url holds no numbers"),
         ({"shard_samples": 0}, "shard_samples"),
+        *(
+            ({"selectors": {"x": settings}}, message)
+            for settings, message in (
+                (
+                    {"kind": "threshold", "column": "caption_words", "min": 9, "max": 3},
+                    r"between min 9(\.0)? and max 3",
+                ),
+                ({"kind": "threshold", "column": "caption_words", "min": float("nan")}, "between min nan"),
+                ({"kind": "cluster_balance", "clusters": 3, "cap": 0}, "cap 0 is not at least 1"),
+                ({"kind": "cluster_balance", "clusters": 3, "cap_quantile": 90.0}, r"cap_quantile 90\.0 is not in"),
+                ({"kind": "cluster_balance", "clusters": 3, "max_share": 0.0}, r"max_share 0\.0 is not in"),
+                ({"kind": "cluster_balance", "clusters": 3, "cap": 1, "column": "url"}, "column: url holds no embed"),
+                ({"kind": "near_duplicates", "column": "caption_words"}, "column: caption_words holds no hashes"),
+                ({"kind": "exact_duplicates", "by": []}, "by is empty"),
+                ({"kind": "exact_duplicates", "by": ["url", "sizes"]}, r"x\.by\.sizes: sizes holds lists"),
+                ({"kind": "values", "column": "caption_words", "allow": [2**40]}, "no int32 is 1099511627776"),
+                (
+                    {"kind": "score_fusion", "weights": {"caption_words": 0.5}, "minimum": 0.6},
+                    r"no sum reaches .* 0\.6",
+                ),
+            )
+        ),
     ],
 )
 def test_recipes_are_refused_by_name(change: dict[str, object], message: str) -> None:
