@@ -55,20 +55,7 @@ ENDS = [
 ]
 GLUE = [" ", "\n", "\u3000", "\u00a0", "\x1c", "\u200b", ", ", "'s ", "_", "-", ".", "\u0301 "]
 EDGES = [
-    "",
-    " ",
-    "\n\t",
-    "DOG",
-    "dog dog dog",
-    "dogſ",
-    "ﬂy",
-    "İbus",
-    "bus\x00",
-    "狗",
-    "dog.n.01",
-    "s",
-    "es",
-    "x" * 5_000,
+    *("", " ", "\n\t", "DOG", "dog dog dog", "dogſ", "ﬂy", "İbus", "bus\x00", "狗", "dog.n.01", "s", "es", "x" * 5_000),
 ]
 LETTER = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}
 
