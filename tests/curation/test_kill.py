@@ -174,7 +174,7 @@ def test_a_shard_is_read_for_its_checksum_once(raw: Path, tmp_path: Path, monkey
         run()
     (tmp_path / "again").touch()
     manifest = run()
-    assert sorted(read) == [f"{n:08d}.tar" for n in range(3)] and manifest["phases"]["checksums"]["wall_s"] > 0
+    assert sorted(read) == [f"{n:08d}.tar" for n in range(3)] and "checksums" in manifest["phases"]
 
 
 LIGHT = {
