@@ -16,7 +16,7 @@ refused with the entry's name.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -24,18 +24,31 @@ from typing import Any, get_args
 import jsonargparse
 import pyarrow as pa
 import yaml
-from pyarrow.types import is_floating, is_integer, is_list, is_string
+from pyarrow.types import (
+    is_fixed_size_list,
+    is_floating,
+    is_integer,
+    is_list,
+    is_nested,
+    is_string,
+    is_uint64,
+)
 
 from curation import store
 from curation.errors import UserError
 from curation.pool import MAX_EXTENSION, Modality
 from curation.selection import SELECTORS
-from curation.selection.any_of import AnyOf
+from curation.selection.cluster_balance import ClusterBalance
 from curation.selection.concept_balance import ConceptBalance
+from curation.selection.exact_duplicates import ExactDuplicates
 from curation.selection.fraction import Fraction
 from curation.selection.fusion import ScoreFusion
+from curation.selection.image_based import ImageBased
 from curation.selection.interface import Selector
+from curation.selection.joined import Joined
+from curation.selection.near_duplicates import NearDuplicates
 from curation.selection.reference_quantile import ReferenceQuantile
+from curation.selection.semantic_duplicates import SemanticDuplicates
 from curation.selection.threshold import Threshold
 from curation.selection.values import Values
 from curation.signals import SIGNALS
@@ -44,7 +57,7 @@ from curation.tar import IMAGE_EXTENSIONS
 
 EXTENSION = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")
 ABSENT = {"images": "caption", "texts": "image"}
-NUMERIC = (Threshold, Fraction, ReferenceQuantile)  # the kinds that compare a column with a number
+Fits = Callable[[pa.DataType], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +137,7 @@ def parse_config(raw: Mapping[str, Any]) -> CurateConfig:
 
 def _entry(entry: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
     kind = next(k for k, c in kinds.items() if c is type(entry))
-    if isinstance(entry, AnyOf):
+    if isinstance(entry, Joined):
         return {"kind": kind, "selectors": {n: _entry(s, kinds) for n, s in entry.selectors.items()}}
     return {"kind": kind, **dataclasses.asdict(entry)}
 
@@ -143,7 +156,7 @@ def _entries(raw: Any, kinds: Mapping[str, type], section: str, inherited: Mappi
         kind = rest.pop("kind", None)
         if not isinstance(kind, str) or kind not in kinds:
             raise UserError(f"{where}.kind: {kind!r} is unknown; one of {', '.join(kinds)}")
-        if kinds[kind] is AnyOf:  # what it holds are entries themselves
+        if issubclass(kinds[kind], Joined):  # what it holds are entries themselves
             rest["selectors"] = _entries(rest.get("selectors"), kinds, f"{where}.selectors", inherited)
         fields = {f.name for f in dataclasses.fields(kinds[kind])}
         rest = {**{k: v for k, v in inherited.items() if k in fields}, **rest}
@@ -187,25 +200,49 @@ def _check_columns(config: CurateConfig) -> None:
                     f"selectors.{name}: column {column} is not measured; add its signal or use one of "
                     f"{', '.join(measured)}"
                 )
-        compared: dict[str, str] = {"column": selector.column} if isinstance(selector, NUMERIC) else {}
-        if isinstance(selector, ScoreFusion):
-            compared = {f"weights.{column}": column for column in selector.weights}
+        compared, fits, lacks = _compared(selector)
         for setting, column in compared.items():
-            if not (is_integer(kinds[column]) or is_floating(kinds[column])):
-                raise UserError(f"selectors.{name}.{setting}: {column} holds no numbers; name a column that does")
+            if not fits(kinds[column]):
+                raise UserError(f"selectors.{name}.{setting}: {column} {lacks}")
         if isinstance(selector, Values):
             try:
                 selector.check(kinds[selector.column])
             except UserError as reason:
                 raise UserError(f"selectors.{name}: {reason}") from None
-        if isinstance(selector, ConceptBalance):
-            kind = kinds[selector.column]
-            if not (is_list(kind) and is_integer(kind.value_type)):
-                raise UserError(
-                    f"selectors.{name}.column: {selector.column} holds no lists of concepts; "
-                    "name a signal of kind concepts"
-                )
     _check_members(config.members, kinds)
+
+
+def _compared(selector: Selector) -> tuple[dict[str, str], Fits, str]:
+    """Its columns by the setting that names them; which types fit there, and what is said of one that does not."""
+    match selector:
+        case Threshold() | Fraction() | ReferenceQuantile():
+            return {"column": selector.column}, _is_number, "holds no numbers; name a column that does"
+        case ScoreFusion():
+            weighed = {f"weights.{column}": column for column in selector.weights}
+            return weighed, _is_number, "holds no numbers; name a column that does"
+        case ConceptBalance():
+            lacks = "holds no lists of concepts; name a signal of kind concepts"
+            return {"column": selector.column}, lambda kind: is_list(kind) and is_integer(kind.value_type), lacks
+        case NearDuplicates():
+            return (
+                {"column": selector.column},
+                is_uint64,
+                "holds no hashes; name phash, by a signal of kind fingerprints",
+            )
+        case ClusterBalance() | SemanticDuplicates() | ImageBased():
+            lacks = "holds no embeddings; name a column that ends in _image_embedding"
+            return {"column": selector.column}, is_fixed_size_list, lacks
+        case ExactDuplicates():
+            return (
+                {f"by.{column}": column for column in selector.by},
+                lambda kind: not is_nested(kind),
+                "holds lists; name others",
+            )
+    return {}, lambda kind: True, ""
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return is_integer(kind) or is_floating(kind)
 
 
 def _check_members(members: Any, kinds: Mapping[str, pa.DataType]) -> None:
@@ -220,9 +257,9 @@ def _check_members(members: Any, kinds: Mapping[str, pa.DataType]) -> None:
 
 
 def _each(selectors: Mapping[str, Selector]) -> Iterator[tuple[str, Selector]]:
-    """Every selector by its path, those inside an any_of in place of it."""
+    """Every selector by its path, those inside an any_of or all_of in place of it."""
     for name, selector in selectors.items():
-        if isinstance(selector, AnyOf):
+        if isinstance(selector, Joined):
             yield from ((f"{name}.selectors.{path}", inner) for path, inner in _each(selector.selectors))
         else:
             yield name, selector

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from curation.manifest import read_manifest, write_json
 from curation.tar import IMAGE_EXTENSIONS, open_shard, samples
 
 CONTEXT = {
@@ -64,16 +65,30 @@ class Tar:
     members: Counter[str]
 
 
-def digest(path: Path) -> Tar:
-    """Read a shard for its checksum, which is what a download of the dataset is checked by."""
+def digest(records: Path, path: Path) -> None:
+    """Read a shard for its checksum, which is what a download of the dataset is checked by, and record that.
+
+    The copying cannot take it on the way: samples come to a shard in any order, and sha256 wants its bytes in theirs.
+    """
     data = open_shard(path)
     found, _ = samples(data)
-    return Tar(
+    tar = Tar(
         name=path.name,
         size=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         members=Counter(extension for sample in found for extension in sample.members),
     )
+    write_json(_record(records, path.name), vars(tar))
+
+
+def recorded(records: Path, name: str) -> Tar | None:
+    """What `digest` recorded of the shard of this name, or None."""
+    said = read_manifest(_record(records, name))
+    return None if said is None else Tar(**{**said, "members": Counter(said["members"])})
+
+
+def _record(records: Path, name: str) -> Path:
+    return records / f"{name}.json"
 
 
 def croissant(name: str, said: str, extensions: list[str], tars: list[Tar]) -> dict[str, Any]:

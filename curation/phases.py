@@ -1,7 +1,8 @@
 """The three phases: what each finds done, does, counts and writes.
 
 Measure finds the parts that are in the store, select is quick and starts over,
-build finds the markers of the shards it has copied. Counts are checked where
+build finds the markers of the shards it has copied, and the checksums of the
+shards, which end a run, those that it has taken. Counts are checked where
 they arise: seen = kept + dropped + errors at every stage, or the run fails.
 """
 
@@ -12,12 +13,14 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from curation import shards as building
 from curation import store
 from curation.config import CurateConfig
+from curation.croissant import Tar, digest, recorded
 from curation.errors import UserError
 from curation.hashing import config_hash
 from curation.ledger import write_ledger
@@ -338,6 +341,22 @@ def build(run: Run) -> dict[str, Any]:
         write_manifest(run.out / "build.manifest.json", manifest)
         building.forget(folder)
     return manifest
+
+
+def checksums(run: Run) -> tuple[list[Tar], dict[str, Any]]:
+    """The digest of every shard, each read once, however often the run is killed; and how fast that went."""
+    began, started = time.perf_counter(), run.workers.start_seconds
+    shards, records = run.out / "shards", run.build_folder / "checksums"
+    sizes = read_manifest(shards / "sizes.json")
+    assert sizes is not None
+    missing = [name for name in sizes if recorded(records, name) is None]
+    results = run.workers.map(lambda: partial(digest, records), [shards / name for name in missing])
+    for _ in progress(results, label="checksums", total=len(missing), unit="shards", amount=_one):
+        pass
+    tars = [tar for name in sizes if (tar := recorded(records, name))]
+    assert len(tars) == len(sizes)
+    pairs = sum(sizes[name] for name in missing)
+    return tars, _speed(pairs, time.perf_counter() - began, run.workers.start_seconds - started)
 
 
 def _speed(pairs: int, wall: float, starting: float) -> dict[str, Any]:

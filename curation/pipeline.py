@@ -18,7 +18,6 @@ from curation import phases, shards
 from curation import signals as signal_kinds
 from curation.card import write_cards
 from curation.config import CurateConfig
-from curation.croissant import digest
 from curation.dry_run import dry_run as say_what_would_be_done
 from curation.errors import UserError, full_disk_named
 from curation.hashing import config_hash
@@ -162,10 +161,11 @@ def _check_selection(run: phases.Run) -> None:
 
 
 def _finish(run: phases.Run, results: dict[str, Any]) -> dict[str, Any]:
-    """The page and the cards, and last of all the manifest that says complete."""
+    """The checksums, the page and the cards, and last of all the manifest that says complete."""
     selected = results["select"]
     parts, _ = phases.measured_parts(run)
     summary = phases.summary(run, selected, parts)
+    tars, results["checksums"] = phases.checksums(run)
     manifest = {
         **{key: selected[key] for key in ("seen", "kept", "dropped", "errors", "stages")},
         "config": run.config.to_dict(),
@@ -181,8 +181,7 @@ def _finish(run: phases.Run, results: dict[str, Any]) -> dict[str, Any]:
         "bytes": results["build"]["bytes"],
     }
     write_report(run.out, manifest, parts, results, summary)
-    tars = [run.out / "shards" / shards.tar_name(n) for n in range(manifest["shards"])]
-    write_cards(run.out, manifest, summary, run.workers.map(lambda: digest, tars))
-    shards.forget(run.build_folder)  # which a build that was killed after its manifest has left
+    write_cards(run.out, manifest, summary, tars)
+    shards.forget(run.build_folder)  # with the records of the checksums
     write_manifest(run.out / "manifest.json", manifest)
     return manifest

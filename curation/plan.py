@@ -7,8 +7,6 @@ and writes the list of uids; the next brings hashes of one range together, and
 the ranges in their order are one long tape that is cut into shards.
 """
 
-import hashlib
-import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,17 +19,14 @@ import pyarrow.compute as pc
 
 from curation.errors import UserError
 from curation.hashing import hash64_many
-from curation.selection import subset
 from curation.selection.engine import Part, Partition, read_columns
+from curation.selection.subset import PAIR, numbers, paired
+from curation.selection.subset import places as ranges_of
 from curation.shuffle import MapParts, RowFiles, buckets_for, gather, hash_buckets, scatter, write_npy
 from curation.tar import BLOCK, END
 
 SAMPLED = 4_096  # uids from which the ranges of uids are guessed
 ROW_BYTES = 36
-HEX = r"^[0-9a-fA-F]{32}$"
-UID = np.dtype("u8,u8")
-Numbers = tuple[np.ndarray, np.ndarray]
-"""The high and the low half of uids as numbers of 128 bits: uint64 [n] both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +106,7 @@ def plan(
     total = sum(kept for _, kept in giving)
     numbered = gather(folder / "uids", len(pool), buckets, ROW_BYTES, partial(_number, folder), map_parts)
     ids = folder / "sample_ids.npy"
-    write_npy(ids, UID, (), [Path(piece) for piece in numbered.summaries])
+    write_npy(ids, PAIR, (), [Path(piece) for piece in numbered.summaries])
 
     buckets = buckets_for(total, ROW_BYTES)
     sent = np.zeros(buckets, np.int64)
@@ -172,8 +167,8 @@ def _kept(listed: Sequence[pa.Table], partition: Partition) -> tuple[pa.Table, n
 
 
 def _splitters(pool: Sequence[Partition], ledger: Path, buckets: int, map_parts: MapParts) -> np.ndarray:
-    """What divides the uids into so many ranges of about equally many: UID [buckets - 1]."""
-    sample, weights = np.zeros(0, UID), np.zeros(0, np.uint64)
+    """What divides the uids into so many ranges of about equally many: PAIR [buckets - 1]."""
+    sample, weights = np.zeros(0, PAIR), np.zeros(0, np.uint64)
     for hashes, uids in map_parts(partial(_sample, ledger), pool) if buckets > 1 else ():
         weights, sample = np.concatenate([weights, hashes]), np.concatenate([sample, uids])
         lowest = np.argsort(weights, kind="stable")[:SAMPLED]
@@ -182,13 +177,13 @@ def _splitters(pool: Sequence[Partition], ledger: Path, buckets: int, map_parts:
 
 
 def _sample(ledger: Path, partition: Partition) -> tuple[np.ndarray, np.ndarray]:
-    """Of at most SAMPLED uids with the lowest hashes: the hashes, the uids as UID."""
+    """Of at most SAMPLED uids with the lowest hashes: the hashes, the uids as PAIR."""
     table, _, _ = _kept(_listed(partition, ledger, ["uid", "copies"]), partition)
     uids = table["uid"].to_pylist()
     hashes = hash64_many("uid sample", uids)
     lowest = np.argsort(hashes, kind="stable")[:SAMPLED]
     high, low = numbers([uids[i] for i in lowest])
-    return hashes[lowest], _as_uid(high, low)
+    return hashes[lowest], paired(high, low)
 
 
 def _send_uids(ledger: Path, folder: Path, splitters: np.ndarray, partition: Partition) -> list[tuple[str, int]]:
@@ -196,7 +191,7 @@ def _send_uids(ledger: Path, folder: Path, splitters: np.ndarray, partition: Par
     listed = _listed(partition, ledger, ["uid", "shard", "copies"])
     table, rows, copies = _kept(listed, partition)
     high, low = numbers(table["uid"].to_pylist())
-    bucket = subset.places((splitters["f0"], splitters["f1"]), (high, low), after=True)
+    bucket = ranges_of((splitters["f0"], splitters["f1"]), (high, low), after=True)
     sent = pa.table({"high": high, "low": low, "row": rows, "copies": copies, "bucket": bucket})
     scatter(folder, partition.number, [sent], len(splitters) + 1)
     return [(part["shard"][0].as_py(), pc.sum(part["copies"]).as_py()) for part in listed]
@@ -213,7 +208,7 @@ def _number(folder: Path, pieces: Iterator[pa.Table]) -> tuple[pa.Table, str]:
     before = np.cumsum(copies) - copies
     first = before - before[new][np.cumsum(new) - 1] if len(rows) else before
     file = folder / f"ids-{uuid.uuid4().hex}"
-    file.write_bytes(np.repeat(_as_uid(high, low), copies).tobytes())
+    file.write_bytes(np.repeat(paired(high, low), copies).tobytes())
     repeated = ~new
     return pa.table({"row": rows[repeated], "first": first[repeated]}), str(file)
 
@@ -281,16 +276,3 @@ def _place(
     tape = np.cumsum(size[order]) - size[order]
     found = pa.table({"row": rows[order], "copy": copy[order], "place": place, "tape": tape})
     return found, (int(size.sum()), tape[place % shard_samples == 0])
-
-
-def numbers(uids: Sequence[str]) -> Numbers:
-    """Uids as numbers; one that is not 32 hex digits, which DataComp's always are, by its md5."""
-    digits = uids
-    if not pc.all(pc.match_substring_regex(pa.array(uids, pa.string()), HEX)).as_py():
-        digits = [uid if re.fullmatch(HEX, uid) else hashlib.md5(uid.encode()).hexdigest() for uid in uids]
-    pairs = np.frombuffer(bytes.fromhex("".join(digits)), ">u8").astype("u8").reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1]
-
-
-def _as_uid(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    return np.stack([high, low], axis=1).reshape(-1).view(UID)

@@ -161,7 +161,7 @@ def _shown(reason: str) -> int:
 
 def _numbers(table: pa.Table, column: str) -> np.ndarray:
     """float64 [rows]; NaN where there is no value"""
-    return table[column].cast(pa.float64()).to_numpy()
+    return table[column].cast(pa.float64(), safe=False).to_numpy()
 
 
 def _axis(values: np.ndarray, bounds: Sequence[float], whole: bool) -> Axis:

@@ -1,6 +1,5 @@
 """The selectors by kind. A new one is a file beside these and a line here."""
 
-from curation.selection.any_of import AnyOf
 from curation.selection.block_list import BlockList
 from curation.selection.caption_rules import CaptionRules
 from curation.selection.cluster_balance import ClusterBalance
@@ -10,6 +9,7 @@ from curation.selection.exact_duplicates import ExactDuplicates
 from curation.selection.fraction import Fraction
 from curation.selection.fusion import ScoreFusion
 from curation.selection.image_based import ImageBased
+from curation.selection.joined import AllOf, AnyOf
 from curation.selection.language import LanguageIs
 from curation.selection.near_duplicates import NearDuplicates
 from curation.selection.reference_quantile import ReferenceQuantile
@@ -36,4 +36,5 @@ SELECTORS: dict[str, type] = {
     "values": Values,
     "decontamination": Decontamination,
     "any_of": AnyOf,
+    "all_of": AllOf,
 }

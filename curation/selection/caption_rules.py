@@ -61,7 +61,7 @@ class CaptionRules:
     """Caption must have `min_words`, `min_chars`, and `min_letters` as share of what is not space, and fit no rule.
 
     `builtin`: whether the rules of this file apply. `patterns`: further regular
-    expressions, searched anywhere in the caption, case-insensitively.
+    expressions, each searched by itself anywhere in the caption, case-insensitively.
     """
 
     min_words: int = 1
@@ -84,11 +84,12 @@ class CaptionRules:
 
     def apply(self, table: pa.Table, decision: Any) -> np.ndarray:
         whole = re.compile("|".join(f"(?:{p})" for p in WHOLE.values()), re.IGNORECASE) if self.builtin else None
-        searched = [*(INSIDE.values() if self.builtin else ()), *self.patterns]
-        inside = re.compile("|".join(f"(?:{p})" for p in searched), re.IGNORECASE) if searched else None
-        return np.fromiter((self._fits(c, whole, inside) for c in table["caption"].to_pylist()), bool, table.num_rows)
+        # Not joined with those of the recipe, whose flags and backreferences would then be of something else.
+        inside = ["|".join(f"(?:{p})" for p in INSIDE.values())] if self.builtin else []
+        searched = [re.compile(pattern, re.IGNORECASE) for pattern in (*inside, *self.patterns)]
+        return np.fromiter((self._fits(c, whole, searched) for c in table["caption"].to_pylist()), bool, table.num_rows)
 
-    def _fits(self, caption: str, whole: re.Pattern[str] | None, inside: re.Pattern[str] | None) -> bool:
+    def _fits(self, caption: str, whole: re.Pattern[str] | None, searched: list[re.Pattern[str]]) -> bool:
         text = " ".join(caption.split())
         words = text.split(" ") if text else []
         if len(words) < self.min_words or len(text) < self.min_chars:
@@ -96,7 +97,7 @@ class CaptionRules:
         visible = text.replace(" ", "")
         if self.min_letters and sum(map(str.isalpha, visible)) < self.min_letters * len(visible):
             return False
-        return not (whole and whole.fullmatch(text)) and not (inside and inside.search(text))
+        return not (whole and whole.fullmatch(text)) and not any(pattern.search(text) for pattern in searched)
 
     def describe(self, decision: Any) -> dict[str, Any]:
         return {}

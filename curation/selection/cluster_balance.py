@@ -39,6 +39,12 @@ class ClusterBalance:
     def __post_init__(self) -> None:
         if sum(c is not None for c in (self.cap, self.cap_quantile, self.max_share)) != 1:
             raise UserError("cluster_balance: set exactly one of cap, cap_quantile and max_share")
+        if self.cap is not None and self.cap < 1:
+            raise UserError(f"cluster_balance: cap {self.cap} is not at least 1")
+        if self.cap_quantile is not None and not 0 <= self.cap_quantile <= 1:
+            raise UserError(f"cluster_balance: cap_quantile {self.cap_quantile} is not in [0, 1]")
+        if self.max_share is not None and not 0 < self.max_share <= 1:
+            raise UserError(f"cluster_balance: max_share {self.max_share} is not in (0, 1]")
         if self.clusters < 1 or self.sample < 1:
             raise UserError("cluster_balance: clusters and sample are at least 1")
 

@@ -17,11 +17,12 @@ import pyarrow as pa
 
 from curation.errors import UserError
 from curation.hashing import hash64_many
-from curation.selection.interface import Count, Program, Shuffle
+from curation.selection.interface import Count, Program, Shuffle, Warn
 from curation.selection.nearest import Metric, Nearest, one_thread
 from curation.shuffle import RowFiles
 
 ITERATIONS = 20
+FEW = 10  # rows a cluster; with fewer on the average, a recipe for a large pool was taken to a small one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ def embeddings(table: pa.Table, column: str) -> np.ndarray:
 def trained(
     column: str, *, clusters: int, size: int, seed: int, iterations: int = ITERATIONS, spherical: bool = True
 ) -> Program:
-    """A program that returns k-means `Centroids`, at most so many, over the `size` rows with the lowest hashes.
+    """A program that returns k-means `Centroids`, at most so many, over the `size` rows with the lowest hashes. It
+    warns where they are so many that clusters hold, or are trained on, hardly more than a row each.
 
     `spherical` gives centroids of norm 1, moved by cosine; else they are means, moved by L2. The worker that trains
     holds `size` x D values in float32, beside the files that they come from.
@@ -65,6 +67,16 @@ def trained(
     rows = yield Count()
     if not rows:
         return None
+    if clusters * FEW > rows:
+        yield Warn(
+            f"clusters {clusters:,} for {rows:,} samples: with fewer than {FEW} in each, alike ones fall apart; "
+            f"set clusters to one for every 1,000 or so, here {max(1, rows // 1000):,}"
+        )
+    elif clusters * FEW > size:
+        yield Warn(
+            f"sample {size:,} for {clusters:,} clusters: fewer than {FEW} train each; "
+            f"raise sample to {clusters * FEW:,} or more"
+        )
     wanted = min(size, rows)
     share = wanted / rows
     while True:  # a little more than is wanted, which is then there at once but for one time in thousands

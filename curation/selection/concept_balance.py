@@ -154,7 +154,9 @@ class ConceptBalance:
 
     def _languages(self, table: pa.Table) -> pa.Array:
         """The group of each row: string [R]."""
-        return table["language"].combine_chunks() if self.per_language else pa.repeat(ALL, table.num_rows)
+        if not self.per_language:
+            return pa.repeat(ALL, table.num_rows)
+        return pc.fill_null(table["language"].combine_chunks(), "")  # a column of the pool's own may lack it
 
     def describe(self, decision: Balance) -> dict[str, Any]:
         """Of each language, or of "all": t and what was counted. Of the top entries: how many captions stay."""

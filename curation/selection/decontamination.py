@@ -4,7 +4,7 @@ Equal bytes, near perceptual hashes and near embeddings are three nets of growin
 width. Hashes that differ in at most d bits agree in one of d + 1 bands of their
 bits, so only reference hashes of the same band are compared, and none is
 missed. Embeddings are searched by FAISS in float32, whose last bits hang on how
-how many rows are asked at once; whatever it finds just below the bound is therefore
+many rows are asked at once; whatever it finds just below the bound is therefore
 compared again in float64, and the verdict is that of float64 however the pool
 is cut.
 

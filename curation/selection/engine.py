@@ -12,6 +12,7 @@ driver holds counts and decisions alone.
 import itertools
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -24,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.selection.interface import Apart, Count, Fold, Leaving, Program, Request, Selector, Shuffle, among
+from curation.selection.interface import Apart, Count, Fold, Leaving, Program, Request, Selector, Shuffle, Warn, among
 from curation.shuffle import MapParts, buckets_for, gather, scatter
 
 PARTITION_ROWS = 65_536
@@ -129,6 +130,7 @@ class _Engine:
         self._decided: list[_Verdict] = []  # those that have not acted yet
         self._shuffles: list[Path] = []
         self._counted: tuple[Selector | None, int] = (None, 0)  # what the last round said of a selector's scope
+        self._warned: dict[int, list[str]] = {}  # by the place of the selector
         self._deciding = 0  # the place of the selector that is deciding, or of the last one
         self._began = time.perf_counter()
 
@@ -152,7 +154,11 @@ class _Engine:
                 request = program.send(answer)
             except StopIteration as end:
                 return end.value
-            answer = self._answer(selector, request)
+            if isinstance(request, Warn):
+                self._warn(self._deciding, request.text)
+                answer = None
+            else:
+                answer = self._answer(selector, request)
 
     def _answer(self, selector: Selector, request: Request) -> Any:
         if isinstance(request, Apart):
@@ -192,6 +198,10 @@ class _Engine:
         spent = (time.perf_counter() - self._began) / max(len(self._decided), 1)
         for verdict, (before, dropped, would) in zip(self._decided, counts.tolist(), strict=True):
             stage = {"name": names[verdict.number], "in": before, "out": before - dropped, "dropped": dropped}
+            if before and dropped == before:
+                self._warn(verdict.number, f"keeps none of the {before:,} samples that are left; check its settings")
+            if verdict.number in self._warned:
+                stage["warnings"] = self._warned[verdict.number]
             said = verdict.selector.describe(verdict.decision)
             self._result.stages.append({**stage, "would_drop": would, **said, "wall_s": round(spent, 3)})
         if self._decided:
@@ -203,6 +213,10 @@ class _Engine:
             self._result.version += 1
         self._counted = (asking, rows)
         return rows, merged
+
+    def _warn(self, number: int, text: str) -> None:
+        self._warned.setdefault(number, []).append(text)
+        print(f"selectors.{list(self._selectors)[number]}: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
+from curation.errors import UserError
 from curation.hashing import hash64_many
 from curation.selection.interface import Program, Shuffle, row_table
 from curation.shuffle import hash_buckets
@@ -25,6 +26,10 @@ class ExactDuplicates:
 
     by: tuple[str, ...] = ("image_sha256",)
     scope: ClassVar[Literal["survivors"]] = "survivors"
+
+    def __post_init__(self) -> None:
+        if not self.by:
+            raise UserError("exact_duplicates: by is empty; name at least one column")
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -44,6 +44,8 @@ class ScoreFusion:
         for column, weight in self.weights.items():
             if not 0 < weight < np.inf:
                 raise UserError(f"score_fusion: weights.{column} {weight} is not a number above 0")
+        if self.minimum is not None and not self.minimum <= sum(self.weights.values()):
+            raise UserError(f"score_fusion: no sum reaches minimum {self.minimum}; set at most the sum of the weights")
 
     @property
     def needs(self) -> tuple[str, ...]:

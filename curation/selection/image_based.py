@@ -81,6 +81,10 @@ class ImageBased:
         return config_hash([measured, {field: file_hash([Path(name)]) for field, name in arrays.items()}])
 
     @property
+    def by_row(self) -> bool:
+        return self.centroids is not None
+
+    @property
     def needs(self) -> tuple[str, ...]:
         return (self.column,) if self.clusters is None else (self.column, "uid")
 

@@ -20,6 +20,7 @@ selectors that drop rows by what others hold (copies, clusters) are made of it.
 has to reach every worker (centroids, a reference) stays in files, and decisions
 hold what opens them.
 A selector without `apply` drops the rows in its decision's "dropped".
+`Warn` tells the user of what is allowed and hardly meant.
 
 One that reads a file of the user's beside the pool has `content() -> str`, which
 changes with what it reads from there ("" where that is not there yet): an
@@ -28,7 +29,10 @@ edited list makes another selection.
 The tables hold the rows in scope alone (never rows with an error), with the
 columns asked for and `row` (int64), the row's place in the pool's order. The
 scope "pool" is every row; "survivors" are those that no earlier selector of the
-recipe dropped, so that a copy that is out anyway does not shadow a good one.
+recipe dropped, so that a copy that is out anyway does not shadow a good one. One
+of scope "survivors" may be so only because its look at a row is dear: where its
+verdict hangs on the row alone, it says `by_row`, and may be one of several
+(`curation.selection.joined`).
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -43,6 +47,12 @@ from curation.shuffle import Reduce, RowFiles
 
 class Count(NamedTuple):
     """How many rows are in scope: int."""
+
+
+class Warn(NamedTuple):
+    """One line, which names setting, value and mend: on stderr at once, in the stage and on the page."""
+
+    text: str
 
 
 class Leaving(NamedTuple):
@@ -79,14 +89,15 @@ class Apart(NamedTuple):
     work: Callable[[Path], Any]
 
 
-Request = Count | Fold | Shuffle | Apart
+Request = Count | Fold | Shuffle | Apart | Warn
 Program = Generator[Request, Any, Any]
 Rows = np.ndarray | RowFiles
 """Places in the pool: int64, ascending; in one process or in the files of a shuffle."""
 
 
 class Selector(Protocol):
-    """Optional: `decide() -> Program | Any`, `content() -> str`, and, instead of `apply`, a decision with "dropped"."""
+    """Optional: `decide() -> Program | Any`, `content() -> str`, `by_row: bool`, and, instead of `apply`, a decision
+    with "dropped"."""
 
     scope: ClassVar[Literal["pool", "survivors"]]
 
@@ -127,5 +138,6 @@ def numbers(table: pa.Table, column: str) -> np.ndarray:
     """A numeric column without its nulls: those become NaN, and integers with nulls float64."""
     values = table[column]
     if values.null_count:
-        values = values.cast(pa.float64()) if pa.types.is_integer(values.type) else values
+        # Not `safe`, which refuses whole numbers that float64 rounds.
+        values = values.cast(pa.float64(), safe=False) if pa.types.is_integer(values.type) else values
     return values.to_numpy()

@@ -1,12 +1,19 @@
-"""DataComp's subset files, looked up where they lie: .npy of u8,u8, the halves of 32 hex digits, sorted, repeats legal.
+"""Lists of uids as numbers: DataComp's subset files, looked up where they lie, and any other list, sorted in memory.
 
-A subset may name as many uids as the pool has, so no process reads it whole.
-The pool's uids are cut into ranges at the subset's own quantiles; each range is
-brought together (a shuffle) and met with its stretch of the file, block by
-block, so that all of the file is read once.
+A uid of 32 hex digits, in either case, is the number that it spells; of any
+other uid, which DataComp's never are, it is the md5. The build names its samples
+by the same numbers (`sample_ids.npy`), so its list selects what it lists.
+
+A subset (.npy of u8,u8: the halves, sorted, repeats legal) may name as many uids
+as the pool has, so no process reads it whole. The pool's uids are cut into
+ranges at the subset's own quantiles; each range is brought together (a shuffle)
+and met with its stretch of the file, block by block, so that all of the file is
+read once.
 """
 
-from collections.abc import Iterator
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,21 +25,46 @@ from curation.errors import UserError
 
 PAIR = np.dtype("u8,u8")
 BLOCK = 1 << 20  # uids of the file in memory at once
-HEX = "^[0-9a-f]{32}$"  # what DataComp's uids are; no other is in a subset
+HEX = "^[0-9a-fA-F]{32}$"
 Pairs = tuple[np.ndarray, np.ndarray]
-"""The high and the low halves of uids: uint64 [n] both."""
+"""The high and the low halves of uids as numbers: uint64 [n] both."""
+
+
+def numbers(uids: Sequence[str]) -> Pairs:
+    """Uids as numbers of 128 bits: what 32 hex digits spell, and the md5 of any other."""
+    digits = uids
+    if not pc.all(pc.match_substring_regex(pa.array(uids, pa.string()), HEX)).as_py():
+        digits = [uid if re.fullmatch(HEX, uid) else hashlib.md5(uid.encode()).hexdigest() for uid in uids]
+    pairs = np.frombuffer(bytes.fromhex("".join(digits)), ">u8").astype("u8").reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def paired(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """As a subset file holds them: u8,u8 [n]."""
+    return np.stack([high, low], axis=1).reshape(-1).view(PAIR)
 
 
 @dataclass(frozen=True)
 class Subset:
-    path: Path
+    """A sorted list: the file of a subset, or, where that is no sorted subset, `held`: u8,u8 [n]."""
 
-    def opened(self) -> np.memmap:
+    path: Path
+    held: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, path: Path, uids: Pairs) -> "Subset":
+        """Of uids in any order, held in memory."""
+        order = np.lexsort((uids[1], uids[0]))
+        return cls(path, paired(uids[0][order], uids[1][order]))
+
+    def opened(self) -> np.ndarray:
         """u8,u8 [n]
 
         Raises:
             UserError: the file is no subset.
         """
+        if self.held is not None:
+            return self.held
         try:
             pairs = np.load(self.path, mmap_mode="r")
         except (OSError, ValueError) as reason:
@@ -43,17 +75,20 @@ class Subset:
 
     def blocks(self, start: int = 0, end: int | None = None) -> Iterator[Pairs]:
         """The uids of these places, BLOCK at a time; read, since the pages of a map would count as memory."""
-        offset, length = self.opened().offset, len(self.opened())
-        end = length if end is None else end
+        pairs = self.opened()
+        end = len(pairs) if end is None else end
+        if not isinstance(pairs, np.memmap):
+            yield from ((b["f0"], b["f1"]) for s in range(start, end, BLOCK) for b in [pairs[s : min(s + BLOCK, end)]])
+            return
         with open(self.path, "rb") as file:
-            file.seek(offset + PAIR.itemsize * start)
+            file.seek(pairs.offset + PAIR.itemsize * start)
             while start < end:
                 block = np.fromfile(file, PAIR, min(BLOCK, end - start))
                 start += len(block)
                 yield np.ascontiguousarray(block["f0"]), np.ascontiguousarray(block["f1"])
 
     def sizes(self) -> tuple[int, int, bool]:
-        """(distinct uids, all, whether they are sorted)"""
+        """(distinct uids, all, whether they are sorted); the first is right of sorted ones alone"""
         distinct, total, ordered = 0, 0, True
         last = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
         for high, low in self.blocks():
@@ -67,18 +102,15 @@ class Subset:
         return distinct, total, ordered
 
     def sent(self, table: pa.Table, buckets: int) -> pa.Table:
-        """The uids of a partition that a subset can name, each to the bucket of its range."""
-        named = pc.fill_null(pc.match_substring_regex(table["uid"], HEX), False)
-        table = table.select(["uid", "row"]).filter(named)
-        high, low = np.frombuffer(bytes.fromhex("".join(table["uid"].to_pylist())), ">u8").reshape(-1, 2).T
-        asked = high.astype(np.uint64), low.astype(np.uint64)
+        """The uids of a partition, each to the bucket of its range; equal ones meet."""
+        asked = numbers(table["uid"].to_pylist())
         pairs = self.opened()
         cuts = np.asarray(pairs[len(pairs) * np.arange(1, buckets) // buckets]) if len(pairs) else np.zeros(0, PAIR)
         bucket = places((cuts["f0"], cuts["f1"]), asked, after=True)
         return pa.table({"high": asked[0], "low": asked[1], "row": table["row"], "bucket": bucket})
 
-    def counted(self, pieces: Iterator[pa.Table]) -> tuple[pa.Table, None]:
-        """(of each row of a range that the subset names: `row`, and `often`, how many times; None)"""
+    def counted(self, pieces: Iterator[pa.Table]) -> tuple[pa.Table, int]:
+        """(of each row of a range that the list names: `row`, and `often`, how many times; how many uids these are)"""
         table = pa.concat_tables(pieces)
         high, low, rows = (table[name].to_numpy() for name in ("high", "low", "row"))
         order = np.lexsort((low, high))
@@ -91,14 +123,21 @@ class Subset:
             for block in self.blocks(start, end):
                 first = int(places(asked, (block[0][:1], block[1][:1]), after=False)[0])
                 last = int(places(asked, (block[0][-1:], block[1][-1:]), after=True)[0])
-                here = asked[0][first:last], asked[1][first:last]
-                often[first:last] += places(block, here, after=True) - places(block, here, after=False)
-        return pa.table({"row": rows[often > 0], "often": often[often > 0]}), None
+                often[first:last] += times(block, (asked[0][first:last], asked[1][first:last]))
+        named = often > 0
+        high, low = asked[0][named], asked[1][named]
+        found = int(before((high[:-1], low[:-1]), (high[1:], low[1:])).sum()) + bool(len(high))
+        return pa.table({"row": rows[named], "often": often[named]}), found
 
 
 def before(one: Pairs, other: Pairs) -> np.ndarray:
     """Which uids are lower than the other ones: bool [n]."""
     return (one[0] < other[0]) | ((one[0] == other[0]) & (one[1] < other[1]))
+
+
+def times(pairs: Pairs, asked: Pairs) -> np.ndarray:
+    """How often each of these uids is among the sorted pairs: int64 [n]."""
+    return places(pairs, asked, after=True) - places(pairs, asked, after=False)
 
 
 def places(pairs: Pairs, asked: Pairs, *, after: bool | int) -> np.ndarray:

@@ -26,6 +26,9 @@ class Threshold:
     def __post_init__(self) -> None:
         if self.min is None and self.max is None:
             raise UserError(f"threshold on {self.column}: neither min nor max is set; set one")
+        low, high = (-np.inf if self.min is None else self.min), (np.inf if self.max is None else self.max)
+        if not low <= high:  # NaN too
+            raise UserError(f"threshold on {self.column}: nothing lies between min {low} and max {high}")
 
     @property
     def needs(self) -> tuple[str, ...]:

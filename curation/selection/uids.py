@@ -1,9 +1,10 @@
 """Keep the uids of a list: a DataComp subset (.npy of u8,u8), a text file with one uid a line, or a parquet column.
 
 A list may name a uid more than once, as DataComp's subsets may: then its sample
-is in the shards as often, its copies spread by their own hashes. A sorted
-subset, as DataComp writes them, stays in its file (`curation.selection.subset`);
-any other list is held in memory.
+is in the shards as often, its copies spread by their own hashes. Uids are
+compared as numbers (`curation.selection.subset`), so that case means nothing and
+a build's own `sample_ids.npy` names what was built. A sorted subset, as DataComp
+writes them, stays in its file; any other list is held in memory.
 """
 
 from collections.abc import Iterator
@@ -13,14 +14,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.selection.interface import Program, Shuffle
-from curation.selection.subset import Subset
-from curation.shuffle import RowFiles
+from curation.selection.subset import Subset, numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Uids:
 
     `repeats`: "n" keeps a sample as often as the list names it, as DataComp's resharder does; "once" keeps it once.
 
-    Memory: of a sorted .npy a block at a time; of any other list all, in every process.
+    Memory: of a sorted .npy a block at a time; of any other list 16 bytes a uid, in every process.
     """
 
     file: str
@@ -48,32 +47,27 @@ class Uids:
         return ("uid",)
 
     def decide(self) -> Program:
-        """{"often": the rows that are named, in files, or (uid, how often) of the list; "listed", "copies"}"""
+        """{"often": the rows that are named, and how often; "listed", "found": distinct uids; "copies"}"""
         subset = Subset(Path(self.file))
-        if subset.path.suffix == ".npy":
-            listed, copies, ordered = subset.sizes()
-            if ordered:
-                often = yield Shuffle(subset.sent, subset.counted, row_bytes=24)
-                return {"often": often, "listed": listed, "copies": copies}
-        uids = read_uids(subset.path)
-        counts = uids.value_counts()
-        return {"often": counts, "listed": len(counts), "copies": len(uids)}
+        listed, copies, ordered = subset.sizes() if subset.path.suffix == ".npy" else (0, 0, False)
+        if not ordered:
+            subset = Subset.of(subset.path, numbers(read_uids(subset.path).to_pylist()))
+            listed, copies, _ = subset.sizes()
+        often = yield Shuffle(subset.sent, subset.counted, row_bytes=24)
+        found = sum(often.summaries)  # equal uids are in one bucket
+        return {"often": often, "listed": listed, "found": found, "copies": copies}
 
     def apply(self, table: pa.Table, decision: dict[str, Any]) -> np.ndarray:
-        counts = decision["often"]
-        often = np.zeros(table.num_rows, np.int32)
-        if isinstance(counts, RowFiles):
-            rows = table["row"].to_numpy()
-            for found in counts.between(int(rows[0]), int(rows[-1]) + 1) if len(rows) else ():
-                often[np.searchsorted(rows, found["row"].to_numpy())] = found["often"].to_numpy()
-        else:
-            place = pc.index_in(table["uid"].combine_chunks(), value_set=counts.field("values"))
-            often[:] = pc.fill_null(counts.field("counts").take(place), 0).to_numpy()
+        often, rows = np.zeros(table.num_rows, np.int32), table["row"].to_numpy()
+        for found in decision["often"].between(int(rows[0]), int(rows[-1]) + 1) if len(rows) else ():
+            often[np.searchsorted(rows, found["row"].to_numpy())] = found["often"].to_numpy()
         return np.minimum(often, 1) if self.repeats == "once" else often
 
     def describe(self, decision: dict[str, Any]) -> dict[str, Any]:
+        """Distinct uids of the list, how many of them the pool has, and the copies that the list asks for."""
         listed = decision["listed"]
-        return {"listed": listed, "copies": listed if self.repeats == "once" else decision["copies"]}
+        copies = listed if self.repeats == "once" else decision["copies"]
+        return {"listed": listed, "found": decision["found"], "copies": copies}
 
 
 def read_uids(path: Path) -> pa.Array:

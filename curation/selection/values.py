@@ -54,13 +54,17 @@ class Values:
         for value in (*self.allow, *self.deny):
             if type(value) is not wanted:
                 raise UserError(f"values on {self.column}: {value!r} is no {wanted.__name__}, as that column holds")
+            try:
+                pa.scalar(value, kind)
+            except (pa.ArrowInvalid, OverflowError):
+                raise UserError(f"values on {self.column}: no {kind} is {value}; name a value that fits") from None
 
     def apply(self, table: pa.Table, decision: Any) -> np.ndarray:
         values = table[self.column]
-        listed: list[Any] = [*self.allow, *self.deny]
+        listed = pa.array([*self.allow, *self.deny], values.type)
         if self.ignore_case and pa.types.is_string(values.type):
-            values, listed = pc.utf8_lower(values), [value.lower() for value in listed]
-        named = pc.is_in(values, value_set=pa.array(listed, values.type)).to_numpy()
+            values, listed = pc.utf8_lower(values), pc.utf8_lower(listed)
+        named = pc.is_in(values, value_set=listed).to_numpy()
         keep = named if self.allow else ~named
         if self.missing is not None:
             keep = np.where(values.is_null().to_numpy(), self.missing == "keep", keep)

@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard
 
 from curation.card import cell, size_category, write_cards
 from curation.config import parse_config
-from curation.croissant import digest
+from curation.croissant import digest, recorded
 from curation.pipeline import curate
 from tests.curation.conftest import sample, write_tar
 
@@ -91,12 +91,14 @@ def test_no_path_time_or_name_of_this_machine(done: Path, pool: Path, tiny_clip:
     assert str(manifest["phases"]["measure"]["wall_s"]) not in both
 
 
-def test_the_order_of_digests_and_a_second_writing_change_nothing(done: Path) -> None:
+def test_the_order_of_digests_and_a_second_writing_change_nothing(done: Path, tmp_path: Path) -> None:
     before = [(done / name).read_bytes() for name in ("README.md", "croissant.json")]
     manifest = json.loads((done / "manifest.json").read_text())
     summary = json.loads((done / "report" / "summary.json").read_text())
-    tars = [digest(path) for path in sorted((done / "shards").glob("*.tar"), reverse=True)]
-    write_cards(done, manifest, summary, tars)
+    paths = sorted((done / "shards").glob("*.tar"), reverse=True)
+    for path in paths:
+        digest(tmp_path, path)
+    write_cards(done, manifest, summary, [tar for path in paths if (tar := recorded(tmp_path, path.name))])
     assert [(done / name).read_bytes() for name in ("README.md", "croissant.json")] == before
 
 

@@ -246,6 +246,17 @@ def metaclip2_t(counts: list[int], share: float) -> int:
     return nearest[1]
 
 
+def test_a_language_that_a_field_lacks_is_the_unknown_one(table: pa.Table, tmp_path: Path) -> None:
+    lacking = pa.array([language or None for language in table["language"].to_pylist()], pa.string())
+    other = table.set_column(table.schema.get_field_index("language"), "language", lacking)
+    both = []
+    for name, one in (("there", table), ("lacking", other)):
+        (tmp_path / name).mkdir()
+        both.append(run(ConceptBalance(tail_share=0.3, per_language=True), write_parts(tmp_path / name, one, [3])))
+    np.testing.assert_array_equal(both[0][0], both[1][0])
+    assert both[0][1] == both[1][1]
+
+
 @pytest.mark.parametrize(
     "chosen",
     [{"t": 40}, {"tail_share": 0.3}, {"t": 40, "per_language": True}, {"tail_share": 0.3, "per_language": True}],

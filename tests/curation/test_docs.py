@@ -73,6 +73,16 @@ def test_every_kind_is_on_the_page() -> None:
         assert f"| `{kind}` |" in PAGE, kind
 
 
+def test_the_example_of_a_union_is_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "keep.txt").write_text("a")
+    recipe = yaml.safe_load(block("yml").replace("keep.txt", str(tmp_path / "keep.txt")))
+    signals = {"language": {"kind": "language"}, "f": {"kind": "fields", "fields": {"clip_score": "float32"}}}
+    good = parse_config({"signals": signals, **recipe}).selectors["good"]
+    assert list(good.selectors) == ["listed", "english"] and set(good.needs) == {  # type: ignore[attr-defined]
+        *("uid", "language", "language_probability", "clip_score")
+    }
+
+
 def test_the_example_of_a_service_is_a_recipe() -> None:
-    config = parse_config(yaml.safe_load(block("yml")))
+    config = parse_config(yaml.safe_load(block("yml", 1)))
     assert list(config.signals["nsfw"].schema("nsfw")) == ["nsfw_probability", "nsfw_label", "nsfw_unanswered"]

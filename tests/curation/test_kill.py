@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation import phases, pipeline
+from curation import croissant, phases, pipeline
 from curation.config import parse_config
 from curation.pipeline import curate
 from curation.pool import list_shards
@@ -123,7 +123,8 @@ def run_until(number: int, patch: pytest.MonkeyPatch, run: Callable[[], Any]) ->
 
 def digests(out: Path) -> dict[str, str]:
     files = [p for folder in ("shards", "ledger") for p in sorted((out / folder).rglob("*"))]
-    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    found = {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return found | {"croissant": str(json.loads((out / "croissant.json").read_text())["distribution"])}
 
 
 @pytest.mark.parametrize("overwritten", [False, True])
@@ -155,6 +156,25 @@ def test_killed_at_every_step_and_run_again_gives_the_same_bytes(
         assert not list(out.glob(".build-*")), f"killed at step {number}: the markers stay"
         shutil.rmtree(out)
     assert number > 30, "few steps: what counts them is out of date"
+
+
+def test_a_shard_is_read_for_its_checksum_once(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch)
+    read: list[str] = []
+
+    def opened(path: Path, real: Callable[[Path], Any] = croissant.open_shard) -> Any:
+        if len(read) == 2 and not (tmp_path / "again").exists():
+            raise Killed
+        read.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(croissant, "open_shard", opened)
+    run = partial(curate, parse_config(RECIPE), pools=[str(raw)], out=tmp_path / "out")
+    with pytest.raises(Killed):
+        run()
+    (tmp_path / "again").touch()
+    manifest = run()
+    assert sorted(read) == [f"{n:08d}.tar" for n in range(3)] and "checksums" in manifest["phases"]
 
 
 LIGHT = {

@@ -1,4 +1,4 @@
-"""Block lists, decontamination, score fusion and any_of against plain Python, over parts cut in two ways."""
+"""Block lists, decontamination and score fusion against plain Python, over parts cut in two ways."""
 
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -7,13 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from curation.config import load_config, parse_config
 from curation.errors import UserError
 from curation.manifest import write_manifest
 from curation.selection import decontamination
-from curation.selection.any_of import AnyOf
 from curation.selection.block_list import BlockList
 from curation.selection.decontamination import Decontamination
 from curation.selection.engine import Part
@@ -22,7 +20,6 @@ from curation.selection.fusion import ScoreFusion
 from curation.selection.interface import Selector
 from curation.selection.language import LanguageIs
 from curation.selection.threshold import Threshold
-from curation.selection.uids import Uids
 from tests.conftest import ROOT
 from tests.curation.selecting import select
 from tests.curation.test_selection import keeps, valid_of, write_parts
@@ -314,71 +311,9 @@ def test_one_column_fused_is_the_exact_fraction(cuts: list[list[Part]]) -> None:
     assert fused.stages[0]["fused_minimum"] == pytest.approx(0.3 * (threshold - low) / (high - low), abs=1e-12)
 
 
-def test_any_of_is_or(table: pa.Table, cuts: list[list[Part]], tmp_path: Path) -> None:
-    (tmp_path / "uids.txt").write_text("\n".join(table["uid"].to_pylist()[::50]))
-    inner: dict[str, Selector] = {
-        "language": LanguageIs(languages=["de"], min_probability=0.9),
-        "uids": Uids(file=str(tmp_path / "uids.txt")),
-        "best": Fraction(column="score", fraction=0.1, mode="exact"),
-        "fused": ScoreFusion(weights={"score": 1.0, "coarse": 1.0}, fraction=0.1),
-        "inside": AnyOf(selectors={"long": Threshold(column="words", min=28)}),
-    }
-    alone = np.array([kept(selector, cuts) for selector in inner.values()])
-    together = kept(AnyOf(selectors=inner), cuts)
-    np.testing.assert_array_equal(together, alone.any(axis=0))
-    assert alone.sum(axis=1).max() < together.sum() < ROWS
-    said = select({"it": AnyOf(selectors=inner)}, cuts[0]).stages[0]
-    best = said["any_of"]["best"]["thresholds"]["score"]
-    assert said["thresholds"] == {"language_probability": [0.9], "score": best, "words": [28]}
-    simple = {name: inner[name] for name in ("language", "inside")}
-    np.testing.assert_array_equal(kept(AnyOf(selectors=simple), cuts), alone[[0, 4]].any(axis=0))
-
-
-def test_any_of_changes_with_what_is_read_inside(tmp_path: Path) -> None:
-    selector = AnyOf(selectors={"mine": Uids(file=write_list(tmp_path / "l.txt", ["a"]))})
-    before = selector.content()
-    write_list(tmp_path / "l.txt", ["b"])
-    assert selector.content() != before
-
-
-NESTED = """
-signals: {text: {kind: text}, language: {kind: language}}
-selectors:
-  either:
-    kind: any_of
-    selectors:
-      english: {kind: language, languages: [en]}
-      long: {kind: any_of, selectors: {w: {kind: threshold, column: caption_words, min: 9}}}
-"""
-
-
-def test_recipes_nest() -> None:
-    config = parse_config(yaml.safe_load(NESTED))
-    either = config.selectors["either"]
-    assert isinstance(either, AnyOf) and list(either.selectors) == ["english", "long"]
-    assert either.selectors["english"] == LanguageIs(languages=["en"])
-    assert either.needs == ("language", "language_probability", "caption_words")
-    plain = config.to_dict()
-    assert plain["selectors"]["either"]["selectors"]["long"]["selectors"]["w"]["missing"] == "drop"  # resolved
-    assert parse_config(plain) == config
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "any_of"}, "any_of: selectors is empty"),
-        ({"kind": "any_of", "selectors": ["x"]}, r"selectors\.x\.selectors: not a mapping"),
-        ({"kind": "any_of", "selectors": {"y": {"kind": "no"}}}, r"selectors\.x\.selectors\.y\.kind: 'no' is unknown"),
-        ({"kind": "any_of", "selectors": {"y": {"kind": "near_duplicates"}}}, "compares what others left"),
-        ({"kind": "any_of", "any": 1, "selectors": {"y": {"kind": "caption_rules"}}}, r"selectors\.x\.any: unknown"),
-        (
-            {"kind": "any_of", "selectors": {"y": {"kind": "threshold", "column": "nothing", "min": 1}}},
-            r"selectors\.x\.selectors\.y: column nothing is not measured",
-        ),
-        (
-            {"kind": "any_of", "selectors": {"y": {"kind": "threshold", "column": "uid", "min": 1}}},
-            r"selectors\.x\.selectors\.y\.column: uid holds no numbers",
-        ),
         ({"kind": "score_fusion", "weights": {"uid": 1.0}, "minimum": 0.5}, r"x\.weights\.uid: uid holds no numbers"),
         ({"kind": "score_fusion", "weights": {"caption_words": 1}}, "exactly one of fraction and minimum"),
         ({"kind": "score_fusion", "weights": {"a": 1}, "minimum": 0, "fraction": 0.2}, "exactly one of"),

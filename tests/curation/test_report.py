@@ -122,6 +122,8 @@ def test_figures_show_the_counts_of_the_manifest(out: Path, page: Page) -> None:
     readable = sum(r["verdict"] != "error" for r in rows)
     assert all(f"keeps {n} of the pool" in text for n in keeps)
     assert max(keeps) <= readable - union["would_drop"] <= sum(keeps)
+    warnings = [warning for stage in manifest["stages"] for warning in stage.get("warnings", [])]
+    assert warnings and all(warning in text for warning in warnings)
     svgs = [a["aria-label"] for t, a in page.tags if t == "svg"]
     summary = json.loads((out / "report" / "summary.json").read_text())
     assert len(svgs) == len(summary["histograms"]) + 2

@@ -11,8 +11,7 @@ import pytest
 from curation.config import load_config, parse_config
 from curation.errors import UserError
 from curation.manifest import write_manifest
-from curation.selection import near_duplicates, subset
-from curation.selection.block_list import BlockList
+from curation.selection import near_duplicates
 from curation.selection.caption_rules import CaptionRules
 from curation.selection.cluster_balance import ClusterBalance
 from curation.selection.engine import Part
@@ -23,7 +22,7 @@ from curation.selection.language import LanguageIs
 from curation.selection.near_duplicates import NearDuplicates
 from curation.selection.reference_quantile import ReferenceQuantile
 from curation.selection.threshold import Threshold
-from curation.selection.uids import Uids
+from curation.selection.values import Values
 from tests.curation import by_hand
 from tests.curation.selecting import select
 
@@ -230,55 +229,6 @@ def test_reference_quantile(table: pa.Table, tmp_path: Path) -> None:
         keeps(ReferenceQuantile(column="score", reference=str(tmp_path / "none"), quantile=0.1), other)
 
 
-def test_uids_in_every_form(table: pa.Table, parts: list[Part], tmp_path: Path) -> None:
-    wanted = table["uid"].to_pylist()[::7]
-    pairs = np.array([(int(u[:16], 16), int(u[16:], 16)) for u in wanted], "u8,u8")
-    np.save(tmp_path / "list.npy", np.sort(pairs))
-    (tmp_path / "list.txt").write_text("\n".join(wanted) + "\n")
-    pq.write_table(pa.table({"uid": wanted}), tmp_path / "list.parquet")
-    np.save(tmp_path / "mixed.npy", pairs[::-1])
-    valid = valid_of(table)
-    expected = np.isin(table["uid"].to_pylist(), wanted)
-    for name in ("list.npy", "mixed.npy", "list.txt", "list.parquet"):
-        kept = keeps(Uids(file=str(tmp_path / name)), parts)
-        np.testing.assert_array_equal(kept[valid], expected[valid])
-        blocked = keeps(BlockList(column="uid", file=str(tmp_path / name)), parts)
-        np.testing.assert_array_equal(blocked[valid], ~expected[valid])
-
-
-@pytest.mark.parametrize("name", ["list.txt", "list.npy"])
-def test_a_uid_is_kept_as_often_as_the_list_has_it(
-    name: str, table: pa.Table, parts: list[Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(subset, "BLOCK", 7)  # so that repeats go from one block of the file into the next
-    uids, valid = table["uid"].to_pylist(), valid_of(table)
-    listed = [*uids[:900:3], *uids[:300], *uids[100:200]]
-    (tmp_path / "list.txt").write_text("\n".join(listed))
-    np.save(tmp_path / "list.npy", np.sort(np.array([(int(u[:16], 16), int(u[16:], 16)) for u in listed], "u8,u8")))
-    selectors = {"uids": Uids(file=str(tmp_path / name)), "half": Fraction(column="score", fraction=0.5)}
-    found = select(selectors, parts)
-    often = np.array([listed.count(uid) if i < 900 else 0 for i, uid in enumerate(uids)])
-    assert set(often) == {0, 1, 2, 3}
-    np.testing.assert_array_equal(found.failed[valid, 0], often[valid] == 0)
-    np.testing.assert_array_equal(found.copies[valid], np.maximum(often, 1)[valid])
-    assert found.stages[0]["copies"] == len(listed)
-    once = select({"uids": Uids(file=str(tmp_path / name), repeats="once")}, parts)
-    np.testing.assert_array_equal(once.failed[:, 0], found.failed[:, 0])
-    assert set(once.copies) == {1}
-    assert once.stages[0]["copies"] == once.stages[0]["listed"] == len(set(listed))
-
-
-def test_a_subset_of_nothing_or_of_others_keeps_nothing(table: pa.Table, parts: list[Part], tmp_path: Path) -> None:
-    for listed in ([], [(0, 1), (0, 2), (2**64 - 1, 2**64 - 1)]):
-        np.save(tmp_path / "list.npy", np.array(listed, "u8,u8"))
-        found = select({"uids": Uids(file=str(tmp_path / "list.npy"))}, parts)
-        assert found.failed[valid_of(table)].all()
-        assert found.stages[0]["listed"] == len(listed)
-    np.save(tmp_path / "list.npy", np.arange(3))
-    with pytest.raises(UserError, match="a DataComp subset has u8,u8"):
-        select({"uids": Uids(file=str(tmp_path / "list.npy"))}, parts)
-
-
 BOILERPLATE = [
     *("IMG_2041.JPG", "DSC00012", "untitled", "Untitled 3", "image", "Screenshot 2021-03-04 at 10.11.12", "1024x768"),
     *("click to enlarge", "Click here to view larger image", "Image may contain: 2 people", "stock photo of a dog"),
@@ -300,9 +250,31 @@ def test_caption_rules_on_captions_by_hand() -> None:
     wrong = [c for c, keep in zip(BOILERPLATE, kept, strict=False) if keep]
     wrong += [c for c, keep in zip(SENTENCES, kept[len(BOILERPLATE) :], strict=True) if not keep]
     assert not wrong
+    # Each pattern by itself: with its own flags, and groups that are counted from its own first one.
+    own = CaptionRules(patterns=["(?i)FOR SALE", r"(\w)\1\1", "(?P<same>very) (?P=same)", "(?P<same>x) y"])
+    captions = ["a house for sale", "it is sooo green", "a very very old tree", "an x y plot", "a house by a tree"]
+    assert own.apply(pa.table({"caption": captions}), None).tolist() == [False] * 4 + [True]
     words = CaptionRules(min_words=3, builtin=False, patterns=["forbidden"])
     captions = pa.table({"caption": ["two words", "now three words", "a FORBIDDEN thing", "click to enlarge"]})
     assert words.apply(captions, None).tolist() == [False, True, False, True]
+
+
+def test_case_is_ignored_in_every_alphabet() -> None:
+    texts = ["ΟΔΟΣ", "οδος", "STRASSE", "Straße", "İ", "ȺȾ", "ȺȾ".lower()]
+    for text in texts:
+        assert Values(column="t", allow=[text], ignore_case=True).apply(
+            pa.table({"t": [text, None]}), None
+        ).tolist() == [
+            True,
+            False,
+        ], text
+    table = pa.table({"t": texts})
+    assert Values(column="t", deny=["Οδοσ"], ignore_case=True).apply(table, None).tolist() == [False] + [True] * 6
+
+
+def test_whole_numbers_beyond_float64_beside_missing_ones() -> None:
+    table = pa.table({"n": pa.array([2**53 + 1, None, 5, -(2**62) - 1], pa.int64())})
+    assert Threshold(column="n", min=5).apply(table, None).tolist() == [True, False, True, False]
 
 
 def test_stages_are_counted_in_order(table: pa.Table, parts: list[Part]) -> None:
@@ -313,6 +285,16 @@ def test_stages_are_counted_in_order(table: pa.Table, parts: list[Part]) -> None
     assert (a["in"], a["dropped"], a["would_drop"]) == (valid.sum(), failed[:, 0].sum(), failed[:, 0].sum())
     assert (b["in"], b["dropped"]) == (a["out"], (failed[:, 1] & ~failed[:, 0]).sum())
     assert b["would_drop"] == failed[:, 1].sum() > b["dropped"]
+
+
+def test_a_selector_that_keeps_nothing_says_so(
+    table: pa.Table, parts: list[Part], capsys: pytest.CaptureFixture[str]
+) -> None:
+    selectors = {"some": Threshold(column="score", min=0.1), "english": LanguageIs(languages=["EN"])}
+    some, english, after = select({**selectors, "after": Threshold(column="width", min=1)}, parts).stages
+    assert english["out"] == 0 and "warnings" not in some and "warnings" not in after
+    assert english["warnings"] == [f"keeps none of the {english['in']:,} samples that are left; check its settings"]
+    assert capsys.readouterr().err.splitlines() == [f"selectors.english: {english['warnings'][0]}"]
 
 
 @pytest.mark.parametrize(
@@ -336,6 +318,28 @@ def test_stages_are_counted_in_order(table: pa.Table, parts: list[Part]) -> None
         ({"selectors": {"x": {"kind": "threshold", "column": "uid", "min": 3}}}, r"x\.column: uid holds no numbers"),
         ({"selectors": {"x": {"kind": "fraction", "column": "url", "fraction": 0.5}}}, "url holds no numbers"),
         ({"shard_samples": 0}, "shard_samples"),
+        *(
+            ({"selectors": {"x": settings}}, message)
+            for settings, message in (
+                (
+                    {"kind": "threshold", "column": "caption_words", "min": 9, "max": 3},
+                    r"between min 9(\.0)? and max 3",
+                ),
+                ({"kind": "threshold", "column": "caption_words", "min": float("nan")}, "between min nan"),
+                ({"kind": "cluster_balance", "clusters": 3, "cap": 0}, "cap 0 is not at least 1"),
+                ({"kind": "cluster_balance", "clusters": 3, "cap_quantile": 90.0}, r"cap_quantile 90\.0 is not in"),
+                ({"kind": "cluster_balance", "clusters": 3, "max_share": 0.0}, r"max_share 0\.0 is not in"),
+                ({"kind": "cluster_balance", "clusters": 3, "cap": 1, "column": "url"}, "column: url holds no embed"),
+                ({"kind": "near_duplicates", "column": "caption_words"}, "column: caption_words holds no hashes"),
+                ({"kind": "exact_duplicates", "by": []}, "by is empty"),
+                ({"kind": "exact_duplicates", "by": ["url", "sizes"]}, r"x\.by\.sizes: sizes holds lists"),
+                ({"kind": "values", "column": "caption_words", "allow": [2**40]}, "no int32 is 1099511627776"),
+                (
+                    {"kind": "score_fusion", "weights": {"caption_words": 0.5}, "minimum": 0.6},
+                    r"no sum reaches .* 0\.6",
+                ),
+            )
+        ),
     ],
 )
 def test_recipes_are_refused_by_name(change: dict[str, object], message: str) -> None:

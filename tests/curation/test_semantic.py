@@ -181,6 +181,31 @@ def test_neither_rows_nor_samples_reach_the_process_that_decides(
     assert max(sent) < 10_000
 
 
+@pytest.mark.parametrize("kind", ["semantic", "balance", "image_based"])
+def test_a_recipe_for_a_large_pool_says_so_on_a_small_one(
+    kind: str, table: pa.Table, parts: list[Part], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference_of(tmp_path, table)
+
+    def stage(rows: int, **sizes: int) -> dict[str, Any]:
+        made = {
+            "semantic": lambda: SemanticDuplicates(column="embedding", eps=EPS, **sizes),
+            "balance": lambda: ClusterBalance(column="embedding", cap=3, **sizes),
+            "image_based": lambda: ImageBased(column="embedding", reference=str(tmp_path / "reference.npy"), **sizes),
+        }[kind]()
+        return select({"it": made}, write_parts(tmp_path, table.slice(0, rows), [])).stages[0]
+
+    text = (
+        "clusters 50,000 for 1,960 samples: with fewer than 10 in each, alike ones fall apart; "
+        "set clusters to one for every 1,000 or so, here 1"
+    )
+    assert stage(2_000, clusters=50_000)["warnings"] == [text]
+    assert capsys.readouterr().err == f"selectors.it: {text}\n"
+    text = "sample 90 for 10 clusters: fewer than 10 train each; raise sample to 100 or more"
+    assert stage(2_000, clusters=10, sample=90)["warnings"] == [text]
+    assert "warnings" not in stage(2_000, clusters=10, sample=100)
+
+
 def test_nothing_left_and_what_the_manifest_says(table: pa.Table, tmp_path: Path, parts: list[Part]) -> None:
     nothing = write_parts(tmp_path, table.slice(0, 1), [])
     assert keeps(selector_of("greedy"), nothing).all()

@@ -1,6 +1,8 @@
 """ImageNet's words in captions against nltk, DataComp's own reader of WordNet, on a small WordNet written here."""
 
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,6 +52,10 @@ ENDS = [
     "er",
     "est",
     "ss",
+]
+GLUE = [" ", "\n", "\u3000", "\u00a0", "\x1c", "\u200b", ", ", "'s ", "_", "-", ".", "\u0301 "]
+EDGES = [
+    *("", " ", "\n\t", "DOG", "dog dog dog", "dogſ", "ﬂy", "İbus", "bus\x00", "狗", "dog.n.01", "s", "es", "x" * 5_000),
 ]
 LETTER = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}
 
@@ -111,22 +117,21 @@ def test_captions_as_datacomp_judges_them(
     every = [offset for pos in SPEECH for offset in ours.first[pos].values()]
     chosen = sorted(set(rng.choice(every, 25).tolist()))
     (tmp_path / "ids.txt").write_text("".join(f"n{offset:08d}\n" for offset in chosen))
-    glue = [" ", "\n", "\u3000", ", "]
-    captions = [
-        "".join(rng.choice(STEMS) + rng.choice(ENDS) + rng.choice(glue) for _ in range(rng.integers(0, 6)))
-        for _ in range(150)
-    ]
-    captions[0] = captions[1].upper()
-    write_tar(tmp_path / "pool" / "0.tar", {f"{i:03d}": sample(i, txt=c.encode()) for i, c in enumerate(captions)})
-    signal = {"kind": "synsets", "wordnet": str(wordnet), "synsets": str(tmp_path / "ids.txt")}
-    rows = measure_alone(tmp_path / "pool", tmp_path / "out", {"in21k": signal})
+    words, cased = [stem + end for stem in STEMS for end in ENDS], [str.upper, str.title, str.swapcase, str]
+    captions = [*EDGES, *(edge.join(words[:40]) for edge in EDGES)]
+    for _ in range(10_000 - len(captions)):
+        parts = [cased[rng.integers(4)](words[i]) for i in rng.integers(0, len(words), rng.integers(0, 6))]
+        captions.append("".join(part + GLUE[rng.integers(len(GLUE))] for part in parts))
+    meter = Synsets(wordnet=str(wordnet), synsets=str(tmp_path / "ids.txt")).load("in21k")
+    seen = meter.columns([meter.see(SimpleNamespace(caption=caption)) for caption in captions])["in21k"].to_pylist()
 
+    @cache
     def counts(word: str) -> bool:
         found = nltk.synsets(word)
         return bool(found) and found[0].offset() in chosen
 
-    assert [row["in21k"] for row in rows] == [sum(map(counts, row["caption"].split())) for row in rows]
-    assert 10 < sum(row["in21k"] > 0 for row in rows) < 140
+    assert seen == [sum(map(counts, caption.split())) for caption in captions]
+    assert 1_000 < sum(n > 0 for n in seen) < 9_000 and max(seen) > 3
 
 
 def test_without_wordnet_the_names_of_classes_count(tmp_path: Path) -> None:

@@ -1,9 +1,14 @@
-"""Keep what at least one of several selectors keeps: DataComp's "or" of filters.
+"""Selectors joined: `any_of` keeps what one of several keeps, as DataComp's "or" of filters, `all_of` what all keep.
 
-"And" needs no kind, since a recipe's selectors all have to pass. The inner
-selectors see the whole pool, each as if it stood alone, so that the order in
-which they are written means nothing; those that depend on what is left by
-others are refused.
+A recipe's own selectors all have to pass, so `all_of` is for the inside of an
+`any_of`, and the other way about: "on the list, or English and of a high score".
+The inner selectors see the whole pool, each as if it stood alone, so that the
+order in which they are written means nothing; those that depend on what is left
+by others are refused.
+
+Each says of a row how often it is kept: 0 or 1, or what a list with repeats asks
+for. A union keeps it as often as the one that keeps it most often; an
+intersection by the product, as selectors one after the other do.
 """
 
 from collections.abc import Generator
@@ -20,19 +25,21 @@ from curation.selection.interface import Fold, Program
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnyOf:
-    """`selectors`: name -> {kind, its settings}, as in a recipe; here they are `Selector`s of scope "pool"."""
+class Joined:
+    """`selectors`: name -> {kind, its settings}, as in a recipe; here they are `Selector`s that look at any row."""
 
     selectors: dict[str, Any]
+    kind: ClassVar[str]
+    join: ClassVar[np.ufunc]  # of how often two of them keep a row
     scope: ClassVar[Literal["pool"]] = "pool"
 
     def __post_init__(self) -> None:
         if not self.selectors:
-            raise UserError("any_of: selectors is empty; name at least one")
+            raise UserError(f"{self.kind}: selectors is empty; name at least one")
         for name, selector in self.selectors.items():
-            if selector.scope == "survivors":
+            if selector.scope == "survivors" and not getattr(selector, "by_row", False):
                 raise UserError(
-                    f"any_of: selectors.{name} compares what others left and cannot be one of several; "
+                    f"{self.kind}: selectors.{name} compares what others left and cannot be one of several; "
                     "move it to the recipe's own selectors"
                 )
 
@@ -53,17 +60,18 @@ class AnyOf:
         return {"of": decisions, "keeps": (yield Fold(partial(self._count, decisions), np.add))}
 
     def _count(self, decisions: dict[str, Any], table: pa.Table) -> np.ndarray:
-        return self._keeps(decisions, table).sum(axis=1)
+        return np.count_nonzero(self._often(decisions, table), axis=1)
 
-    def _keeps(self, decisions: dict[str, Any], table: pa.Table) -> np.ndarray:
-        """bool [selectors, rows]"""
+    def _often(self, decisions: dict[str, Any], table: pa.Table) -> np.ndarray:
+        """bool or int32 [selectors, rows]"""
         return np.stack([s.apply(table, decisions[name]) for name, s in self.selectors.items()])
 
     def apply(self, table: pa.Table, decisions: dict[str, Any]) -> np.ndarray:
-        return np.any(self._keeps(decisions["of"], table), axis=0)
+        often = self._often(decisions["of"], table)
+        return self.join.reduce(often, axis=0, dtype=often.dtype)
 
     def describe(self, decisions: dict[str, Any]) -> dict[str, Any]:
-        """{"any_of": {name: {"keeps": rows of the pool, what it says}}, "thresholds": those of all}"""
+        """{kind: {name: {"keeps": rows of the pool, what it says}}, "thresholds": those of all}"""
         keeps = np.zeros(len(self.selectors), int) if decisions["keeps"] is None else decisions["keeps"]
         said = {
             name: {"keeps": int(n), **s.describe(decisions["of"][name])}
@@ -73,4 +81,18 @@ class AnyOf:
         for one in said.values():
             for column, bounds in one.get("thresholds", {}).items():
                 thresholds[column] = [*thresholds.get(column, []), *bounds]
-        return {"any_of": said, "thresholds": thresholds}
+        return {self.kind: said, "thresholds": thresholds}
+
+
+class AnyOf(Joined):
+    """Keep what at least one of `selectors` keeps."""
+
+    kind = "any_of"
+    join = np.maximum
+
+
+class AllOf(Joined):
+    """Keep what every one of `selectors` keeps."""
+
+    kind = "all_of"
+    join = np.multiply
