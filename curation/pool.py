@@ -27,7 +27,8 @@ from curation.errors import UserError
 from curation.files import File
 from curation.hashing import config_hash
 from curation.sources import file_fingerprint
-from curation.sources.folder import folder_shards, is_list
+from curation.sources.folder import folder_shards
+from curation.sources.lists import is_list
 from curation.sources.parquet import caption_column, image_column, read_schema
 from curation.tar import IMAGE_EXTENSIONS, Member, Sample
 
