@@ -14,6 +14,7 @@ where that is; a worker holds one shard there at a time.
 
 import errno
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -62,10 +63,10 @@ def look(name: str) -> File | None:
     """The file of this name, or None where there is none (or a folder)."""
     if not is_remote(name):
         try:
-            stat = os.stat(name)
+            found = os.stat(name)
         except OSError:
             return None
-        return File(name, stat.st_size, stat.st_mtime_ns) if os.path.isfile(name) else None
+        return File(name, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
     fs, path, url = _address(name)
     fs.invalidate_cache()
     try:
@@ -94,12 +95,12 @@ def _listed_here(folder: str, deep: bool) -> list[File] | None:
                 if entry.name.startswith("."):
                     continue
                 try:
-                    is_file, stat = entry.is_file(), entry.stat()
+                    is_file, told = entry.is_file(), entry.stat()
                 except OSError:
                     found.append(File(entry.path, 0, NOWHERE))
                     continue
                 if is_file:
-                    found.append(File(entry.path, stat.st_size, stat.st_mtime_ns))
+                    found.append(File(entry.path, told.st_size, told.st_mtime_ns))
                 elif deep and entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
     return found

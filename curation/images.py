@@ -11,11 +11,12 @@ import warnings
 
 from PIL import Image
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit (a quarter of a gigabyte of RGB); there only a warning
+MAX_PIXELS = 89_478_485  # Pillow's own limit (a quarter of a gigabyte of RGB); there only a warning up to twice as many
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 
-# The limit is held below, before anything is decoded; Pillow's own would warn of the same thing.
-Image.MAX_IMAGE_PIXELS = None
+# The limit is held below, before anything is decoded. Pillow's own refusal stays for what it makes while it opens a
+# file, such as the canvas of a GIF's first frame: a few bytes may ask for gigabytes there.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
 def decode(raw: bytes) -> tuple[Image.Image | None, str, str | None]:
@@ -24,7 +25,10 @@ def decode(raw: bytes) -> tuple[Image.Image | None, str, str | None]:
     Returns:
         (image, format, error): the image is loaded and in its own mode, or
         None where error is "image_decode" or "decompression_bomb"; the format
-        is jpg, png, webp, ... or "" where it was not recognised.
+        is jpg, png, webp, ... or "" where it was not recognised or not opened.
+
+    Raises:
+        MemoryError: there is no room for its pixels now.
     """
     import simplejpeg
 
@@ -48,5 +52,9 @@ def decode(raw: bytes) -> tuple[Image.Image | None, str, str | None]:
                 several = getattr(image, "n_frames", 1) > 1  # before `load`: looking for frames undoes it
                 image.load()
                 return image.copy() if several else image, kind, None
+    except Image.DecompressionBombError:
+        return None, kind, "decompression_bomb"
+    except MemoryError:  # of the machine, not of the picture, and what is measured is kept
+        raise
     except Exception:
         return None, kind, "image_decode"

@@ -87,7 +87,7 @@ def _sample(
         "reason": judged["reason"],
         "selectors": [] if record["error"] else _verdicts(selected, set(judged["failed"])),
         "went": went.get(part.first + row, []),
-        "picture": _picture(record, members, out),
+        "picture": _picture(record, part.first + row, members, out),
     }
 
 
@@ -104,13 +104,13 @@ def _verdicts(selected: dict[str, Any], failed: set[str]) -> list[dict[str, Any]
     return verdicts
 
 
-def _picture(record: dict[str, Any], members: dict[str, tuple[int, int]], out: Path) -> Path | None:
-    """The image's own bytes, as a file to look at."""
+def _picture(record: dict[str, Any], row: int, members: dict[str, tuple[int, int]], out: Path) -> Path | None:
+    """The image's own bytes, as a file to look at. It has its row in its name: keys may be too long for one."""
     extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
     if extension is None:
         return None
     offset, size = members[extension]
-    path = out / "inspect" / f"{record['uid']}-{record['key'].replace('/', '_')}.{extension}"
+    path = out / "inspect" / f"{record['uid']}-{row}.{extension}"
     try:
         with open_shard(record["shard"]) as data:
             picture = data[offset : offset + size]

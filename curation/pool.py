@@ -27,7 +27,8 @@ from curation.errors import UserError
 from curation.files import File
 from curation.hashing import config_hash
 from curation.sources import file_fingerprint
-from curation.sources.folder import folder_shards, is_list
+from curation.sources.folder import folder_shards
+from curation.sources.lists import is_list
 from curation.sources.parquet import caption_column, image_column, read_schema
 from curation.tar import IMAGE_EXTENSIONS, Member, Sample
 
@@ -35,6 +36,7 @@ Modality = Literal["pairs", "images", "texts"]
 """What every sample of a pool must have; what a pool of images or texts lacks is no error there."""
 UNREADABLE = "unreadable"
 MAX_EXTENSION = 24  # so that "{uid}-{copy}.{extension}" fits a tar header's 100 bytes
+MAX_MEMBER = 8**11 - 1  # bytes, as many as a ustar header can say: 8 GiB
 LIST_NAME = re.compile(r"/(metadata|captions)\.(csv|tsv|jsonl)$")
 SAFE_UID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
@@ -186,6 +188,8 @@ def read_row(data: Tape, sample: Sample, modality: Modality = "pairs", beside: B
     """
     members = sample.members
     error = sample.error
+    if any(member.size > MAX_MEMBER for member in members.values()):
+        return unreadable_row(Sample(sample.key, error=error or "member_too_large"))
     if any(len(e.encode()) > MAX_EXTENSION for e in members):
         error = error or "unsafe_name"
     image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)

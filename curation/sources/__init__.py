@@ -5,7 +5,8 @@ it. Each kind gives that tape (`Source`); what measures, builds, inspects and
 draws the page knows no other. A shard is named by one string, which ledgers and
 signals carry, so that its tape can be opened from the name alone:
 
-    /pool/00000.tar   s3://bucket/pool/part-0.parquet   /pool/metadata.csv#0-10000   /photos#20000-30000
+    /pool/00000.tar   s3://bucket/pool/part-0.parquet   /photos#20000-25000
+    /pool/metadata.csv#5000-10000@381220-762551
 
 A new kind is a file beside these and a line in `_of_file`.
 """
@@ -16,7 +17,7 @@ from curation import files
 from curation.errors import UserError
 from curation.hashing import config_hash
 from curation.sources import parquet, tar
-from curation.sources.folder import FolderSource, is_range
+from curation.sources.folder import FolderSource, forget_names, is_range
 from curation.sources.parquet import ParquetSource
 from curation.sources.tar import TarSource
 from curation.tar import Sample
@@ -65,6 +66,9 @@ def whole_shard(name: str, expected: str) -> Source:
     try:
         if is_range(name):
             folder = FolderSource(name)
+            if folder.fingerprint() != wanted:
+                forget_names()
+                folder = FolderSource(name)
             if folder.fingerprint() == wanted:
                 folder.fetch()
                 return folder

@@ -4,6 +4,7 @@ What Pillow sees is the oracle: sizes are those of the stored pixels, as open_cl
 """
 
 import io
+import resource
 import struct
 import tracemalloc
 import zlib
@@ -12,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+import simplejpeg
+from PIL import Image, ImageFile
 
 from curation import store
 from curation.config import parse_config
@@ -153,6 +155,27 @@ def test_a_bomb_costs_no_memory(pictures: dict[str, tuple[str, bytes]]) -> None:
     data = pictures["bomb"][1]
     assert len(data) < 1 << 20
     tracemalloc.start()
-    assert decode(data) == (None, "png", "decompression_bomb")
+    assert decode(data)[2] == "decompression_bomb"
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
+
+
+def test_a_gif_cannot_ask_for_a_canvas_of_gigabytes() -> None:
+    """Pillow makes it while it opens the file, where the first frame exceeds the picture and is disposed of."""
+    control, frame = b"!\xf9\x04\x08\0\0\0\0", b",\0\0\0\0\xff\xff\xff\xff\0"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert decode(b"GIF89a\1\0\1\0\0\0\0" + control + frame + b"\2\0;")[2] == "decompression_bomb"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_memory_that_runs_out_is_not_the_pictures_fault(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would else stand in the signal store for ever."""
+
+    def full(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", full)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", full)
+    with pytest.raises(MemoryError):
+        decode(picture(1, kind=kind))

@@ -7,8 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from curation.config import parse_config
 from curation.errors import UserError
 from curation.inspection import as_text, inspect
+from curation.pipeline import curate
+from tests.curation.conftest import sample
+from tests.curation.test_kill import in_this_process
 
 
 def ledger(out: Path) -> list[dict[str, object]]:
@@ -52,3 +56,17 @@ def test_what_is_not_there_is_one_line(done: Path, tmp_path: Path) -> None:
         inspect("nobody", done)
     with pytest.raises(UserError, match="holds no selection"):
         inspect("nobody", tmp_path)
+
+
+def test_a_key_may_be_longer_than_the_name_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch)
+    key = "folder/" * 20 + "x" * 200
+    for n in range(2):
+        for extension, payload in sample(n, json=b'{"uid": "the_same"}').items():
+            path = tmp_path / "pool" / f"{key}{n}.{extension}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(payload)
+    config = parse_config({"signals": {"text": {"kind": "text"}}})
+    curate(config, pools=[str(tmp_path / "pool")], out=tmp_path / "out")
+    told = inspect("the_same", tmp_path / "out")
+    assert [Path(one["picture"]).read_bytes() for one in told] == [sample(n)["jpg"] for n in range(2)]

@@ -242,7 +242,7 @@ def test_lists_with_rows_that_cannot_be_followed(tmp_path: Path) -> None:
     ]
 
 
-def test_a_list_that_breaks_off_or_cannot_be_opened(tmp_path: Path) -> None:
+def test_a_list_with_a_field_that_is_too_long_or_that_cannot_be_opened(tmp_path: Path) -> None:
     for folder in ("a", "b", "c"):
         (tmp_path / "pool" / folder).mkdir(parents=True)
         (tmp_path / "pool" / folder / "1.jpg").write_bytes(picture(1))
@@ -252,7 +252,7 @@ def test_a_list_that_breaks_off_or_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "pool" / "c" / "metadata.csv").write_text("file_name,text\n1.jpg,words\n")
     run(tmp_path / "pool", tmp_path / "out")
     found = Counter((Path(r["shard"]).parent.name, r["reason"]) for r in rows(tmp_path / "out"))
-    assert found == {("a", None): 1, ("a", "list_unreadable"): 1, ("b", "list_unreadable"): 1, ("c", None): 1}
+    assert found == {("a", None): 2, ("a", "list_row_broken"): 1, ("b", "list_unreadable"): 1, ("c", None): 1}
     (tmp_path / "pool" / "c" / "metadata.csv").write_text("some,columns\n1,2\n")
     with pytest.raises(UserError, match=r"metadata\.csv: has neither a column of files .* but 'some, columns'"):
         run(tmp_path / "pool", tmp_path / "x")

@@ -14,7 +14,7 @@ import pytest
 from curation import phases, pipeline
 from curation.config import parse_config
 from curation.pipeline import curate
-from curation.tar import members, open_shard, samples
+from curation.tar import members, open_shard, padded, samples
 from curation.workers import Workers
 from tests.curation.conftest import picture, sample
 from tests.curation.test_kill import here, nothing
@@ -127,3 +127,32 @@ def test_files_of_a_folder_that_are_no_pictures_by_name_are_rows(tmp_path: Path,
     manifest = run(pool, tmp_path / "out")
     assert (manifest["seen"], manifest["kept"], manifest["errors"]) == (5, 3, {"image_unknown_format": 2})
     assert {row["key"] for row in rows(tmp_path / "out") if row["reason"]} == {"a/new.heic", "NOTES"}
+
+
+@pytest.mark.parametrize("form", ["pax", "gnu"])
+def test_a_member_of_8_gib_costs_its_sample_alone(form: str, tmp_path: Path, in_process: None) -> None:
+    """A ustar header, as the build writes them, has 11 octal digits for its size."""
+    path = tmp_path / "pool" / "0.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w", format=FORMATS[form]) as tar:
+        for n in range(4):
+            for extension, payload in sample(n).items():
+                info = tarfile.TarInfo(f"{n:09d}.{extension}")
+                info.size = len(payload)
+                tar.addfile(info, io.BytesIO(payload))
+            if n in (1, 2):
+                info = tarfile.TarInfo(f"{n:09d}.mp4")
+                info.size = 8**11 if n == 1 else 5
+                head = info.tobuf(FORMATS[form])
+                assert tar.fileobj is not None
+                tar.fileobj.write(head)
+                tar.fileobj.seek(padded(info.size), io.SEEK_CUR)  # a hole, which takes no room
+                tar.offset += len(head) + padded(info.size)
+    with tarfile.open(path) as tar:
+        assert {info.name: info.size for info in tar if info.name.endswith(".mp4")} == {
+            "000000001.mp4": 8**11,
+            "000000002.mp4": 5,
+        }
+    manifest = run(path.parent, tmp_path / "out")
+    assert (manifest["kept"], manifest["errors"]) == (3, {"member_too_large": 1})
+    assert [row["key"] for row in rows(tmp_path / "out") if row["reason"]] == ["000000001"]
