@@ -36,7 +36,11 @@ class Meter(Protocol):
         """Take from one sample what `columns` needs, without keeping the image."""
 
     def columns(self, seen: Sequence[Any]) -> dict[str, pa.Array]:
-        """One array per column, in the order of `seen`."""
+        """One array per column, of the schema's type, in the order of `seen`.
+
+        Null is for a sample that has no value; one that gets NaN or an infinite number is an error row. Where this
+        raises, it is asked again for halves of `seen`, down to the samples that it fails on: those are error rows too.
+        """
 
 
 class Signal(Protocol):
