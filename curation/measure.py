@@ -33,6 +33,9 @@ class Whole:
 
     shard: Shard
 
+    def __str__(self) -> str:
+        return str(self.shard)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measuring:
@@ -40,6 +43,11 @@ class Measuring:
 
     signals: Mapping[str, Signal]
     signal_set: SignalSet
+
+    @property
+    def gpu(self) -> bool:
+        """Whether a worker needs a share of a GPU (`curation.workers`)."""
+        return any(getattr(signal, "device", "cpu") == "cuda" for signal in self.signals.values())
 
     def __call__(self) -> Callable[[Shard | Unit | Whole], dict[str, Any]]:
         return _Measurer(self.signals, self.signal_set).do

@@ -55,6 +55,9 @@ class Shard:
     sidecar: str | None = None
     metadata: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return self.path
+
     @property
     def whole(self) -> bool:
         """Whether it is scanned and measured in one go: opening it costs what reading it does."""

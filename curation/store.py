@@ -56,6 +56,9 @@ class Unit:
     number: int
     rows: int
 
+    def __str__(self) -> str:
+        return f"{self.shard}, unit {self.number} ({self.rows} samples)"
+
     @property
     def part(self) -> str:
         return f"{self.shard.fingerprint}-{self.number:05d}.parquet"

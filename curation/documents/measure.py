@@ -73,6 +73,11 @@ class Measuring:
     config: DocumentsConfig
     store: Path
 
+    @property
+    def gpu(self) -> bool:
+        """Whether a worker needs a share of a GPU (`curation.workers`)."""
+        return self.config.assign is not None and self.config.assign.clip.device == "cuda"
+
     def __call__(self) -> Callable[[DocumentShard], dict[str, Any]]:
         return _Measure(self.config, self.store)
 

@@ -49,6 +49,7 @@ class Signal(Protocol):
     A signal may have `reads: ClassVar[tuple[str, ...]]`, of "image" and "caption", what of a sample it needs; one that
     has not is taken to need both, so that it is for pools of pairs alone. It may have `made_by() -> str`, the tool that
     makes the values, where a recipe leaves the choice; the manifest, the page and the card name it.
+    It may have a setting `device`: "cuda" gets its workers a share of a GPU (`curation.device`).
     """
 
     version: ClassVar[int]
