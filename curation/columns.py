@@ -22,6 +22,7 @@ from curation.signals.interface import Decoded, Meter, Signal
 from curation.store import NOT_FINITE, SIGNAL_FAILED
 
 BATCH = 64  # samples that a meter turns into columns at once
+OF_A_GPU = ("OutOfMemoryError", "AcceleratorError")  # PyTorch's, which is imported only where it is used
 
 
 class Gathering:
@@ -88,20 +89,17 @@ class Gathering:
                     )
             return made
         except Exception as reason:
+            _raise_unless_of_a_sample(name, reason)
             if len(rows) == 1:
                 self._failed(name, rows[0], reason)
                 return {column: pa.nulls(1, kind) for column, kind in schema.items()}
-            if not _of_a_sample(reason):
-                raise
         half = len(rows) // 2
         parts = self._made(name, seen[:half], rows[:half]), self._made(name, seen[half:], rows[half:])
         return {column: pa.concat_arrays([part[column] for part in parts]) for column in schema}
 
     def _failed(self, name: str, row: int, reason: Exception) -> None:
-        if not _of_a_sample(reason):
-            raise reason
-        line = " ".join(str(reason).split())[:300]
-        self._failing(row, SIGNAL_FAILED, f"signal {name}: {type(reason).__name__}: {line}")
+        _raise_unless_of_a_sample(name, reason)
+        self._failing(row, SIGNAL_FAILED, f"signal {name}: {type(reason).__name__}: {_line(reason)}")
 
     def _failing(self, row: int, reason: str, cause: str) -> None:
         if reason == SIGNAL_FAILED or row not in self.errors:  # in whatever order the recipe has its signals
@@ -109,11 +107,18 @@ class Gathering:
         self.causes.setdefault(reason, (row, cause))
 
 
-def _of_a_sample(reason: Exception) -> bool:
+def _raise_unless_of_a_sample(name: str, reason: Exception) -> None:
     """A library that finds a picture broken raises OSError without a number, a disk one with it."""
-    if isinstance(reason, OSError):
-        return reason.errno is None
-    return not isinstance(reason, UserError | MemoryError) and type(reason).__name__ != "OutOfMemoryError"  # torch's
+    if type(reason).__name__ in OF_A_GPU:
+        raise UserError(
+            f"signal {name}: the GPU has failed ({_line(reason)}); run again with fewer --workers, or device: cpu"
+        ) from reason
+    if isinstance(reason, UserError | MemoryError) or (isinstance(reason, OSError) and reason.errno is not None):
+        raise reason
+
+
+def _line(reason: Exception) -> str:
+    return " ".join(str(reason).split())[:300]
 
 
 def not_finite(values: pa.Array) -> np.ndarray:

@@ -190,12 +190,13 @@ VECTOR = Scorer().schema("")["vector"]
     ("reason", "fatal"),
     [
         (KeyError("word"), False),
-        (RuntimeError("CUDA error"), False),
+        (RuntimeError("size mismatch"), False),
         (OSError("broken data stream"), False),  # as Pillow has it
         (OSError(errno.ENOSPC, "no space left"), True),
         (UserError("the recipe is wrong"), True),
         (MemoryError(), True),
         (torch.OutOfMemoryError("of the GPU"), True),
+        (torch.AcceleratorError("device-side assert"), True),
     ],
 )
 def test_what_is_no_fault_of_the_sample_is_raised(where: str, reason: Exception, fatal: bool) -> None:
@@ -208,7 +209,8 @@ def test_what_is_no_fault_of_the_sample_is_raised(where: str, reason: Exception,
         gathered.flush()
 
     if fatal:
-        with pytest.raises(type(reason)):
+        gpu = isinstance(reason, torch.OutOfMemoryError | torch.AcceleratorError)
+        with pytest.raises(UserError if gpu else type(reason), match="the GPU has failed" if gpu else None):
             see_all()
         return
     see_all()
