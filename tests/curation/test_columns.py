@@ -89,7 +89,7 @@ def test_what_is_no_number_is_an_error_of_its_sample_and_selection_never_sees_it
         "score": {"kind": "threshold", "column": "score", "min": 0.02, "missing": "keep"},
         "based": {"kind": "image_based", "reference": str(tmp_path / "reference.npy"), **clusters},
         "semantic": {"kind": "semantic_duplicates", "eps": 0.01, **clusters},
-        "balance": {"kind": "cluster_balance", "cap": 4, **clusters},
+        "balance": {"kind": "cluster_balance", "cap": 2, **clusters},
     }
     config = parse_config({"signals": {"s": {"kind": "scorer"}}, "selectors": selectors, "unit_samples": 50})
     pools = written(tmp_path / "odd", ODD | ABSENT), written(tmp_path / "plain", ABSENT, without=list(ODD))
@@ -233,7 +233,9 @@ def test_a_meter_that_gives_too_few_rows_is_no_silent_shift() -> None:
 
 def finite(value: Any) -> bool:
     """Whether no float in it, at whatever depth, is NaN or infinite."""
-    return all(map(finite, value)) if isinstance(value, list) else not isinstance(value, float) or math.isfinite(value)
+    if isinstance(value, list):
+        return all(map(finite, value))
+    return not isinstance(value, float | np.floating) or math.isfinite(value)
 
 
 NUMBERS = [0.5, math.nan, None, -math.inf, 3.0, math.inf, 1e30]
@@ -252,6 +254,7 @@ PAIRS = [[1.0, 2.0], None, [math.nan, 1.0], [None, 2.0], [0.0, -math.inf]]
         pa.array(PAIRS, pa.list_(pa.float32(), 2)),
         pa.array([[[1.0, 2.0]], None, PAIRS], pa.list_(pa.list_(pa.float64(), 2))),
         pa.array(np.array([1, np.nan, np.inf, 2], np.float16)),
+        pa.array([np.float16(1), None, np.float16(np.nan)], pa.float16()),
         pa.array([], pa.list_(pa.float16(), 4)),
         pa.array([1, None, 3]),
         pa.array(["nan", None]),
