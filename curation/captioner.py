@@ -4,8 +4,8 @@ A captioner is three functions: what it takes from a picture, transformers'
 `generate`, and what its tokens say. "huggingface" loads any image-to-text model
 that generates from pixels alone (BLIP, GIT, ViT-GPT2, ...); a recipe may name
 another loader as package.module:function, such as `jobs.captioner:mmgem` for a
-model that was trained here. The loader takes the recipe's `model` and returns a
-`Captioner`.
+model that was trained here. The loader takes the recipe's `model` and `device` and
+returns a `Captioner`.
 
 Sampling is by inversion: the random number of row (picture, j) at step t comes
 from hash(seed, picture, j), so that captions do not depend on which pictures
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from curation.device import Device, torch_device
 from curation.dotted import function_content, load_function
 from curation.errors import UserError
 from curation.hashing import file_hash, hash64
@@ -111,15 +112,15 @@ class _Draw:
         return torch.full_like(scores, -torch.inf).scatter(1, picked, 0.0)
 
 
-def load_captioner(loader: str, model: str) -> Captioner:
-    """The captioner that a recipe names by its `captioner` and its `model`.
+def load_captioner(loader: str, model: str, device: Device = "cpu") -> Captioner:
+    """The captioner that a recipe names by its `captioner` and its `model`, on its `device`.
 
     Raises:
         UserError: the loader cannot be imported, or the model cannot be loaded.
     """
     if loader == HUGGINGFACE:
-        return huggingface(model)
-    found = load_function("captioner", loader)(model)
+        return huggingface(model, device)
+    found = load_function("captioner", loader)(model, device)
     assert isinstance(found, Captioner), f"{loader} returned a {type(found).__name__}"
     return found
 
@@ -135,19 +136,18 @@ def captioner_content(loader: str, model: str) -> dict[str, Any]:
     return {"captioner": how, "model": file_hash(files) if files else model}
 
 
-def huggingface(model: str) -> Captioner:
+def huggingface(model: str, device: Device = "cpu") -> Captioner:
     """A model of the hub, or a folder of `save_pretrained`, by transformers' auto classes, in fp32.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded, or there is no such device.
     """
     import torch
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-    torch.set_num_threads(1)  # as the signal `clip`: what is written does not depend on the machine's cores
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    there = torch_device(device, f"captioner model {model}")
     try:
-        network = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval().to(device)
+        network = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval().to(there)
         processor, tokenizer = AutoImageProcessor.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     except Exception as reason:  # of the hub, of the network, of files
         line = " ".join(str(reason).split())[:300]
@@ -157,7 +157,7 @@ def huggingface(model: str) -> Captioner:
         return processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
     def generate(pixels_b3ss: "Tensor", **settings: Any) -> "Tensor":
-        return network.generate(pixel_values=pixels_b3ss.to(device), **settings)
+        return network.generate(pixel_values=pixels_b3ss.to(there), **settings)
 
     return Captioner(
         pixels=pixels,

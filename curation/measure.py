@@ -2,8 +2,8 @@
 
 A unit opens its shard as a tape, decodes every image once, shows it to all
 meters and writes one parquet part. Pixels stay in this process. Samples with an
-error keep their row, without signals; one that any signal cannot digest has the
-error "signal_failed". A shard behind a URL is scanned and measured in one go, so
+error keep their row, without signals; so do those of which a signal makes no value
+(`curation.columns`). A shard behind a URL is scanned and measured in one go, so
 that it is fetched once.
 """
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 from PIL import Image
 
 from curation import store
-from curation.errors import UserError
+from curation.columns import Gathering
 from curation.images import decode
 from curation.pool import UNREADABLE, Row, Shard, damaged_uid, read_row, unreadable_row
 from curation.sidecar import Sidecar
@@ -26,14 +26,15 @@ from curation.sources import Source, whole_shard
 from curation.store import SignalSet, Unit
 from curation.tar import Sample
 
-BATCH = 64  # samples that a meter turns into columns at once
-
 
 @dataclass(frozen=True, kw_only=True)
 class Whole:
     """A shard to scan and to measure, as far as it is not measured."""
 
     shard: Shard
+
+    def __str__(self) -> str:
+        return str(self.shard)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,11 @@ class Measuring:
 
     signals: Mapping[str, Signal]
     signal_set: SignalSet
+
+    @property
+    def gpu(self) -> bool:
+        """Whether a worker needs a share of a GPU (`curation.workers`)."""
+        return any(getattr(signal, "device", "cpu") == "cuda" for signal in self.signals.values())
 
     def __call__(self) -> Callable[[Shard | Unit | Whole], dict[str, Any]]:
         return _Measurer(self.signals, self.signal_set).do
@@ -96,7 +102,7 @@ class _Measurer:
         return {"rows": len(opened.samples) + (opened.damage is not None)}
 
     def whole(self, shard: Shard) -> dict[str, Any]:
-        """Scan, measure the missing units, and let go of the shard: {"rows": n measured, "errors": {reason: n}}."""
+        """Scan, measure the missing units, and let go of the shard: what `measure` says, of all of them."""
         self.scan(shard)
         opened = self._open(shard)
         units = store.units_of(shard, len(opened.samples), opened.damage, self._set.unit_samples)
@@ -105,10 +111,12 @@ class _Measurer:
         errors: Counter[str] = Counter()
         for result in done:
             errors.update(result["errors"])
-        return {"rows": sum(result["rows"] for result in done), "errors": dict(errors)}
+        causes = [line for result in done for line in result["causes"]]
+        return {"rows": sum(result["rows"] for result in done), "errors": dict(errors), "causes": causes}
 
     def measure(self, unit: Unit) -> dict[str, Any]:
-        """Measure a unit and write its part: {"rows": n, "errors": {reason: n}}."""
+        """Measure a unit and write its part: {"rows": n, "errors": {reason: n}, "causes": a line for each reason of
+        signals, of the first sample that has it}."""
         opened, modality = self._open(unit.shard), self._set.modality
         data, found = opened.source, opened.samples
         first = unit.number * self._set.unit_samples
@@ -118,16 +126,7 @@ class _Measurer:
 
         known = store.taken_over(self._set, unit)
         meters = {name: self._meter(name) for name in self._signals if name not in known}
-        batches: dict[str, list[dict[str, pa.Array]]] = {name: [] for name in meters}
-        seen: dict[str, list[Any]] = {name: [] for name in meters}
-
-        def flush() -> None:
-            for name, meter in meters.items():
-                if seen[name]:
-                    batches[name].append(meter.columns(seen[name]))
-                    seen[name] = []
-
-        waiting = 0
+        gathered = Gathering(meters, self._signals)
         for sample in chosen:
             try:
                 row = read_row(data, sample, modality, opened.sidecar)
@@ -154,29 +153,23 @@ class _Measurer:
                 raw=raw,
                 record=row.record,
             )
-            try:
-                looked = [meter.see(decoded) for meter in meters.values()]
-            except (UserError, MemoryError):  # not the sample's fault
-                raise
-            except Exception:
-                errors[-1] = store.SIGNAL_FAILED
-                continue
-            for name, value in zip(meters, looked, strict=True):
-                seen[name].append(value)
-            waiting += 1
-            if waiting == BATCH:
-                flush()
-                waiting = 0
-        flush()
+            gathered.see(len(rows) - 1, decoded)
+        gathered.flush()
+        for place, error in gathered.errors.items():
+            errors[place] = error
 
         if known and not meters:  # other sets know every signal, and with them which images cannot be decoded
             errors = next(iter(known.values()))["error"].to_pylist()[: len(rows)]
         rest = opened.damage if first + len(chosen) == len(found) and len(chosen) < unit.rows else None
         table = _base_table(unit.shard, chosen, rows, errors, first, rest)
         for name, signal in self._signals.items():
-            table = _with_signal(table, name, signal, self._set.identities[name], batches.get(name), known.get(name))
+            table = _with_signal(table, name, signal, self._set.identities[name], known.get(name, gathered))
         store.write_part(self._set.path(unit), table)
-        return {"rows": table.num_rows, "errors": count_errors(table)}
+        causes = [
+            f"{unit.shard.path} {chosen[place].key}: {reason}: {cause}"
+            for reason, (place, cause) in gathered.causes.items()
+        ]
+        return {"rows": table.num_rows, "errors": count_errors(table), "causes": causes}
 
     def _meter(self, name: str) -> Meter:
         if name not in self._meters:
@@ -208,24 +201,14 @@ def _base_table(
     return pa.Table.from_pylist(records, schema=store.BASE)
 
 
-def _with_signal(
-    table: pa.Table,
-    name: str,
-    signal: Signal,
-    identity: str,
-    batches: list[dict[str, pa.Array]] | None,
-    known: pa.Table | None,
-) -> pa.Table:
-    """Add a signal's columns; rows with an error get nulls."""
+def _with_signal(table: pa.Table, name: str, signal: Signal, identity: str, source: Gathering | pa.Table) -> pa.Table:
+    """Add a signal's columns, as gathered now or known from another set; rows with an error get nulls."""
     valid = table["error"].is_null().to_numpy()
-    places = pa.array((valid.cumsum() - 1).astype("int64"), mask=~valid)
     for column, kind in signal.schema(name).items():
-        if known is not None:
-            values = known[column].take(pa.array(range(table.num_rows), mask=~valid))
-        elif batches:
-            values = pa.concat_arrays([batch[column] for batch in batches]).take(places)
+        if isinstance(source, pa.Table):
+            values = source[column].take(pa.array(range(table.num_rows), mask=~valid))
         else:
-            values = pa.nulls(table.num_rows, kind)
+            values = source.column(name, column, valid)
         table = table.append_column(pa.field(column, kind, metadata={"identity": identity}), values)
     return table
 

@@ -36,7 +36,7 @@ from curation.sidecar import index_folder, make_index
 from curation.signals import made_by
 from curation.store import SignalSet, Unit
 from curation.summary import summarise
-from curation.workers import Workers, progress
+from curation.workers import Workers, progress, say
 
 FREE_ERRORS = 100  # so many broken samples stop no run, however small the pool
 BUNDLE = 64  # items that go to a worker together, where there are many: a call costs a millisecond
@@ -107,8 +107,7 @@ def measure(run: Run) -> dict[str, Any]:
     measured = 0
     results = progress(run.workers.map(setup, whole), label="measure", total=len(whole), unit="shards", amount=_one)
     for done, result in enumerate(results, start=1):
-        measured += result["rows"]
-        errors.update(result["errors"])
+        measured += _counted(result, errors)
         _check_budget(run, errors, measured * len(whole) // done)  # as if the others were like these
     units = known_units(run, mine)
     assert units is not None
@@ -123,8 +122,7 @@ def measure(run: Run) -> dict[str, Any]:
     results = run.workers.map(setup, missing)
     total = sum(unit.rows for unit in missing)
     for result in progress(results, label="measure", total=total, unit="pairs", amount=lambda r: r["rows"]):
-        measured += result["rows"]
-        errors.update(result["errors"])
+        measured += _counted(result, errors)
         _check_budget(run, errors, rows)
     _check_budget(run, errors, rows)
     wall = time.perf_counter() - began
@@ -147,6 +145,14 @@ def _index_metadata(run: Run, shards: Sequence[Shard]) -> None:
     """Make what finds these shards' rows of metadata, before every worker looks there."""
     for names, tables in dict.fromkeys((shard.metadata, shard.tables) for shard in shards if shard.metadata):
         make_index(index_folder(run.root, names, tables), names, _map_parts(run, names, "index"))
+
+
+def _counted(result: Mapping[str, Any], errors: Counter[str]) -> int:
+    """Count what a worker measured, and say of what its first samples died; how many rows they are."""
+    errors.update(result["errors"])
+    for cause in result["causes"]:
+        say(f"measure: {cause}")
+    return int(result["rows"])
 
 
 def _one(_: Any) -> int:

@@ -58,6 +58,9 @@ class Shard:
     metadata: tuple[str, ...] = ()
     tables: str = ""
 
+    def __str__(self) -> str:
+        return self.path
+
     @property
     def whole(self) -> bool:
         """Whether it is scanned and measured in one go: opening it costs what reading it does."""

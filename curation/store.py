@@ -27,9 +27,9 @@ from curation.manifest import read_manifest, write_manifest
 from curation.pool import Modality, Shard
 from curation.signals.interface import Signal
 
-BASE_VERSION = 1  # goes up when the columns below, or the errors, would come out otherwise
-SIGNAL_FAILED = "signal_failed"
-"""The one error that depends on the signals of a set: its rows lack what other signals would have given."""
+BASE_VERSION = 2  # goes up when the columns below, or the errors, would come out otherwise
+SIGNAL_FAILED, NOT_FINITE = "signal_failed", "not_finite"
+"""The errors that depend on the signals of a set: its rows lack what other signals would have given."""
 BASE = pa.schema(
     [
         ("uid", pa.string()),
@@ -55,6 +55,9 @@ class Unit:
     shard: Shard
     number: int
     rows: int
+
+    def __str__(self) -> str:
+        return f"{self.shard}, unit {self.number} ({self.rows} samples)"
 
     @property
     def part(self) -> str:
@@ -160,7 +163,8 @@ def taken_over(signal_set: SignalSet, unit: Unit) -> dict[str, pa.Table]:
 
 def _failed(path: Path) -> bool:
     """Whether a signal failed on a sample of this part, so that only runs with the same signals may use it."""
-    return SIGNAL_FAILED in pq.read_table(path, columns=["error"])["error"].unique().to_pylist()
+    errors = pq.read_table(path, columns=["error"])["error"].unique().to_pylist()
+    return SIGNAL_FAILED in errors or NOT_FINITE in errors
 
 
 def write_part(path: Path, table: pa.Table) -> None:

@@ -6,9 +6,11 @@ That is all the scheduling that units of a thousand samples need, and it has
 none of Ray Data's object-store traffic or its starvation when the actors take
 every CPU. A killed worker is started again by Ray and its item
 with it: items write their own output atomically, so doing one twice is harmless.
+What kills every worker that it is given to ends the run, by name.
 """
 
 import logging
+import math
 import os
 import sys
 import threading
@@ -20,7 +22,8 @@ from typing import Any, Self
 
 from curation.errors import UserError
 
-RETRIES = 5  # per item; a unit that kills its worker more often is a defect, not bad luck
+RETRIES = 5  # per item; one that kills its worker more often gets as many alone, and is then named
+SHARERS = 4  # workers of one GPU, at most: each holds its models there, and one CPU decodes less than a GPU takes
 OBJECT_STORE_BYTES = 200 << 20  # pixels never enter it
 REPORT_SECONDS = 5.0
 SILENT_SECONDS = 30.0
@@ -40,6 +43,7 @@ class Workers:
         self._started = False
         self._actors: list[Any] = []
         self._generation = 0
+        self._share = 0.0  # of a GPU, that each actor has
         self.start_seconds = 0.0
 
     def __enter__(self) -> Self:
@@ -82,30 +86,35 @@ class Workers:
     def map(self, setup: Callable[[], Callable[[Any], Any]], items: Sequence[Any]) -> Iterator[Any]:
         """`setup()` once in each worker, then its function over the items; results as they come.
 
+        A `setup` with a true attribute `gpu` gets workers that have a share of a GPU each.
+
         Raises:
             UserError, OSError: as raised by `setup` or the function in a worker.
+            UserError: an item kills its worker each time; there is no GPU.
         """
         if not items:
             return
-        actors = self._actors_for(len(items))
+        actors = self._actors_for(len(items), getattr(setup, "gpu", False))
         import ray
 
         self._generation += 1
         shared = ray.put(setup)
-        waiting = deque(items)
-        flying: dict[Any, int] = {}  # which actor has it
+        waiting = deque(range(len(items)))
+        flying: dict[Any, tuple[int, int]] = {}  # which item it is, and which actor has it
         held = [0] * len(actors)
+        deadly: set[int] = set()  # items that lost all their workers, or lay behind one that did
 
         def send(number: int) -> None:
-            while waiting and held[number] < (2 if len(waiting) > len(actors) else 1):
-                flying[actors[number].call.remote(self._generation, shared, waiting.popleft())] = number
+            while waiting and held[number] < (2 if len(waiting) > len(actors) and not deadly else 1):
+                place = waiting.popleft()
+                flying[actors[number].call.remote(self._generation, shared, items[place])] = place, number
                 held[number] += 1
 
         for number in range(len(actors)):
             send(number)
         while flying:
             done, _ = ray.wait(list(flying), num_returns=1)
-            number = flying.pop(done[0])
+            place, number = flying.pop(done[0])
             held[number] -= 1
             try:
                 result = ray.get(done[0])
@@ -115,18 +124,59 @@ class Workers:
                 if isinstance(failure.cause, OSError):  # Ray's own shape of it has no errno
                     raise failure.cause from failure
                 raise
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
+                if place in deadly:
+                    raise UserError(_deadly(items[place])) from None
+                deadly.add(place)  # once more, with no other item near it, so that the right one is named
+                waiting.appendleft(place)
+                send(number)
+                continue
             send(number)
             yield result
 
-    def _actors_for(self, items: int) -> list[Any]:
-        """As many actors as there is work for; those of earlier maps are used again."""
-        count = min(self._start(), items)
+    def _actors_for(self, items: int, gpu: bool) -> list[Any]:
+        """As many actors as there is work for; those of earlier maps are used again, unless they have no such share."""
+        count, share = self._start(), 0.0
         import ray
 
-        kind: Any = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(_Actor)
-        while len(self._actors) < count:
+        if gpu:
+            machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            count, share = gpu_shares([(m.get("CPU", 0), m.get("GPU", 0)) for m in machines], count)
+        if share != self._share:
+            for actor in self._actors:
+                ray.kill(actor)  # which makes room
+            self._actors, self._share = [], share
+        kind: Any = ray.remote(num_cpus=1, num_gpus=share, max_restarts=-1, max_task_retries=RETRIES)(_Actor)
+        while len(self._actors) < min(count, items):
             self._actors.append(kind.remote(os.getcwd()))
-        return self._actors[:count]
+        return self._actors[: min(count, items)]
+
+
+def gpu_shares(machines: Sequence[tuple[float, float]], count: int) -> tuple[int, float]:
+    """How many of `count` workers find a GPU, at most SHARERS on one and each with a CPU beside it, and what share of
+    it they take. GPUs are filled one after another, so a share is no smaller than it must be.
+
+    Args:
+        machines: (CPUs, GPUs) of each.
+
+    Raises:
+        UserError: there is no GPU.
+    """
+    able = [(int(cpus), int(gpus)) for cpus, gpus in machines if int(cpus) and int(gpus)]
+    if not able:
+        raise UserError("device: cuda, but no machine of this Ray has a GPU; start it where one is, or set device: cpu")
+    wanted = min(count, sum(cpus for cpus, _ in able))
+    each = min(SHARERS, math.ceil(wanted / sum(gpus for _, gpus in able)))
+    fitting = min(wanted, sum(min(cpus, gpus * each) for cpus, gpus in able))
+    return fitting, math.floor(1e4 / each) / 1e4  # Ray counts in ten-thousandths
+
+
+def _deadly(item: Any) -> str:
+    return (
+        f"a worker dies each time at {str(item)[:300]}: for its memory, or by a crash of what decodes or of a model; "
+        "give workers more memory (fewer --workers), or take that out of the pool (measured alone into another --out "
+        "with --unit_samples 1, the sample itself is named)"
+    )
 
 
 def _processors() -> int:
@@ -166,6 +216,7 @@ class _Log:
 
 
 _log = _Log()
+say = _log.say
 
 
 @contextmanager

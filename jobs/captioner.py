@@ -8,26 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from curation.captioner import Captioner
+from curation.device import Device, torch_device
 from curation.errors import UserError
 
 
-def mmgem(model: str) -> Captioner:
+def mmgem(model: str, device: Device) -> Captioner:
     """An export of an MM-GEM run (or a checkpoint of it) as curation's captioner.
 
     Raises:
         UserError: no such folder, none that training wrote, or a model without a language head.
     """
-    import torch
-
     from training.inference import load
 
-    torch.set_num_threads(1)
+    there = torch_device(device, f"captioner model {model}")
     loaded = load(Path(model))
     if not loaded.can_caption:
         raise UserError(f"captioner model {model}: writes no captions; name an export of an mmgem run")
 
+    network = loaded.family.model.to(there)
+
     def generate(pixels_b3ss: Any, **settings: Any) -> Any:
-        return loaded.family.model.generate(pixels_b3ss.to(loaded.device), **settings)
+        return network.generate(pixels_b3ss.to(there), **settings)
 
     return Captioner(
         pixels=lambda image: loaded.images([image])[0],

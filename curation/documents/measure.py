@@ -28,9 +28,9 @@ from curation.hashing import config_hash
 from curation.images import decode
 from curation.signals.fingerprints import FingerprintsMeter
 from curation.signals.interface import Decoded
-from curation.store import write_part
+from curation.store import NOT_FINITE, write_part
 
-VERSION = 1  # goes up when the same pool and settings would give other rows
+VERSION = 2  # goes up when the same pool and settings would give other rows
 MAX_SIMILARITIES = 4_000_000  # cosines of one document
 DOCUMENTS = pa.schema(
     [
@@ -72,6 +72,11 @@ class Measuring:
 
     config: DocumentsConfig
     store: Path
+
+    @property
+    def gpu(self) -> bool:
+        """Whether a worker needs a share of a GPU (`curation.workers`)."""
+        return self.config.assign is not None and self.config.assign.clip.device == "cuda"
 
     def __call__(self) -> Callable[[DocumentShard], dict[str, Any]]:
         return _Measure(self.config, self.store)
@@ -145,7 +150,10 @@ class _Measure:
         rows = [self._row(item) for item in document.items]
         if self._sentences:
             decoded = [row for row in rows if row["text"] is None and row["error"] is None]
-            for row, values_s in zip(decoded, self._sentences.similarities(texts), strict=True):
+            cosines = self._sentences.similarities(texts)
+            if not np.isfinite(cosines).all():
+                return [], NOT_FINITE
+            for row, values_s in zip(decoded, cosines, strict=True):
                 row["similarity"] = values_s
         return rows, None
 

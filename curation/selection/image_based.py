@@ -140,7 +140,13 @@ class ImageBased:
                 f"{whose}: embeddings of width {points.shape[1]}, but the centroids have {width}; "
                 "both must come from one model"
             )
-        return nearest(points)
+        found = nearest(points)
+        if len(found) and found.min() < 0:  # FAISS finds nothing for what is no number
+            raise UserError(
+                f"{whose}: {np.count_nonzero(found < 0)} embeddings have no nearest centroid, since they or the "
+                "centroids are NaN; leave such rows out of the array"
+            )
+        return found
 
     def _reference_blocks(self, measured: set[tuple[bytes, ...]]) -> Iterator[np.ndarray]:
         """The reference's embeddings, [<= BLOCK, D] at a time."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from curation.captioner import HUGGINGFACE, captioner_content, load_captioner
+from curation.device import Device, device_content
 from curation.signals.interface import Decoded
 
 
@@ -22,7 +23,8 @@ class Captions:
 
     `model`: a name of the Hugging Face hub or a folder; `captioner`: how it is loaded, "huggingface" or
     package.module:function (see `curation.captioner`). Lengths are in tokens of the model, special ones apart. Drawn by
-    hash(seed, sha256 of the image file): the same picture is described in the same words wherever it occurs.
+    hash(seed, sha256 of the image file): the same picture is described in the same words wherever it occurs. `device`:
+    "cpu", or "cuda" for a share of a GPU.
     """
 
     model: str
@@ -33,6 +35,7 @@ class Captions:
     min_tokens: int = 5
     max_tokens: int = 20
     seed: int = 0
+    device: Device = "cpu"
     version: ClassVar[int] = 1
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
@@ -40,7 +43,7 @@ class Captions:
 
     def content(self) -> dict[str, Any]:
         asked = [self.n, self.top_k, self.top_p, self.min_tokens, self.max_tokens, self.seed]
-        return {**captioner_content(self.captioner, self.model), "asked": asked}
+        return {**captioner_content(self.captioner, self.model), "asked": asked, **device_content(self.device)}
 
     def load(self, name: str) -> "CaptionsMeter":
         return CaptionsMeter(self, name)
@@ -48,7 +51,7 @@ class Captions:
 
 class CaptionsMeter:
     def __init__(self, settings: Captions, name: str) -> None:
-        self._captioner = load_captioner(settings.captioner, settings.model)
+        self._captioner = load_captioner(settings.captioner, settings.model, settings.device)
         self._settings, self._name = settings, name
 
     def see(self, sample: Decoded) -> tuple[Any, str]:

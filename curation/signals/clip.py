@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from curation.device import Device, device_content, torch_device
 from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.preprocess import HUB, LOCAL, preprocess_of
@@ -45,6 +46,7 @@ class Clip:
     the file's order, as in LAION's sa_0_4_vit_l_14_linear and sac+logos+ava1-l14-linearMSE (no activations there).
     `mask_text`: a text detector as the signal `text_regions` has it ("builtin", or package.module:function).
     `text_embedding`: the caption's embedding too, NAME without "_score" + "_text_embedding" (float16 [D], unit norm).
+    `device`: "cpu", or "cuda" for a share of a GPU.
     """
 
     model: str
@@ -52,6 +54,7 @@ class Clip:
     heads: dict[str, str] = field(default_factory=dict)
     mask_text: str | None = None
     text_embedding: bool = False
+    device: Device = "cpu"
     version: ClassVar[int] = 1
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
@@ -68,7 +71,7 @@ class Clip:
             more["mask_text"] = detector_content(self.mask_text)
         if self.text_embedding:
             more["text_embedding"] = True
-        return {**self._model_content(), **more}
+        return {**self._model_content(), **more, **device_content(self.device)}
 
     def made_by(self) -> str:
         model = Path(self.model).name if _looks_like_path(self.model) and not self.model.startswith(HUB) else self.model
@@ -201,7 +204,7 @@ class ClipMeter:
         import open_clip
         import torch
 
-        torch.set_num_threads(1)
+        self._device = torch_device(settings.device, f"clip {settings.model}")
         architecture = f"{LOCAL}{settings.model}" if Path(settings.model).is_dir() else settings.model
         if architecture.endswith(".json"):
             open_clip.add_model_config(Path(architecture))
@@ -221,7 +224,7 @@ class ClipMeter:
                 f"clip {settings.model} with pretrained={settings.pretrained}: cannot load the weights ({line}); "
                 "check the pair, or give a checkpoint file where there is no network"
             ) from reason
-        self._model = model.eval()
+        self._model = model.eval().to(self._device)
         width = settings._width()
         self._heads = {head_column(name, head): _affine(head, file, width) for head, file in settings.heads.items()}
         self._finder = text_finder(settings.mask_text) if settings.mask_text else None
@@ -242,12 +245,12 @@ class ClipMeter:
     def images(self, pixels: Sequence[Any]) -> Any:
         """Unit embeddings of what `pixels` gave: [B, D]."""
         with self._torch.inference_mode():
-            return self._model.encode_image(self._torch.stack(list(pixels)), normalize=True)
+            return self._model.encode_image(self._torch.stack(list(pixels)).to(self._device), normalize=True).cpu()
 
     def texts(self, captions: Sequence[str]) -> Any:
         """Unit embeddings of texts, each cut at the model's context: [B, D]."""
         with self._torch.inference_mode():
-            return self._model.encode_text(self._tokenizer(list(captions)), normalize=True)
+            return self._model.encode_text(self._tokenizer(list(captions)).to(self._device), normalize=True).cpu()
 
     def columns(self, seen: Sequence[tuple[Any, str, Any]]) -> dict[str, pa.Array]:
         pixels, captions, without_text = zip(*seen, strict=True)

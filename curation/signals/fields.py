@@ -2,14 +2,16 @@
 
 A field is what the json says or nothing: a value of another type than the
 recipe names is null, never converted, so that "0.3" is no number and a licence
-of 3 no text. The one exception is JSON's own: it knows no difference between 1
-and 1.0, so whole numbers are good floats.
+of 3 no text. So is NaN, which JSON does not know and pandas writes for null, and
+a number too large for its type. The one exception is JSON's own: it knows no
+difference between 1 and 1.0, so whole numbers are good floats.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from curation.errors import UserError
@@ -33,7 +35,7 @@ class Fields:
     """
 
     fields: Mapping[str, Type]
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     reads: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -50,7 +52,7 @@ class Fields:
         return self
 
     def see(self, sample: Decoded) -> list[Any]:
-        return [typed(sample.record.get(field), kind) for field, kind in self.fields.items()]
+        return [_finite(typed(sample.record.get(field), kind), kind) for field, kind in self.fields.items()]
 
     def columns(self, seen: Sequence[list[Any]]) -> dict[str, pa.Array]:
         by_field = zip(self.fields.items(), zip(*seen, strict=True), strict=True)
@@ -72,3 +74,9 @@ def typed(value: Any, kind: Type) -> Any:
         return float(found)
     except OverflowError:  # a whole number of more than 308 digits
         return None
+
+
+def _finite(value: Any, kind: Type) -> Any:
+    if kind not in ("float32", "float64") or value is None:
+        return value
+    return value if abs(value) <= np.finfo(kind).max else None

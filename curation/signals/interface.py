@@ -36,7 +36,11 @@ class Meter(Protocol):
         """Take from one sample what `columns` needs, without keeping the image."""
 
     def columns(self, seen: Sequence[Any]) -> dict[str, pa.Array]:
-        """One array per column, in the order of `seen`."""
+        """One array per column, of the schema's type, in the order of `seen`.
+
+        Null is for a sample that has no value; one that gets NaN or an infinite number is an error row. Where this
+        raises, it is asked again for halves of `seen`, down to the samples that it fails on: those are error rows too.
+        """
 
 
 class Signal(Protocol):
@@ -45,6 +49,7 @@ class Signal(Protocol):
     A signal may have `reads: ClassVar[tuple[str, ...]]`, of "image" and "caption", what of a sample it needs; one that
     has not is taken to need both, so that it is for pools of pairs alone. It may have `made_by() -> str`, the tool that
     makes the values, where a recipe leaves the choice; the manifest, the page and the card name it.
+    It may have a setting `device`: "cuda" gets its workers a share of a GPU (`curation.device`).
     """
 
     version: ClassVar[int]

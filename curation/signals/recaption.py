@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from curation.captioner import HUGGINGFACE, captioner_content, load_captioner
+from curation.device import Device, device_content
 from curation.signals.clip import Clip
 from curation.signals.interface import Decoded
 
@@ -22,8 +23,8 @@ from curation.signals.interface import Decoded
 class Recaption:
     """Column NAME (string), and with `clip` NAME_score (float32): the cosine of the picture and its new caption.
 
-    `model`, `captioner`: as the signal `captions` has them. `clip`, `clip_pretrained`: `model` and `pretrained` of the
-    signal `clip`.
+    `model`, `captioner`, `device`: as the signal `captions` has them. `clip`, `clip_pretrained`: `model` and
+    `pretrained` of the signal `clip`.
     """
 
     model: str
@@ -33,10 +34,11 @@ class Recaption:
     max_tokens: int = 20
     clip: str | None = None
     clip_pretrained: str | None = None
+    device: Device = "cpu"
     version: ClassVar[int] = 1
 
     def scorer(self) -> Clip | None:
-        return Clip(model=self.clip, pretrained=self.clip_pretrained) if self.clip else None
+        return Clip(model=self.clip, pretrained=self.clip_pretrained, device=self.device) if self.clip else None
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
         return {name: pa.string(), **({f"{name}_score": pa.float32()} if self.clip else {})}
@@ -45,7 +47,8 @@ class Recaption:
         asked = [self.beams, self.min_tokens, self.max_tokens]
         scorer = self.scorer()
         clip = {"clip": scorer.content()} if scorer else {}
-        return {**captioner_content(self.captioner, self.model), "asked": asked, **clip}
+        how = {"asked": asked, **device_content(self.device)}
+        return {**captioner_content(self.captioner, self.model), **how, **clip}
 
     def load(self, name: str) -> "RecaptionMeter":
         return RecaptionMeter(self, name)
@@ -53,7 +56,7 @@ class Recaption:
 
 class RecaptionMeter:
     def __init__(self, settings: Recaption, name: str) -> None:
-        self._captioner = load_captioner(settings.captioner, settings.model)
+        self._captioner = load_captioner(settings.captioner, settings.model, settings.device)
         scorer = settings.scorer()
         self._scorer = scorer.load(name) if scorer else None
         self._settings, self._name = settings, name

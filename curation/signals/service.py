@@ -8,8 +8,9 @@ and the named values of it become columns. Over HTTP that is
 
 and a function of the user's is called with the list of items (`image` as bytes)
 and returns the list of records. A value that is missing or of another type than
-the recipe says is null. What a service would say tomorrow is not known here:
-`revision` goes into the identity, so a new one asks again.
+the recipe says is null; NaN is an error of its sample, as of any signal. What a
+service would say tomorrow is not known here: `revision` goes into the identity,
+so a new one asks again.
 
 What may pass by itself (no connection, a timeout, 429, 5xx, an exception in a
 function) is tried again with doubled waits. A refusal of the content (400, 413,

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
+from curation.device import Device, torch_device
 from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.signals.captions import Captions, CaptionsMeter
@@ -65,12 +66,11 @@ def strip_phrases(text: str, how: Literal["sieve", "word"]) -> str:
 class SentenceEncoder:
     """Sentences -> unit vectors [R, D], by the mean over real tokens of a transformer's last layer."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, device: Device) -> None:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        torch.set_num_threads(1)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch_device(device, f"sieve encoder {model}")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model)
             self._model = AutoModel.from_pretrained(model, dtype=torch.float32).eval().to(self._device)
@@ -93,7 +93,8 @@ class SentenceEncoder:
 
 class SieveMeter:
     def __init__(self, settings: Sieve, name: str) -> None:
-        self._captions, self._encoder = CaptionsMeter(settings, name), SentenceEncoder(settings.encoder)
+        self._captions = CaptionsMeter(settings, name)
+        self._encoder = SentenceEncoder(settings.encoder, settings.device)
         self._strip, self._name = settings.strip, name
 
     def see(self, sample: Decoded) -> tuple[Any, str]:

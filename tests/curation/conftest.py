@@ -142,6 +142,7 @@ def ray_here() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=2,
+        num_gpus=1,  # as Ray counts; nothing computes on it
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

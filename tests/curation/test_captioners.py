@@ -11,11 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from curation import store
 from curation.captioner import HUGGINGFACE, captioner_content, load_captioner
 from curation.config import load_config, parse_config
 from curation.errors import UserError
 from curation.hashing import hash64
+from curation.measure import Measuring
 from curation.selection.fusion import ScoreFusion
+from curation.signals import identity
 from curation.signals.sieve import strip_phrases
 from tests.conftest import ROOT
 from tests.curation.conftest import WORDS, picture, sample, write_tar
@@ -131,7 +134,9 @@ def test_phrases_go_as_published_or_as_words() -> None:
 
 
 def test_a_captioner_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = "from curation.captioner import huggingface\ndef load(model):\n    return huggingface(model)\n"
+    source = (
+        "from curation.captioner import huggingface\ndef load(model, device):\n    return huggingface(model, device)\n"
+    )
     (tmp_path / "my_captioner.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_captioner", raising=False)
@@ -155,3 +160,29 @@ def test_the_sieve_recipe() -> None:
     assert config.selectors["fusion"] == ScoreFusion(weights=weights, fraction=0.2)
     again = parse_config(config.to_dict())
     assert again.signals == config.signals
+
+
+def test_the_device_is_the_recipes_and_part_of_the_identity(
+    blip: Path, encoder: Path, tiny_clip: tuple[Path, Path]
+) -> None:
+    clip = {"model": str(tiny_clip[0]), "pretrained": str(tiny_clip[1])}
+    kinds: dict[str, dict[str, str]] = {
+        "clip": clip,
+        "captions": {"model": str(blip)},
+        "recaption": {"model": str(blip), "clip": clip["model"], "clip_pretrained": clip["pretrained"]},
+        "sieve": {"model": str(blip), "encoder": str(encoder)},
+    }
+    for kind, settings in kinds.items():
+        plain, cpu, cuda = (
+            parse_config({"signals": {"s": {"kind": kind, **settings, **device}}}).signals
+            for device in ({}, {"device": "cpu"}, {"device": "cuda"})
+        )
+        assert identity("s", plain["s"]) == identity("s", cpu["s"]) != identity("s", cuda["s"])
+        wanting = [
+            Measuring(signals=signals, signal_set=store.open_set(Path("none"), signals, 10, None)).gpu
+            for signals in (plain, cuda)
+        ]
+        assert wanting == [False, True]
+        if not torch.cuda.is_available():
+            with pytest.raises(UserError, match="device cuda: PyTorch finds no GPU in this worker"):
+                cuda["s"].load("s")

@@ -23,9 +23,11 @@ RECORDS: list[tuple[str, dict[str, object]]] = [
     ("{}", dict.fromkeys(FIELDS)),
     (
         '{"license": "\\ud800x", "pwatermark": 2, "big": 1e999, "opt_out": false, "n": -9223372036854775808}',
-        {"license": "?x", "big": float("inf")},
+        {"license": "?x", "big": None},
     ),
     (f'{{"n": 9223372036854775808, "big": 1{"0" * 400}, "pwatermark": 0.5}}', {"big": None, "n": None}),
+    ('{"big": NaN, "pwatermark": 1e300, "n": 1}', {"big": None, "pwatermark": None}),
+    ('{"big": 1e300, "pwatermark": -Infinity}', {"pwatermark": None}),
 ]
 
 
@@ -34,13 +36,13 @@ def test_what_has_the_type_is_there_and_nothing_else(tmp_path: Path) -> None:
     samples["none"] = {k: v for k, v in sample(9).items() if k != "json"}
     write_tar(tmp_path / "pool" / "0.tar", samples)
     rows = measure_alone(tmp_path / "pool", tmp_path / "out", {"f": {"kind": "fields", "fields": FIELDS}})
-    assert [row["error"] for row in rows] == [None] * 7
+    assert [row["error"] for row in rows] == [None] * 9
     for row, (text, odd) in zip(rows, RECORDS):  # an odd one says what differs from the json
         expected = {**dict.fromkeys(FIELDS), **json.loads(text), **odd}
         if expected["pwatermark"] is not None:
             expected["pwatermark"] = float(np.float32(expected["pwatermark"]))
         assert {field: row[field] for field in FIELDS} == expected
-    assert {rows[6][field] for field in FIELDS} == {None}
+    assert {rows[8][field] for field in FIELDS} == {None}
 
 
 def test_settings_that_cannot_work_are_refused_by_name() -> None:

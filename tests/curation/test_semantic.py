@@ -303,6 +303,9 @@ def test_image_based_refuses_by_name(table: pa.Table, parts: list[Part], centroi
     assert ImageBased(column="embedding", **good).content() != before
     np.save(tmp_path / "narrow.npy", centroids[:, 1:])
     np.save(tmp_path / "flat.npy", centroids[0])
+    holed = np.load(tmp_path / "reference.npy")
+    holed[1, 2] = np.nan
+    np.save(tmp_path / "holed.npy", holed)
     (tmp_path / "text.npy").write_text("no array")
     torch.save({"model": torch.zeros(3)}, tmp_path / "model.pt")
     for change, message in (
@@ -314,6 +317,7 @@ def test_image_based_refuses_by_name(table: pa.Table, parts: list[Part], centroi
         ({"centroids": str(tmp_path / "text.npy")}, r"centroids .*text\.npy: cannot be read as \.npy"),
         ({"centroids": str(tmp_path / "model.pt")}, r"centroids .*model\.pt: neither \.npy nor a torch-pickled array"),
         ({"centroids": str(tmp_path / "narrow.npy")}, "width 32, but the centroids have 31"),
+        ({"reference": str(tmp_path / "holed.npy")}, r"reference .*holed\.npy: 1 embeddings have no nearest centroid"),
     ):
         selector = ImageBased(column="embedding", **{**good, **change})
         with pytest.raises(UserError, match=message):

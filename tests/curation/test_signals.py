@@ -46,7 +46,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, object]
     shard = list_shards([str(folder / "pool")])[0]
     measure(shard)
     unit = Unit(shard=shard, number=0, rows=70)
-    assert measure(unit) == {"rows": 70, "errors": {}}
+    assert measure(unit) == {"rows": 70, "errors": {}, "causes": []}
     return samples, pq.read_table(signal_set.path(unit))
 
 

@@ -8,14 +8,19 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import pyarrow as pa
 import pytest
 
+from curation import workers as workers_module
 from curation.config import parse_config
+from curation.errors import UserError
 from curation.pipeline import curate
 from curation.selection import engine
+from curation.signals import SIGNALS
 from curation.workers import Workers
 from tests.curation.test_kill import LIGHT, here
 from tests.curation.test_pipeline import digests
@@ -75,3 +80,39 @@ def test_a_worker_killed_in_each_phase(
     assert len(list(tmp_path.glob("mark*"))) == kills.total(), "a worker was not killed"
     assert manifest["seen"] == 140
     assert digests(out) == digests(tmp_path / "whole" / "out")
+
+
+def test_a_sample_that_kills_each_worker_is_named_by_its_unit(
+    pool: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit is waiting behind it at its worker and loses as many; it is not the one that is named."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Deadly:
+        version: ClassVar[int] = 1
+
+        def schema(self, name: str) -> dict[str, pa.DataType]:
+            return {"lived": pa.int32()}
+
+        def content(self) -> dict[str, Any]:
+            return {}
+
+        def load(self, name: str) -> "Deadly":
+            return self
+
+        def see(self, sample: Any) -> int:
+            if sample.uid == f"{50:032x}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return 1
+
+        def columns(self, seen: Sequence[int]) -> dict[str, pa.Array]:
+            return {"lived": pa.array(seen, pa.int32())}
+
+    monkeypatch.setattr(workers_module, "RETRIES", 1)
+    monkeypatch.setitem(SIGNALS, "deadly", Deadly)
+    config = parse_config({"signals": {"s": {"kind": "deadly"}}, "unit_samples": 8})
+    with pytest.raises(UserError, match=r"dies each time at .*/00001\.tar, unit 1 \(8 samples\): .*; give") as error:
+        curate(config, pools=[str(pool)], out=tmp_path / "out", workers=1)
+    assert "\n" not in str(error.value)
+    measured = {path.name.rpartition("-")[2] for path in (tmp_path / "out" / "signals").glob("*/*.parquet")}
+    assert measured, "what came before it was measured"

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from curation import workers as workers_module
-from curation.workers import Workers, _processors, alive, progress
+from curation.errors import UserError
+from curation.workers import Workers, _processors, alive, gpu_shares, progress
 from tests.conftest import ROOT
 from tests.curation.conftest import picture, sample, write_tar
 from tests.curation.test_pipeline import digests
@@ -144,3 +145,46 @@ def test_progress_says_each_few_seconds_how_far_it_is(
         assert list(progress(range(3), label="it", total=3, unit="steps", amount=lambda _: 1, brief=brief)) == [0, 1, 2]
         said = capsys.readouterr().err.splitlines()
         assert [line.split(" steps")[0] for line in said] == [f"it: {n} of 3" for n in expected]
+
+
+def test_workers_that_want_a_gpu_have_a_share_of_one_and_the_others_none(ray_here: None) -> None:
+    def seen() -> tuple[list[int], str]:
+        import ray
+
+        return ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+    class Plain:
+        gpu = False
+
+        def __call__(self) -> Callable[[int], tuple[list[int], str]]:
+            return lambda _: seen()
+
+    class Wanting(Plain):
+        gpu = True
+
+    with Workers(2, None) as workers:
+        for setup, expected in ((Plain(), ([], "")), (Wanting(), ([0], "0")), (Plain(), ([], ""))):
+            assert list(workers.map(setup, range(6))) == [expected] * 6
+            assert workers._share == (0.5 if setup.gpu else 0.0) and len(workers._actors) == 2
+
+
+@pytest.mark.parametrize(
+    ("machines", "count", "found"),
+    [
+        ([(16, 1)], 16, (4, 0.25)),
+        ([(16, 1)], 3, (3, 0.3333)),
+        ([(16, 8)], 8, (8, 1.0)),
+        ([(64, 0), (16, 8), (8, 4)], 88, (24, 0.5)),  # what has no GPU beside it stays idle
+        ([(2, 8), (64, 1)], 66, (6, 0.25)),
+        ([(1, 1)], 1, (1, 1.0)),
+    ],
+)
+def test_no_more_workers_than_find_a_gpu_and_a_processor(
+    machines: list[tuple[float, float]], count: int, found: tuple[int, float]
+) -> None:
+    assert gpu_shares(machines, count) == found
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(UserError, match=r"device: cuda, but no machine of this Ray has a GPU; .*device: cpu"):
+        gpu_shares([(64, 0), (0, 8)], 64)

@@ -12,6 +12,9 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from curation.documents.assign import SentenceMeter, assign, match
+from curation.documents.config import parse_config
+from curation.documents.measure import Measuring
+from curation.documents.source import list_documents
 from curation.signals.clip import Clip
 from tests.curation.conftest import picture
 
@@ -84,3 +87,16 @@ def test_cosines_are_open_clips(tiny_clip: tuple[Path, Path]) -> None:
     assert found.shape == (3, 70)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(again, expected[:1, :2], atol=1e-5)
+
+
+def test_cosines_that_are_no_numbers_are_an_error_of_their_document(
+    sentence_pool: Path, tiny_clip: tuple[Path, Path], tmp_path: Path
+) -> None:
+    import torch
+
+    state = torch.load(tiny_clip[1], weights_only=True)
+    torch.save({**state, "visual.proj": torch.full_like(state["visual.proj"], torch.nan)}, tmp_path / "diverged.pt")
+    clip = {"model": str(tiny_clip[0]), "pretrained": str(tmp_path / "diverged.pt")}
+    config = parse_config({"assign": {"clip": clip}})
+    shard = list_documents([str(sentence_pool)], config.unit_documents)[0]
+    assert Measuring(config=config, store=tmp_path / "store")()(shard) == {"documents": 6, "errors": {"not_finite": 6}}
