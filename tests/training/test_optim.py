@@ -108,7 +108,11 @@ def test_groups_that_do_not_fit_the_model_are_refused_in_one_line(groups, said):
         (("--optim.groups", "[{pattern: ^llm, frozen: true, lr: 1.0}]"), r"'\^llm' is frozen and has a rate"),
         (("--optim.rate", "1.0"), "optim.rate"),
         (("--optim.lr", "-1.0"), r"optim\.lr: -1\.0 is below 0"),
+        (("--optim.lr", ".nan"), r"optim\.lr: nan is below 0"),
         (("--optim.warmup_steps", "-1"), r"optim\.warmup_steps: -1 is below 0"),
+        (("--optim.betas", "[0.9, 1.0]"), r"optim\.betas: \[0\.9, 1\.0\] are not in \[0, 1\)"),
+        (("--optim.betas", "[-0.1, 0.9]"), r"optim\.betas: \[-0\.1, 0\.9\] are not in"),
+        (("--optim.eps", "0"), r"optim\.eps: 0\.0 is not above 0"),
     ],
 )
 def test_a_recipe_with_a_wrong_key_or_value_is_refused_in_one_line(words, said):
