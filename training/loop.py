@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from curation.errors import UserError
 from curation.hashing import config_hash, hash64
 from curation.manifest import write_manifest
 from training import checkpoint, retention, zero
@@ -117,6 +120,29 @@ def _on(device: torch.device, chunk: Chunk) -> Chunk:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in chunk.items()}
 
 
+def into_training(model: nn.Module, section: str) -> None:
+    """All of the model but frozen batch norms, which keep the statistics that they came with.
+
+    One that trains would normalise by its chunk, take every chunk in twice, and end up another on each rank.
+
+    Args:
+        section: of the recipe, that the model comes from.
+
+    Raises:
+        UserError: a batch norm that trains, or has no statistics to keep.
+    """
+    model.train()
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            trains = [p.requires_grad for p in module.parameters()] or [True]
+            if any(trains) or module.running_mean is None:
+                raise UserError(
+                    f"{section}: {name} is a batch norm, whose gradient depends on how the batch is cut into chunks; "
+                    "take an architecture without (a ViT), or freeze it by optim.groups"
+                )
+            module.eval()
+
+
 def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path) -> Trainer:
     """Build the model, its engine and its loader; the process group is up already."""
     import deepspeed
@@ -137,6 +163,7 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     if config.activation_checkpointing:
         family.model.checkpoint_activations()
     groups = parameter_groups(family.model.named_parameters(), config.optim)
+    into_training(family.model, config.family)
     optimizer, used = Sharded(groups, config.optim), zero.Used(family.model.named_parameters())
     # ZeRO-3 gathers a transformer block at a time: its hooks on every small module of a block cost more than they save.
     deepspeed.utils.set_z3_leaf_modules(family.model, sorted(family.model.blocks), raise_if_not_found=False)
@@ -147,7 +174,6 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     else:
         frozen = {n: (0, p.data.view(-1)) for n, p in family.model.named_parameters() if not p.requires_grad}
     engine, *_ = deepspeed.initialize(model=family.model, optimizer=optimizer, config=settings)
-    engine.train()
     if reduces_once(config, engine.zero_optimization_stage()):
         zero.sum_in_fp32(engine)
     optimizer.attach(zero.shards(engine), world)
