@@ -104,7 +104,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupConfig:
-    """Settings of the parameters whose names match `pattern` (re.search); no other group's pattern may match them."""
+    """Settings of the parameters whose names match `pattern` (re.search); no other group's pattern may match them.
+
+    weight_decay: of the matrices among them.
+    """
 
     pattern: str
     lr: float | None = None
