@@ -146,7 +146,9 @@ class Loader:
         """A chunk of every kind that the run has, of a source's first samples, with texts as long as they may be: what
         a chunk of the run takes at most. Its holes are not counted."""
         rows = min(self.config.chunk, self.config.batch // self.world_size)
-        first = {source.kind: number for number, source in reversed([*enumerate(self.sources)])}
+        first: dict[str, int] = {}
+        for number, source in enumerate(self.sources):
+            first.setdefault(source.kind, number)
         self.longest = True
         with ThreadPoolExecutor(self.config.threads, "loader") as pool:
             for number in first.values():
