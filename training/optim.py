@@ -33,7 +33,8 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
             left to train.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    used, decayed = set(), set()
+    used: set[str] = set()
+    decayed: set[str] = set()
     for name, parameter in named:
         rules = [g for g in config.groups if re.search(g.pattern, name)]
         if len(rules) > 1:
