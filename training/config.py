@@ -104,7 +104,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupConfig:
-    """Settings of the parameters whose names match `pattern` (re.search); no other group's pattern may match them."""
+    """Settings of the parameters whose names match `pattern` (re.search); no other group's pattern may match them.
+
+    weight_decay: of the matrices among them.
+    """
 
     pattern: str
     lr: float | None = None
@@ -145,8 +148,12 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "warmup_steps", "gradient_clipping", "max_skipped"):
-            if (value := getattr(self, name)) < 0:
+            if not (value := getattr(self, name)) >= 0:  # NaN too
                 raise UserError(f"optim.{name}: {value} is below 0; give 0 or more")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas: {list(self.betas)} are not in [0, 1); [0.9, 0.98] are usual")
+        if not self.eps > 0:  # a gradient of 0, as of a word that no text has, would be 0 / 0
+            raise UserError(f"optim.eps: {self.eps} is not above 0; 1e-6 is usual")
 
 
 Kind = Literal["pairs", "images", "texts", "rows", "regions"]
@@ -221,11 +228,22 @@ class LoaderConfig:
             UserError: values that no batch can be made of.
         """
         positive = ("batch", "chunk", "threads", "window_shards", "unit", "cache_gib", "error_window")
-        for name in positive:
-            if (value := getattr(self, name)) <= 0:
+        for name in (*positive, "retain_gib", "decode_size"):
+            if (value := getattr(self, name)) is not None and not value > 0:  # NaN too
                 raise UserError(f"loader.{name}: {value} is not above 0; give a positive value")
+        for name in ("max_error_rate", "color_jitter_prob", "gray_scale_prob"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise UserError(f"loader.{name}: {value} is not in [0, 1]; give a share")
         if self.prefetch < 0:
             raise UserError(f"loader.prefetch: {self.prefetch} is below 0; 2 batches ahead are plenty")
+        if self.retain != "auto" and self.retain < 0:
+            raise UserError(f"loader.retain: {self.retain} is below 0; 0 retains nothing, auto as much as fits")
+        if self.max_tokens < 3:  # [CLS] and [SEP], or [EMB], are among them
+            raise UserError(f"loader.max_tokens: {self.max_tokens} leaves no room for a text; give 3 or more")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise UserError(f"loader.crop_scale: {list(self.crop_scale)} are no shares of an area; [0.9, 1] are usual")
+        if not (all(change >= 0 for change in self.color_jitter) and self.color_jitter[3] <= 0.5):
+            raise UserError(f"loader.color_jitter: {list(self.color_jitter)} are not 0 or more, the hue's at most 0.5")
         if isinstance(self.captions, dict) and not all(w > 0 for w in self.captions.values() or [0]):
             raise UserError(f"loader.captions: {self.captions} needs members with weights above 0")
         for name, source in self.sources.items():

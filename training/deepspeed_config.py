@@ -36,7 +36,7 @@ DECIDED = {
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """Everything that `deepspeed.initialize` is given.
+    """Everything that `deepspeed.initialize` is given; the stage is in it, whether the file names it or not.
 
     Raises:
         UserError: no such file, no JSON; an unknown key or value, one that the recipe decides or leaves at "auto"; a
@@ -69,6 +69,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     if config.loader.batch % world_size:
         raise UserError(f"loader.batch: {config.loader.batch} does not divide over {world_size} ranks; take a multiple")
     stage = _check_sections(path, settings, config)
+    settings = settings | {"zero_optimization": settings.get("zero_optimization", {}) | {"stage": stage}}
     once = reduces_once(config, stage)
     if once:
         settings = {"communication_data_type": "fp32"} | settings  # in bf16 the sums would lose what they kept
@@ -178,6 +179,27 @@ def refusals(zero: Any, settings: Mapping[str, Any], config: TrainConfig) -> dic
         ),
         "zenflow needs DeepSpeed's own Adam; leave it out": zero.zenflow is not None,
         "zero_quantized_nontrainable_weights cannot be saved; leave it out": zero.zero_quantized_nontrainable_weights,
+        "zero_quantized_weights computes with rounded weights, which nothing here expects; leave it out": (
+            zero.zero_quantized_weights
+        ),
+        "zero_quantized_gradients rounds what the chunks sum in fp32; leave it out": zero.zero_quantized_gradients,
+        "zero_hpz_partition_size keeps second copies that a resumed checkpoint does not reach; leave it at 1": (
+            zero.zero_hpz_partition_size != 1
+        ),
+        # Its table of what lies where in a shard (`_hp_mapping`) keeps the old order: every name would be wrong.
+        "round_robin_gradients reorders the shards that checkpoints and optimisers find parameters in; leave it out": (
+            zero.round_robin_gradients
+        ),
+        "legacy_stage1 is no longer in DeepSpeed; leave it out": zero.legacy_stage1,
+        # `zero.ask_gradients` knows the families' blocks alone.
+        "leaf_module is the family's to say, or gradients are reduced before they are there; leave it out": (
+            "leaf_module" in zero.model_fields_set
+        ),
+        "stage3_module_granularity_threshold makes leaves of other modules than the family's; leave it at 0": (
+            zero.module_granularity_threshold != 0
+        ),
+        "allgather_bucket_size has to be even and above 0": stage in (1, 2)
+        and (zero.allgather_bucket_size % 2 == 1 or zero.allgather_bucket_size == 0),
         "compute_grad_norm: false leaves no norm to judge a step by; leave it out": not zero.compute_grad_norm,
         "offload_param needs stage 3": stage < 3 and param is not None,
         "offload_optimizer needs stage 3 here": stage < 3 and optimizer is not None,

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from curation.errors import UserError
 from curation.hashing import config_hash, hash64
 from curation.manifest import write_manifest
 from training import checkpoint, retention, zero
 from training.config import TrainConfig, as_dict
-from training.data import Budget, Loader, Shards, Source, every_caption, open_sources
+from training.data import REASONS, Budget, Loader, Shards, Source, every_caption, open_sources
 from training.deepspeed_config import deepspeed_config, reduces_once
 from training.distributed import World
 from training.families import Family, build
@@ -117,6 +120,29 @@ def _on(device: torch.device, chunk: Chunk) -> Chunk:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in chunk.items()}
 
 
+def into_training(model: nn.Module, section: str) -> None:
+    """All of the model but frozen batch norms, which keep the statistics that they came with.
+
+    One that trains would normalise by its chunk, take every chunk in twice, and end up another on each rank.
+
+    Args:
+        section: of the recipe, that the model comes from.
+
+    Raises:
+        UserError: a batch norm that trains, or has no statistics to keep.
+    """
+    model.train()
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            trains = [p.requires_grad for p in module.parameters()] or [True]
+            if any(trains) or module.running_mean is None:
+                raise UserError(
+                    f"{section}: {name} is a batch norm, whose gradient depends on how the batch is cut into chunks; "
+                    "take an architecture without (a ViT), or freeze it by optim.groups"
+                )
+            module.eval()
+
+
 def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path) -> Trainer:
     """Build the model, its engine and its loader; the process group is up already."""
     import deepspeed
@@ -137,6 +163,7 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     if config.activation_checkpointing:
         family.model.checkpoint_activations()
     groups = parameter_groups(family.model.named_parameters(), config.optim)
+    into_training(family.model, config.family)
     optimizer, used = Sharded(groups, config.optim), zero.Used(family.model.named_parameters())
     # ZeRO-3 gathers a transformer block at a time: its hooks on every small module of a block cost more than they save.
     deepspeed.utils.set_z3_leaf_modules(family.model, sorted(family.model.blocks), raise_if_not_found=False)
@@ -147,7 +174,6 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     else:
         frozen = {n: (0, p.data.view(-1)) for n, p in family.model.named_parameters() if not p.requires_grad}
     engine, *_ = deepspeed.initialize(model=family.model, optimizer=optimizer, config=settings)
-    engine.train()
     if reduces_once(config, engine.zero_optimization_stage()):
         zero.sum_in_fp32(engine)
     optimizer.attach(zero.shards(engine), world)
@@ -191,7 +217,11 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
     step, last = 0, checkpoint.latest(run)
     if last is not None:
         step = checkpoint.resume(trainer.engine, trainer.optimizer, last)
-        trainer.health.restore(checkpoint.check(last)["health"])
+        before = checkpoint.check(last)
+        trainer.health.restore(before["health"])
+        budget.restore(before["budget"])
+        if world.rank == 0:  # one rank goes on with what all have found, whatever their number was
+            trainer.loader.holes.update(before["holes"])
     settle_retention(trainer, last)
     saver = checkpoint.Saver(run, config.keep_last, config.background_save)
     facts = {
@@ -200,7 +230,6 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
         "zero_stage": trainer.engine.zero_optimization_stage(),
         "retain": trainer.loader.retain,
     }
-    resumed = step
     with Sight(config, run, world, trainer.engine.device, trainer.flops, start=step) as sight:
         if world.rank == 0 and step:
             print(f"resuming after step {step}", flush=True)
@@ -215,10 +244,11 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
                 groups=trainer.engine.optimizer.param_groups,
             )
             if line is not None:
-                budget.check((step - resumed) * config.loader.batch, line["errors_by_reason"])
+                budget.check(step * config.loader.batch, line["errors_by_reason"])
             stopping = world.any(stop)
             if stopping or step % config.checkpoint_every == 0 or step == config.steps:
-                now = {"samples": step * config.loader.batch, "health": trainer.health.state()}
+                past = {"health": trainer.health.state(), "budget": budget.state(), "holes": _holes(trainer)}
+                now = {"samples": step * config.loader.batch, **past}
                 saver.save(trainer.engine, trainer.optimizer, step, facts | now)
             if stopping and step < config.steps:
                 break
@@ -241,13 +271,22 @@ def settle_retention(trainer: Trainer, last: Path | None) -> None:
     if before is not None and before["world_size"] == world.size:
         loader.retain = before["retain"]
         return
-    loader.longest = True  # batches to come may hold longer texts than the first one
-    chunk = _on(trainer.engine.device, next(loader.batches(0, 1))[0])
-    loader.longest = False
+    chunks = [_on(trainer.engine.device, chunk) for chunk in loader.of_each_kind()]
     parameters = list(trainer.family.model.parameters())
-    loader.retain = retention.choose(config, lambda c: trainer.forward(c, True), chunk, parameters, world)
+    stage = trainer.engine.zero_optimization_stage()
+    if stage < 2 or reduces_once(trainer.config, stage):  # a rank has all gradients, in fp32
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
+    else:
+        trained = sum(state.shard.flat.numel() for state in trainer.optimizer.states.values())
+    forward = lambda chunk: trainer.forward(chunk, True)  # noqa: E731
+    loader.retain = retention.choose(config, forward, chunks, parameters, world, coming=4 * trained)
     trainer.flops.forget()
-    loader.holes.clear()  # they are counted when the first step draws them
+
+
+def _holes(trainer: Trainer) -> dict[str, int]:
+    """Broken samples of the run so far, over all ranks, by reason."""
+    counts = trainer.world.sum(torch.tensor([float(trainer.loader.holes[r]) for r in REASONS], dtype=torch.float64))
+    return {reason: int(n) for reason, n in zip(REASONS, counts.tolist()) if n}
 
 
 def finish(family: Family, config: TrainConfig, run: Path, step: int) -> None:

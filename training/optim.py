@@ -29,10 +29,12 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
     """Groups of equal learning rate and weight decay; frozen parameters get `requires_grad=False` and no group.
 
     Raises:
-        UserError: a pattern that matches no parameter, a parameter that two match, or nothing left to train.
+        UserError: a pattern that matches no parameter, or whose decay reaches none; a parameter that two match; nothing
+            left to train.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    used = set()
+    used: set[str] = set()
+    decayed: set[str] = set()
     for name, parameter in named:
         rules = [g for g in config.groups if re.search(g.pattern, name)]
         if len(rules) > 1:
@@ -51,10 +53,17 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
             continue
         if parameter.ndim < 2:
             decay = 0.0
+        elif rule is not None:
+            decayed.add(rule.pattern)
         groups.setdefault((lr, decay), []).append(parameter)
     for rule in config.groups:
         if rule.pattern not in used:
             raise UserError(f"optim.groups: the pattern {rule.pattern!r} matches no parameter; mend or remove it")
+        if rule.weight_decay and rule.pattern not in decayed:
+            raise UserError(
+                f"optim.groups: {rule.pattern!r} decays nothing: biases, norms, the temperature and what is frozen "
+                "never are; remove its weight_decay, or match matrices"
+            )
     if not groups:
         raise UserError("optim.groups: every parameter is frozen; leave one group to train")
     return [{"params": p, "lr": lr, "base_lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]

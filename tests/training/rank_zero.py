@@ -7,6 +7,8 @@ can say what must come out. ACTION: `whole` takes all the steps and
 saves at HALF; `resume` goes on from there.
 """
 
+import contextlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -63,13 +65,17 @@ def optim(name: str) -> OptimConfig:
 
 
 def settings(stage: str) -> dict:
+    """stage: 2, 3-offload, 1-bf16, 3-once (chunks are summed before they are reduced), 2+overlap_comm=true, ..."""
+    stage, *said = stage.split("+")
     zero = {"stage": int(stage[0]), "overlap_comm": False, "reduce_bucket_size": 1000}
     if stage[0] == "3":
         zero |= {"stage3_param_persistence_threshold": 10, "sub_group_size": 40}
     if "offload" in stage:
         zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    zero |= {key: json.loads(value) for key, value in (word.split("=") for word in said)}
     return {
-        "train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": False, "gradient_clipping": CLIP,
+        "train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": "once" in stage,
+        "gradient_clipping": CLIP,
         "zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": "bf16" in stage, "check_grad_overflow": "bf16" in stage},
         "data_types": {"grad_accum_dtype": "fp32"}, "steps_per_print": 10**9,
@@ -88,6 +94,9 @@ def run(folder: Path, stage: str, name: str, action: str) -> None:
     used = zero.Used(model.named_parameters())
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(stage))
     optimizer.attach(zero.shards(engine), world)
+    once = engine.coalesce_grad_reduction if "-once" in stage else contextlib.nullcontext
+    if "-once" in stage:
+        zero.sum_in_fp32(engine)
     here = folder / f"{name}-{stage}"
     saver, first = checkpoint.Saver(here, keep_last=9, background="bf16" in stage), 0
     if action.startswith("resume"):
@@ -96,8 +105,9 @@ def run(folder: Path, stage: str, name: str, action: str) -> None:
     for step in range(first, STEPS):
         set_lr(engine.optimizer, factor(step, STEPS, config))
         zero.begin_step(engine)
-        for part in (0.25, 0.75):  # as two chunks
-            engine.backward(engine(step) * part, scale_wrt_gas=False)
+        with once():
+            for part in (0.25, 0.75):  # as two chunks
+                engine.backward(engine(step) * part, scale_wrt_gas=False)
         optimizer.used = used.agree(world)
         engine.step()
         if step + 1 in (HALF, STEPS):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -144,6 +145,27 @@ def test_bad_shards_are_one_clear_line(shards, tmp_path, trouble):
         (folder / "sizes.json").write_text(json.dumps({"00000000.tar": 41}))
     with pytest.raises(UserError, match=str(folder)):
         Shards(folder).key(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("retain", n) for n in (-1, -64)),
+        *(("retain_gib", x) for x in (0.0, -1.0, math.nan)),
+        *(("max_tokens", n) for n in (-1, 0, 2)),
+        *(("decode_size", n) for n in (0, -8)),
+        *(("crop_scale", x) for x in ((0.0, 1.0), (0.9, 0.5), (0.5, 1.5), (math.nan, 1.0))),
+        *(("max_error_rate", x) for x in (-0.1, 1.1, math.nan)),
+        *(("color_jitter_prob", x) for x in (-0.1, 1.1)),
+        ("gray_scale_prob", 2.0),
+        *(("color_jitter", x) for x in ((-0.1, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.6))),
+    ],
+)
+def test_numbers_that_no_batch_can_be_made_with_are_one_clear_line(name, value):
+    LoaderConfig().check()
+    with pytest.raises(UserError, match=rf"^loader\.{name}: ") as error:
+        LoaderConfig(**{name: value}).check()
+    assert "\n" not in str(error.value)
 
 
 def test_rows_of_one_caption_are_a_group(tmp_path):

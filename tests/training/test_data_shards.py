@@ -241,3 +241,24 @@ def test_the_budget_sees_a_bad_stretch_late_in_a_long_run():
     with pytest.raises(UserError, match="2 of the last 100 samples"):
         Budget(0.01, 1_000).check(100, {"unreadable": 2})
     Budget(0.01, 1_000).check(100, {"unreadable": 1})
+
+
+def test_a_resumed_run_keeps_its_budgets_past():
+    """A shard that vanishes late is within the budget of the run, and not of the steps since a resume."""
+
+    def holes(step):
+        return {"shard_gone": min(9, max(0, step - 50))}
+
+    whole = Budget(0.01, 1_000)
+    for step in range(1, 80):
+        whole.check(step * 100, holes(step))
+        if step == 51:
+            kept = json.loads(json.dumps(whole.state()))
+    resumed = Budget(0.01, 1_000)
+    resumed.restore(kept)
+    for step in range(52, 80):
+        resumed.check(step * 100, holes(step))
+    assert resumed.state() == whole.state()
+    for budget in (whole, resumed):
+        with pytest.raises(UserError, match="11 of the last 1000 samples"):
+            budget.check(8_000, {"shard_gone": 20})

@@ -159,6 +159,14 @@ COMBINATIONS = {
     "offload_optimizer needs stage 3": (
         {"stage": 1, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}}, {}, (),
     ),
+    "zero_quantized_weights": ({"stage": 3, "zero_quantized_weights": True}, {}, ()),
+    "zero_quantized_gradients": ({"stage": 3, "zero_quantized_gradients": True}, {}, ()),
+    "zero_hpz_partition_size": ({"stage": 3, "zero_hpz_partition_size": 2}, {}, ()),
+    "round_robin_gradients": ({"stage": 2, "overlap_comm": False, "round_robin_gradients": True}, {}, ()),
+    "legacy_stage1": ({"stage": 1, "legacy_stage1": True}, {}, ()),
+    "leaf_module": ({"stage": 3, "leaf_module": {"names": ["towers"]}}, {}, ()),
+    "stage3_module_granularity": ({"stage": 3, "stage3_module_granularity_threshold": 10}, {}, ()),
+    "allgather_bucket_size": ({"stage": 2, "overlap_comm": False, "allgather_bucket_size": 3}, {}, ()),
     "prescale_gradients and": ({"stage": 3}, {"prescale_gradients": True}, ()),
     "stage 3 cannot cut up qlora": ({"stage": 3}, {}, QLORA),
 }  # fmt: skip
@@ -183,6 +191,11 @@ def test_every_refusal_has_its_case(settled):
             settled(said)
         else:
             refused(settled, "prescale_gradients and gradient_predivide_factor", said)
+
+
+@pytest.mark.parametrize("said", [{}, {"zero_optimization": {}}, {"zero_optimization": {"stage": 0}}])
+def test_the_stage_is_there_whether_the_file_names_it_or_not(settled, said):
+    assert settled(said, "--precision", "fp32")["zero_optimization"] == {"stage": 0}
 
 
 def test_a_missing_file_and_a_batch_that_does_not_divide():

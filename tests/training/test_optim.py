@@ -66,7 +66,7 @@ def test_every_step_has_torchs_rate_also_after_a_resume(schedule, warmup):
 
 def test_each_parameter_has_its_groups_rate_and_decay():
     model, plain = Toy(), OptimConfig(lr=2e-2, weight_decay=0.1)
-    groups = [GroupConfig(pattern="^tower", lr=3e-3), GroupConfig(pattern=r"head\.bias", frozen=True)]
+    groups = [GroupConfig(pattern="^tower", lr=3e-3, weight_decay=0.3), GroupConfig(pattern=r"head\.bias", frozen=True)]
     config = OptimConfig(lr=plain.lr, weight_decay=plain.weight_decay, groups=groups)
     found = {
         id(p): (g["lr"], g["base_lr"], g["weight_decay"])
@@ -74,12 +74,14 @@ def test_each_parameter_has_its_groups_rate_and_decay():
         for p in g["params"]
     }
     assert {name: found.get(id(p)) for name, p in model.named_parameters()} == {
-        "tower.weight": (3e-3, 3e-3, 0.1),
+        "tower.weight": (3e-3, 3e-3, 0.3),
         "tower.bias": (3e-3, 3e-3, 0.0),  # biases are never decayed
         "head.weight": (2e-2, 2e-2, 0.1),
         "head.bias": None,
     }
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["head.bias"]
+    none = [GroupConfig(pattern="bias$", lr=1.0, weight_decay=0.0)]  # says what is so in any case
+    assert parameter_groups(Toy().named_parameters(), OptimConfig(groups=none))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,10 @@ def test_each_parameter_has_its_groups_rate_and_decay():
         (
             [{"pattern": "^head", "lr": 1.0}, {"pattern": "bias$", "frozen": True}],
             r"head\.bias is matched by '\^head' and 'bias\$'; narrow one",
+        ),
+        (
+            [{"pattern": "bias$", "weight_decay": 0.1}],
+            r"'bias\$' decays nothing: biases, norms.*remove its weight_decay",
         ),
         ([{"pattern": "", "frozen": True}], "every parameter is frozen; leave one group"),
     ],
@@ -108,7 +114,11 @@ def test_groups_that_do_not_fit_the_model_are_refused_in_one_line(groups, said):
         (("--optim.groups", "[{pattern: ^llm, frozen: true, lr: 1.0}]"), r"'\^llm' is frozen and has a rate"),
         (("--optim.rate", "1.0"), "optim.rate"),
         (("--optim.lr", "-1.0"), r"optim\.lr: -1\.0 is below 0"),
+        (("--optim.lr", ".nan"), r"optim\.lr: nan is below 0"),
         (("--optim.warmup_steps", "-1"), r"optim\.warmup_steps: -1 is below 0"),
+        (("--optim.betas", "[0.9, 1.0]"), r"optim\.betas: \[0\.9, 1\.0\] are not in \[0, 1\)"),
+        (("--optim.betas", "[-0.1, 0.9]"), r"optim\.betas: \[-0\.1, 0\.9\] are not in"),
+        (("--optim.eps", "0"), r"optim\.eps: 0\.0 is not above 0"),
     ],
 )
 def test_a_recipe_with_a_wrong_key_or_value_is_refused_in_one_line(words, said):

@@ -96,6 +96,10 @@ def test_rows_train_resume_and_open(kind, mmeb, tmp_path):
     assert "resuming after step 2" in gemsmith("train", *arguments(mmeb, again, *more), "--ranks", 2).stdout
     found, expected = state_of(again), state_of(run)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    counted = json.loads((again / "metrics.jsonl").read_text().splitlines()[-1])["errors_by_reason"]
+    assert counted == lines[-1]["errors_by_reason"], "holes are counted over the run, not since it was resumed"
+    kept = [checkpoint.check(checkpoint.latest(r)) for r in (run, again)]
+    assert kept[0]["holes"] == kept[1]["holes"] == counted and kept[0]["budget"] == kept[1]["budget"]
     begun = checkpoint.consolidated(checkpoint.step_folder(run, 2))
     ended = checkpoint.consolidated(checkpoint.latest(run))
     moved = {name for name in ended if not torch.equal(begun[name], ended[name])}

@@ -4,16 +4,20 @@ The plain side is torch.optim.AdamW, and LAMB as its paper's Algorithm 2 says, o
 parameters that a step does not use have no gradient there, and torch leaves them alone.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from curation.errors import UserError
+from tests.training.conftest import tiny_config
 from tests.training.rank_zero import CLIP, HALF, STEPS, Toy, optim
 from tests.training.ranks import launch
 from training import checkpoint
+from training.deepspeed_config import refusals
 from training.optim import factor, parameter_groups
 
 FLOAT32 = ["0", "1", "2", "3", "3-offload"]
@@ -89,6 +93,34 @@ def test_lamb_sees_whole_parameters_on_any_number_of_ranks(ranks, tmp_path):
     launch("rank_zero.py", ranks, tmp_path, "1,2,3", "lamb", "whole")
     for stage in "123":
         assert_plain(tmp_path, "lamb", stage)
+
+
+def let_through(stage: str) -> list[str]:
+    """KEY=VALUE of every key of `zero_optimization` that has a single value, at another than its default, unless the
+    stage refuses it."""
+    found = []
+    for name, field in DeepSpeedZeroConfig.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if name == "stage" or not isinstance(default, bool | int | None) or "Config" in str(field.annotation):
+            continue
+        said = {field.alias or name: 2 if isinstance(default, int) and not isinstance(default, bool) else not default}
+        with contextlib.suppress(ValueError):  # DeepSpeed's own refusals
+            zero = DeepSpeedZeroConfig(**{"stage": int(stage[0]), "overlap_comm": False} | said)
+            if any(refusals(zero, {}, tiny_config()).values()):
+                continue
+            found += [f"{key}={json.dumps(value)}" for key, value in said.items()]
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["1", "2", "2-once", "3", "3-once"])
+def test_every_key_that_is_let_through_steps_as_plain_torch_does(stage, tmp_path):
+    """One by one, at a value that is not its default; what does not is in `refusals`."""
+    stages = [f"{stage}+{said}" for said in let_through(stage)]
+    assert len(stages) > 20
+    launch("rank_zero.py", 2, tmp_path, ",".join(stages), "adamw", "whole")
+    for one in stages:
+        assert_plain(tmp_path, "adamw", one)
 
 
 def assert_plain(folder, name, stage):

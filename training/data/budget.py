@@ -1,7 +1,8 @@
 """How many samples may be holes: a share of any stretch of the run, so that a bad shard is not lost in a long past."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from curation.errors import UserError
 
@@ -13,8 +14,17 @@ class Budget:
         self.rate, self.over = rate, over
         self._past: deque[tuple[int, dict[str, int]]] = deque([(0, {})])
 
+    def state(self) -> list[tuple[int, dict[str, int]]]:
+        """What a checkpoint keeps, so that a resumed run goes on with the same past; one entry for each look within
+        `over` samples."""
+        return list(self._past)
+
+    def restore(self, state: Sequence[Any]) -> None:
+        """Go on from what `state` gave."""
+        self._past = deque((drawn, dict(holes)) for drawn, holes in state)
+
     def check(self, drawn: int, holes: Mapping[str, int]) -> None:
-        """drawn: samples of the run so far, over all ranks · holes: by reason, of these.
+        """drawn: samples of the run so far, over all ranks and resumes · holes: by reason, of these.
 
         Raises:
             UserError: too many, with their reasons.

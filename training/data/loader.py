@@ -142,6 +142,23 @@ class Loader:
             for source in self.sources:
                 source.samples.ahead(())
 
+    def of_each_kind(self) -> list[Chunk]:
+        """A chunk of every kind that the run has, of a source's first samples, with texts as long as they may be: what
+        a chunk of the run takes at most. Its holes are not counted."""
+        rows = min(self.config.chunk, self.config.batch // self.world_size)
+        first: dict[str, int] = {}
+        for number, source in enumerate(self.sources):
+            first.setdefault(source.kind, number)
+        self.longest = True
+        with ThreadPoolExecutor(self.config.threads, "loader") as pool:
+            for number in first.values():
+                self.sources[number].samples.ahead(self.orders[number].ahead(0))
+            places = {kind: [(number, own) for own in range(rows)] for kind, number in first.items()}
+            made = [_Making(self, kind, those).begin(pool) for kind, those in places.items()]
+            chunks = [future.result()[0] for future in made]
+        self.longest = False
+        return chunks
+
     def ids(self, batch: int) -> list[str]:
         """Keys of the whole global batch, in order."""
         return [self.sources[s].samples.key(self._sample(s, own)[1]) for _, s, own in self._drawn(batch)]
