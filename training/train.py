@@ -45,6 +45,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, str], Path, bool
 
 def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size: int, overwrite: bool) -> bool:
     """Check what can be checked before launching and claim the folder; False where the run is complete already."""
+    check_free(run)
     begin.check(config)
     deepspeed_config(config, world_size)
     sources = open_sources(config.loader, data)
@@ -59,6 +60,26 @@ def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size:
     if (last := checkpoint.latest(run)) is not None:
         checkpoint.check_resumable(last, as_dict(config))
     return True
+
+
+def check_free(run: Path) -> None:
+    """
+    Raises:
+        UserError: ranks on this host train there already, though whatever launched them may be gone.
+    """
+    import psutil
+
+    at_work = []
+    for file in (run / "ranks").glob("*.pid"):
+        with contextlib.suppress(OSError, ValueError, psutil.Error):  # gone, or half written
+            process, written = psutil.Process(int(file.read_text())), file.stat().st_mtime
+            # One that began after the file was written has been given a dead rank's number.
+            if process.create_time() < written + 1 and any(w.endswith("training/train.py") for w in process.cmdline()):
+                at_work.append(process.pid)
+    if at_work:
+        raise UserError(
+            f"--out {run}: processes {sorted(at_work)} train there; wait, or end them with SIGTERM, which saves"
+        )
 
 
 def save_config(config: TrainConfig, run: Path) -> None:

@@ -21,6 +21,7 @@ from tests.conftest import ROOT, gemsmith
 from tests.training.conftest import TINY, write_shards
 from training import checkpoint
 from training.inference import load
+from training.train import check_free
 
 STEPS = 24
 AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.0045")
@@ -141,17 +142,30 @@ def test_sigterm_while_the_ranks_start_ends_the_run(shards, tmp_path):
     assert not (run / "manifest.json").exists()
 
 
-def test_sigterm_saves_together_and_leaves_no_orphans(shards, tmp_path):
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("killed", ["gemsmith", "runner"])
+def test_a_run_that_is_ended_saves_together_and_leaves_no_orphans(shards, tmp_path, killed):
+    """By SIGTERM to `gemsmith train`, or as the launcher's runner dies."""
     run = tmp_path / "stopped"
     process = start(shards, run)
     wait_for(lambda: len(checkpoint.complete(run)) >= 1 or process.poll() is not None)
     ranks = [int(f.read_text()) for f in (run / "ranks").glob("*.pid")]
+    with pytest.raises(UserError, match=rf"{ranks[0]}.* train there"):  # a second set of ranks beside the first
+        check_free(run)
     begun = time.monotonic()
-    os.kill(process.pid, signal.SIGTERM)
+    if killed == "gemsmith":
+        os.kill(process.pid, signal.SIGTERM)
+    else:
+        (runner,) = psutil.Process(process.pid).children()
+        runner.kill()
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output[-2000:]
+    assert process.returncode == {"gemsmith": 143, "runner": 128 + signal.SIGKILL}[killed], output[-2000:]
     assert time.monotonic() - begun < 30
-    assert len(ranks) == 2 and not any(psutil.pid_exists(pid) for pid in ranks)
+    assert len(ranks) == 2 and all(gone(pid) for pid in ranks)
+    check_free(run)
     last = checkpoint.latest(run)
     assert last is not None
     stopped_at = json.loads((last / "manifest.json").read_text())["step"]
