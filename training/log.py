@@ -109,12 +109,19 @@ def _wandb_run(project: str, run: Path, config: dict[str, Any] | None) -> Any:
     return wandb.init(project=project, name=run.name, id=name, resume="allow", dir=str(run), config=config)
 
 
+class Handler(logging.StreamHandler):
+    """Says nothing where it cannot write: a full disk ends the run by what must be written, in one line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def open_rank_log(run: Path, rank: int) -> TextIO:
     """RUN/logs/rank_00000.log: logging and warnings of this rank from now on, and its stacks where it crashes."""
     path = run / "logs" / f"rank_{rank:05d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = open(path, "a", buffering=1)  # noqa: SIM115 (open to the end; a resumed run goes on below)
-    handler = logging.StreamHandler(stream)
+    handler = Handler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in LIBRARIES:
         logging.getLogger(name).addHandler(handler)

@@ -223,9 +223,8 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
             if stopping and step < config.steps:
                 break
         saver.wait()
-    if step == config.steps and world.rank == 0:
-        finish(trainer.family, config, run, step)
-    world.barrier()
+    if step == config.steps:
+        world.first(lambda: finish(trainer.family, config, run, step))
     return step == config.steps
 
 

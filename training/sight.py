@@ -63,9 +63,7 @@ class Sight:
     ) -> None:
         self.config, self.world, self.device, self.flops, self.done = config, world, device, flops, start
         stream = open_rank_log(run, world.rank)
-        self.log = None
-        if world.rank == 0:
-            self.log = RunLog(run, start, config.steps, wandb=config.log.wandb, config=as_dict(config))
+        self.log = world.first(lambda: RunLog(run, start, config.steps, wandb=config.log.wandb, config=as_dict(config)))
         self.profiler = Profiler(config.log.profile_steps if world.rank == 0 else None, run / "profile")
         self.watchdog = Watchdog(run / "ranks", world.rank, world.size, config.log.hang_seconds, stream, self._say)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -161,9 +159,12 @@ class Sight:
             **{name: value / window.steps for name, value in window.traffic.items()},
         }
         self._judge(everyone, window)
+        self.world.first(lambda: self._write(number, record))
+        return record
+
+    def _write(self, number: int, record: dict[str, Any]) -> None:
         if self.log is not None:
             self.log(number, record)
-        return record
 
     def _judge(self, everyone: list[dict[str, Any]], window: Window) -> None:
         """Warn where the training has waited for data."""

@@ -15,7 +15,7 @@ from typing import Any
 # A script's own folder comes first on the path, where data.py or config.py would hide packages of those names.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-from curation.errors import UserError, exit_code
+from curation.errors import UserError, exit_code, full_disk_named
 from curation.manifest import claim, read_manifest
 from training import begin, checkpoint
 from training.config import TrainConfig, as_dict, make_parser
@@ -53,7 +53,8 @@ def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size:
     Mixture(weights, seed=config.seed, unit=config.loader.unit, mixing=config.loader.mixing)
     check_wandb(config.log.wandb)
     computed = {name: value for name, value in as_dict(config).items() if name != "log"}
-    claim(run, {"config": computed, "data": fingerprint(config.loader, data)}, overwrite=overwrite)
+    with full_disk_named(run):
+        claim(run, {"config": computed, "data": fingerprint(config.loader, data)}, overwrite=overwrite)
     if (done := read_manifest(run / "manifest.json")) is not None:
         print(f"{run} is already complete: {done['steps']} steps, {done['samples']} samples")
         return False
@@ -96,8 +97,14 @@ def _plain(value: Any) -> Any:
 
 
 def main(arguments: list[str]) -> int:
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     config, data, run, overwrite = parse(arguments)
+    with full_disk_named(run):
+        return work(config, data, run, overwrite=overwrite)
+
+
+def work(config: TrainConfig, data: dict[str, str], run: Path, *, overwrite: bool) -> int:
+    """All of one rank: 0 at the run's end, 143 where it was stopped before."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
         # The folder is claimed by one rank; the others meet it at the process group.
         if not prepare(config, data, run, world_size=world_size, overwrite=overwrite):

@@ -8,13 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from curation.errors import UserError
+from curation.errors import UserError, full_disk_named
+from tests.training.conftest import tiny_config
 from tests.training.rank_zero import Toy, optim
 from training import checkpoint, zero
+from training.data import named
 from training.distributed import World
 from training.optim import Sharded, parameter_groups
+from training.train import prepare
 
 
 @contextlib.contextmanager
@@ -39,6 +43,16 @@ def engine_of(model, config):
     engine = SimpleNamespace(module=model, optimizer=optimizer, zero_optimization_stage=lambda: 0)
     optimizer.attach(zero.shards(engine), World())
     return engine, optimizer
+
+
+def test_no_room_for_an_export_or_the_folder_itself_is_named(shards, tmp_path):
+    limit, config = f"--out {tmp_path}.*: a file grows beyond the limit .* run the same command again", tiny_config()
+    with largest_file(700), pytest.raises(UserError, match=limit), full_disk_named(tmp_path):
+        save_file({"x": torch.zeros(1000)}, tmp_path / "model.safetensors")  # raises no OSError
+    with largest_file(700), pytest.raises(UserError, match=limit):
+        prepare(config, named(config.loader, [str(shards)]), tmp_path / "run", world_size=1, overwrite=False)
+    with pytest.raises(ValueError, match="another"), full_disk_named(tmp_path):
+        raise ValueError("another failure keeps its name (os error 2)")
 
 
 @pytest.mark.parametrize("background", [False, True])

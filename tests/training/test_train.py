@@ -292,16 +292,32 @@ def test_checkpoints_that_cannot_be_resumed_are_refused_before_anything_starts(s
     assert f"{file.name} is missing" in line and "the run resumes from the one before" in line
 
 
+def start_in(room: int, shards: Path, run: Path) -> tuple[int, str]:
+    """(exit code, output) of ranks whose writes past so many bytes of a file fail, as on a full disk."""
+    process = start(shards, run)
+    ranks = wait_for(lambda: len(found := list((run / "ranks").glob("*.pid"))) == 2 and found)
+    for file in ranks:
+        number = int(wait_for(file.read_text))
+        resource.prlimit(number, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def test_no_room_for_the_figures_of_a_step_is_one_line(stopped, shards):
+    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    code, output = start_in(len("".join(lines[:20])) + 100, shards, stopped)
+    assert code == 2 and "resuming after step 20" in output and "Traceback" not in output, output[-3000:]
+    said = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert any(x.startswith(f"error: --out {stopped}: a file grows beyond the limit") for x in said), said
+    assert all("a file grows" in x or "has ended on rank 0" in x for x in said)
+    assert [p.name for p in checkpoint.complete(stopped)] == ["step_00000016", "step_00000020"]
+
+
 def test_without_a_manifest_or_room_the_checkpoint_before_counts(finished, stopped, shards):
     """Resumed from before a checkpoint without manifest; then the disk is full, and then it has room again."""
     (checkpoint.step_folder(stopped, 20) / "manifest.json").unlink()
-    process = start(shards, stopped)
-    ranks = wait_for(lambda: len(found := list((stopped / "ranks").glob("*.pid"))) == 2 and found)
-    for file in ranks:  # writes past this fail, as on a full disk; a rank's part of a checkpoint is larger
-        number = int(wait_for(file.read_text))
-        resource.prlimit(number, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "resuming after step 16" in output, output[-2000:]
+    code, output = start_in(100_000, shards, stopped)  # a rank's part of a checkpoint is larger
+    assert code == 2 and "resuming after step 16" in output, output[-2000:]
     said = [line for line in output.splitlines() if line.startswith("error: ")]
     assert said and all("the checkpoint could not be written" in x and "make room" in x for x in said), output[-2000:]
     assert "Traceback" not in output
