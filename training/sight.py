@@ -156,6 +156,7 @@ class Sight:
             **{f"lr_{name}": lr for name, lr in learning_rates(groups).items()},
             **summary(everyone),
             "samples_per_second": window.steps * self.config.loader.batch / max(r["spent"] for r in everyone),
+            **{f"{kind}_gflop": sum(r[kind] for r in everyone) / window.steps / 1e9 for kind in ("useful", "executed")},
             **{name: value / window.steps for name, value in window.traffic.items()},
         }
         self._judge(everyone, window)

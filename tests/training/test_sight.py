@@ -72,6 +72,7 @@ def test_a_line_holds_the_figures_of_its_steps_and_tensorboard_the_same(tmp_path
     seconds = 2 * 32 / last["samples_per_second"]
     assert last["mfu"] == pytest.approx(2 * 2 * 2 * 4 * 8 * 8 / (seconds * sight.peak)) and last["hfu"] == last["mfu"]
     assert last["peak_gflops"] == pytest.approx(sight.peak / 1e9)
+    assert last["useful_gflop"] == last["executed_gflop"] == 2 * 2 * 4 * 8 * 8 / 1e9, "of one step"
     assert 50 < last["memory_mib"] < 100_000
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for name in ("loss", "mfu", "lr_heads", "memory_mib", "errors_by_reason/truncated"):

@@ -89,6 +89,9 @@ def test_a_run_leaves_what_the_contract_says(finished, shards):
         lines[0]
     )
     assert all(0 < line["mfu"] < line["hfu"] < 1 for line in lines)
+    for line in lines:  # all ranks' operations of a step
+        assert line["executed_gflop"] / line["useful_gflop"] == pytest.approx(line["hfu"] / line["mfu"])
+        assert line["useful_gflop"] > 0
     assert len(list((finished / "logs").glob("rank_*.log"))) == 2
     assert list((finished / "tensorboard").glob("events*"))
     done = gemsmith("train", *arguments(shards, finished), "--ranks", 2)
