@@ -20,7 +20,7 @@ from curation.manifest import claim, read_manifest
 from training import begin, checkpoint
 from training.config import TrainConfig, as_dict, make_parser
 from training.data import Mixture, fingerprint, named, open_sources
-from training.deepspeed_config import deepspeed_config
+from training.deepspeed_config import computing, deepspeed_config
 from training.log import check_wandb
 
 
@@ -52,9 +52,10 @@ def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size:
     weights = {source.name: source.weight for source in sources}
     Mixture(weights, seed=config.seed, unit=config.loader.unit, mixing=config.loader.mixing)
     check_wandb(config.log.wandb)
-    computed = {name: value for name, value in as_dict(config).items() if name != "log"}
+    computed = {name: value for name, value in as_dict(config).items() if name not in ("log", "deepspeed")}
+    identity = {"config": computed, "deepspeed": computing(config), "data": fingerprint(config.loader, data)}
     with full_disk_named(run):
-        claim(run, {"config": computed, "data": fingerprint(config.loader, data)}, overwrite=overwrite)
+        claim(run, identity, overwrite=overwrite)
     if (done := read_manifest(run / "manifest.json")) is not None:
         print(f"{run} is already complete: {done['steps']} steps, {done['samples']} samples")
         return False
