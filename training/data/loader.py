@@ -111,16 +111,11 @@ class Loader:
         self.dtype, self.pinned = dtype, torch.cuda.is_available()
         self.retain = config.retain if isinstance(config.retain, int) else 0
         self.longest = False  # give every row the longest text there may be: what a chunk of the run takes at most
-        self.holes: Counter[str] = Counter()
+        self.holes: Counter[str] = Counter()  # of the batches given so far, on this rank, by reason
         self.timers = Timers()
         self._encoding = threading.Lock()  # Hugging Face's fast tokenizers refuse two threads at once
         pictures = [source.kind in ("pairs", "images", "regions") for source in self.sources]
         self._decoded = [_Decoded(cache, s, self.side) if cache and p else None for s, p in zip(self.sources, pictures)]
-
-    @property
-    def errors(self) -> int:
-        """Holes in the batches given so far, on this rank."""
-        return self.holes.total()
 
     def batches(self, step: int, steps: int) -> Iterator[list[Chunk]]:
         """The chunks of this rank for the batches `step` .. `steps` - 1."""
