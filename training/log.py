@@ -62,7 +62,7 @@ class RunLog:
         self.total_steps, self.started, self.start_step = total_steps, time.monotonic(), start_step
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
-        """One line; nested figures (`errors: {reason: n}`) are `name/key` on the boards."""
+        """One line; nested figures (`errors: {reason: n}`) are `name/key` on the boards, which have no words."""
         self.file.write(json.dumps({"schema_version": SCHEMA_VERSION, "step": step, **metrics}) + "\n")
         flat = dict(_flat(metrics))
         for name, value in flat.items():
@@ -97,7 +97,7 @@ def _flat(metrics: dict[str, Any]) -> Any:
     for name, value in metrics.items():
         if isinstance(value, dict):
             yield from ((f"{name}/{key}", x) for key, x in value.items())
-        else:
+        elif not isinstance(value, str):
             yield name, value
 
 

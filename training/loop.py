@@ -210,6 +210,7 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
             line = sight.step(
                 step,
                 metrics,
+                draws=sum(int(chunk["draws"].sum()) for chunk in chunks),
                 errors=trainer.loader.holes,
                 seconds=trainer.loader.timers.seconds,
                 groups=trainer.engine.optimizer.param_groups,

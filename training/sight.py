@@ -115,6 +115,7 @@ class Sight:
         number: int,
         metrics: Mapping[str, float],
         *,
+        draws: int,
         errors: Mapping[str, int],
         seconds: Mapping[str, float],
         groups: Sequence[Mapping[str, Any]],
@@ -123,6 +124,7 @@ class Sight:
 
         Args:
             metrics: global already; go into the line as they are.
+            draws: sum of this rank's `draws` (Loader); over all ranks it says which samples the step saw, and when.
             errors: this rank's broken samples so far, by reason.
             seconds: of the loader's parts so far, over its threads (bottleneck.Timers).
             groups: the optimiser's parameter groups.
@@ -146,12 +148,14 @@ class Sight:
             "executed": executed,
             "peak": self.peak,
             "memory": _peak_memory(self.device),
+            "draws": draws,
             "errors": dict(errors),
             "seconds": dict(window.seconds),
         }
         everyone = _everyone(mine, self.world)
         record = {
             "samples": number * self.config.loader.batch,
+            "batch_id": f"{sum(r['draws'] for r in everyone) % 2**64:016x}",
             **metrics,
             **{f"lr_{name}": lr for name, lr in learning_rates(groups).items()},
             **summary(everyone),

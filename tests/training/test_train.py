@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from curation.errors import UserError
+from curation.hashing import hash64
 from tests.conftest import ROOT, gemsmith
-from tests.training.conftest import TINY, write_shards
+from tests.training.conftest import TINY, tiny_config, write_shards
 from training import checkpoint
+from training.data import ImageSpec, Loader, Shards
 from training.inference import load
 from training.train import check_free
 
@@ -60,6 +62,12 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
     return {f"{f.name}/{k}": v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
+def seen_of(run: Path) -> list[tuple[str, float]]:
+    """What samples each step saw, and its loss."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["batch_id"], line["loss"]) for line in lines]
+
+
 def cut_short(run: Path, copy: Path) -> Path:
     """A copy of a finished run, as a kill after its last checkpoint but one leaves it."""
     shutil.copytree(run, copy)
@@ -83,6 +91,11 @@ def test_a_run_leaves_what_the_contract_says(finished, shards):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(line["loss"] == pytest.approx(line["loss_embed"] + line["loss_generate"], rel=1e-5) for line in lines)
     assert lines[-1]["loss"] < lines[0]["loss"]
+    config, spec = tiny_config(), ImageSpec(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    loader = Loader(Shards(shards), config.loader, spec, lambda _: {}, seed=config.seed, rank=0, world_size=1)
+    for step, epoch in ((0, 0), (2, 0), (4, 1)):  # keys of these shards are numbers, uids the same in hexadecimal
+        draws = [hash64(config.seed, epoch, f"{int(key):032x}") >> 1 for key in loader.ids(step)]
+        assert lines[step]["batch_id"] == f"{sum(draws) % 2**64:016x}" and len({*draws}) == 32
     assert {"temperature", "grad_norm", "lr", "samples_per_second", "data_share", "samples"} <= set(lines[0])
     assert [p.name for p in checkpoint.complete(finished)] == ["step_00000016", "step_00000020", "step_00000024"]
     assert {"mfu", "hfu", "memory_mib", "all_gather_mib", "reduce_scatter_mib", "lr_0", "errors_by_reason"} <= set(
@@ -131,8 +144,7 @@ def test_sigkill_and_resume_give_the_same_bits(finished, shards, tmp_path):
     expected, found = state_of(finished), state_of(run)
     assert expected.keys() == found.keys() and len(expected) > 4
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    metrics = [[json.loads(x) for x in (r / "metrics.jsonl").read_text().splitlines()] for r in (finished, run)]
-    assert [m["loss"] for m in metrics[0]] == [m["loss"] for m in metrics[1]]
+    assert (steps := seen_of(run)) == seen_of(finished) and len({batch for batch, _ in steps}) == STEPS
 
 
 def test_sigterm_while_the_ranks_start_ends_the_run(shards, tmp_path):

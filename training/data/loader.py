@@ -75,7 +75,8 @@ class Loader:
         mismatched: (draw) -> whether that row of pairs is given another's text too, as "other".
         cache: where decoded pictures are kept, a file for each source, or None.
 
-    A chunk has "valid" bool [c] and "groups" int64 [c], and by its kind "pixel_values" [c, 3, S, S], what
+    A chunk has "valid" bool [c], "groups" int64 [c] and "draws" int64 [c] (half of each row's `draw`, which says what
+    sample of what epoch it is; 0 of a hole), and by its kind "pixel_values" [c, 3, S, S], what
     `encode_text` gives, "regions" fp32 [c, N] (a row's region as weights of the patches), and "patches" int64 [c, keep]
     (numbers of the patches that the step sees, ascending) where `image.keep` is set.
     """
@@ -278,6 +279,7 @@ class Loader:
         """The tensors of a chunk whose rows are all read."""
         chunk: Chunk = {"valid": torch.tensor([not row.reason for row in rows])}
         chunk["groups"] = torch.tensor([row.group for row in rows])
+        chunk["draws"] = torch.tensor([row.draw >> 1 for row in rows])
         if kind in ("pairs", "texts", "regions") and not self.image.raw:
             with self._encoding, self.timers("tokenise"):
                 chunk |= self.encode_text([row.fields.get("text", "") for row in rows])
