@@ -5,6 +5,7 @@ exception is a defect of ours and keeps its traceback.
 """
 
 import errno
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,11 +33,16 @@ def exit_code(main: Callable[[], int]) -> int:
 
 @contextmanager
 def full_disk_named(*folders: Path) -> Iterator[None]:
-    """Turn a full disk into a user's error that names what is written to; any other OSError stays as it is."""
+    """Turn a full disk into a user's error that names what is written to; any other exception stays as it is."""
     try:
         yield
-    except OSError as error:
-        why = FULL.get(error.errno or 0)
+    except UserError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # Libraries in Rust (safetensors, tokenizers) raise exceptions of their own and say the number in words.
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        why = FULL.get(number or int(told[1] if told else 0))
         if why is None:
             raise
         where = " or ".join(str(folder) for folder in folders)

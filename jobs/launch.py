@@ -2,8 +2,10 @@
 
 The launcher passes SIGTERM on late or not at all (its runner dies and leaves
 the ranks as orphans), and it returns 0 where its own child was killed. So the
-ranks are signalled directly, by the ids they leave in RUN/ranks, and whether a
-run is complete is read from its manifest.
+ranks are signalled directly, by the ids they leave in RUN/ranks, ranks whose
+runner is gone are waited for, and whether a run is complete is read from its
+manifest. All of a launch is one session, which no other process can join: that
+tells what is still ours of ids that may be somebody else's by now.
 """
 
 import contextlib
@@ -16,8 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from curation.manifest import read_manifest
 from training.config import ROOT
+
+SCRIPT = str(ROOT / "training" / "train.py")
+PATIENCE = 300.0
+"""Seconds in which ranks without a runner have to finish their step and save; then they are killed."""
 
 
 def launch(arguments: list[str], run: Path, ranks: int) -> int:
@@ -25,7 +33,7 @@ def launch(arguments: list[str], run: Path, ranks: int) -> int:
 
     Returns:
         0 where the run's manifest says it is complete; 143 after SIGTERM or SIGINT, with a checkpoint saved;
-        else the launcher's exit code, or 1.
+        else the launcher's exit code (128 + the signal that killed it), or 1. No rank is left behind.
     """
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
@@ -36,7 +44,7 @@ def launch(arguments: list[str], run: Path, ranks: int) -> int:
         str(ranks),
         "--master_port",
         str(free_port()),
-        str(ROOT / "training" / "train.py"),
+        SCRIPT,
         *arguments,
     ]
     shutil.rmtree(run / "ranks", ignore_errors=True)  # ids of a killed run are somebody else's by now
@@ -52,18 +60,49 @@ def launch(arguments: list[str], run: Path, ranks: int) -> int:
     previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         while (code := process.poll()) is None:
-            # Ranks that are still starting are told as soon as they leave their id.
-            for rank in _rank_ids(run) - told if stopped else ():
-                told.add(rank)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(rank, signal.SIGTERM)
+            if stopped:
+                _tell(_rank_ids(run), told)
             time.sleep(0.2)
+        _end_orphans(process.pid, run, told)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if read_manifest(run / "manifest.json") is not None:
         return 0
-    return 143 if stopped else code or 1
+    if stopped:
+        return 143
+    return 128 - code if code < 0 else code or 1
+
+
+def _tell(ranks: set[int], told: set[int]) -> None:
+    """SIGTERM to each once; ranks that are still starting are told as soon as they leave their id."""
+    for rank in ranks - told:
+        told.add(rank)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGTERM)
+
+
+def _end_orphans(session: int, run: Path, told: set[int]) -> None:
+    """Wait for the ranks that a runner has left behind, killed as it was: they save together, or are killed too."""
+    deadline = time.monotonic() + PATIENCE
+    if _living(session):
+        print("the launcher is gone; its ranks save and end", file=sys.stderr, flush=True)
+    while left := _living(session):
+        _tell(_rank_ids(run) & left, told)
+        for process in left if time.monotonic() > deadline else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.2)
+
+
+def _living(session: int) -> set[int]:
+    """Ids of a session's processes that train or launch what does; zombies are not."""
+    found = set()
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
+            if os.getsid(pid) == session and SCRIPT in psutil.Process(pid).cmdline():
+                found.add(pid)
+    return found
 
 
 def _rank_ids(run: Path) -> set[int]:

@@ -34,6 +34,9 @@ DECIDED = {
 }  # fmt: skip
 """Those that the recipe decides."""
 
+COMPUTING = ("communication_data_type", "gradient_predivide_factor", "prescale_gradients", "zero_optimization")
+"""Those that what a run computes depends on; the rest say what it reports."""
+
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """Everything that `deepspeed.initialize` is given; the stage is in it, whether the file names it or not.
@@ -42,18 +45,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         UserError: no such file, no JSON; an unknown key or value, one that the recipe decides or leaves at "auto"; a
             combination that DeepSpeed does not implement; a batch that does not divide.
     """
-    path = Path(config.deepspeed)
-    path = path if path.exists() else ROOT / config.deepspeed
-    try:
-        settings = json.loads(path.read_text(), object_pairs_hook=_once)
-    except FileNotFoundError:
-        raise UserError(
-            f"deepspeed: {config.deepspeed} does not exist; ds_configs/ has zero0, zero1, zero2, zero3, zero3_offload"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"deepspeed: {path} is not JSON ({error}); mend it") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"deepspeed: {path} is no JSON object; write {{...}}")
+    path, settings = _read(config)
     if clash := sorted(DECIDED & set(settings)):
         raise UserError(f"deepspeed: {path} sets {', '.join(clash)}, which the recipe decides; remove them there")
     if unknown := sorted(set(settings) - {*SCALARS, *SECTIONS}):
@@ -87,6 +79,32 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def computing(config: TrainConfig) -> dict[str, Any]:
+    """What a run's identity holds of its file, wherever that lies and however many ranks there are.
+
+    Raises:
+        UserError: no such file, no JSON.
+    """
+    _, settings = _read(config)
+    return {name: settings[name] for name in COMPUTING if name in settings}
+
+
+def _read(config: TrainConfig) -> tuple[Path, dict[str, Any]]:
+    path = Path(config.deepspeed)
+    path = path if path.exists() else ROOT / config.deepspeed
+    try:
+        settings = json.loads(path.read_text(), object_pairs_hook=_once)
+    except FileNotFoundError:
+        raise UserError(
+            f"deepspeed: {config.deepspeed} does not exist; ds_configs/ has zero0, zero1, zero2, zero3, zero3_offload"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"deepspeed: {path} is not JSON ({error}); mend it") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"deepspeed: {path} is no JSON object; write {{...}}")
+    return path, settings
 
 
 def reduces_once(config: TrainConfig, stage: int) -> bool:

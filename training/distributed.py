@@ -9,10 +9,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from curation.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,23 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
         return bool(self.max(torch.tensor([float(flag)])).item())
+
+    def first(self, work: Callable[[], T]) -> T | None:
+        """What rank 0 makes by it, while the others wait and get None.
+
+        Raises:
+            Exception: on rank 0, what `work` raised there (a full disk, ...).
+            UserError: on the others, which would otherwise die in their next collective, of its absence.
+        """
+        result, failure = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        if self.any(failure is not None):
+            raise failure or UserError("the run has ended on rank 0, whose line says why")
+        return result
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -144,6 +144,7 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
 def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
     from training.models.clip import Clip, export, read_export
     from training.models.clip_words import words_of
+    from training.models.patches import grid_of
     from training.tokenizer import save_tokenizer
 
     assert config.clip is not None
@@ -152,8 +153,7 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
     model = Clip.from_recipe(recipe, config.objective)
     text_cfg = model.model_cfg["text_cfg"]
     side = model.model_cfg["vision_cfg"].get("image_size", 224)
-    grid = getattr(model.towers.visual, "grid_size", ())  # a ResNet has none, and drops nothing
-    spec = ImageSpec.of_vit(grid, model.patch_dropout, size=side, **look)
+    spec = ImageSpec.of_vit(grid_of(model.towers.visual), model.patch_dropout, size=side, **look)
     preprocess = {"size": [side, side], **look}
     exported = Path(recipe.arch.removeprefix(LOCAL)) if recipe.arch and recipe.arch.startswith(LOCAL) else None
     tokenizer = words_of(text_cfg, tokenizer_folder if tokenizer_folder.exists() else exported)

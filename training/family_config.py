@@ -155,6 +155,7 @@ class ClipRecipe:
     vision_cfg, text_cfg as in open_clip's JSON files); with a multimodal_cfg it is a CoCa.
 
     arch: also local-dir:FOLDER, an export · pretrained: a tag of open_clip's, or a file of weights ·
+    patch_dropout: share of patches left out while training (FLIP, arXiv 2212.00794), null = the `model_cfg`'s, else 0 ·
     negatives: hard negative captions of each row, words swapped (NegCLIP, arXiv 2210.01936) · tagger: what tells parts
     of speech for them: builtin, or a spaCy pipeline by name or path.
     """
@@ -162,10 +163,13 @@ class ClipRecipe:
     arch: str | None = None
     pretrained: str | None = None
     model_cfg: dict[str, Any] | None = None
+    patch_dropout: float | None = None
     negatives: int = 0
     tagger: str = "builtin"
 
     def __post_init__(self) -> None:
+        if self.patch_dropout is not None and not 0 <= self.patch_dropout < 1:
+            raise UserError(f"clip.patch_dropout: {self.patch_dropout} is no share of patches; give 0 to below 1")
         if self.negatives < 0:
             raise UserError(f"clip.negatives: {self.negatives} is below 0; 0 takes none")
 

@@ -62,7 +62,7 @@ class RunLog:
         self.total_steps, self.started, self.start_step = total_steps, time.monotonic(), start_step
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
-        """One line; nested figures (`errors: {reason: n}`) are `name/key` on the boards."""
+        """One line; nested figures (`errors: {reason: n}`) are `name/key` on the boards, which have no words."""
         self.file.write(json.dumps({"schema_version": SCHEMA_VERSION, "step": step, **metrics}) + "\n")
         flat = dict(_flat(metrics))
         for name, value in flat.items():
@@ -97,7 +97,7 @@ def _flat(metrics: dict[str, Any]) -> Any:
     for name, value in metrics.items():
         if isinstance(value, dict):
             yield from ((f"{name}/{key}", x) for key, x in value.items())
-        else:
+        elif not isinstance(value, str):
             yield name, value
 
 
@@ -109,12 +109,19 @@ def _wandb_run(project: str, run: Path, config: dict[str, Any] | None) -> Any:
     return wandb.init(project=project, name=run.name, id=name, resume="allow", dir=str(run), config=config)
 
 
+class Handler(logging.StreamHandler):
+    """Says nothing where it cannot write: a full disk ends the run by what must be written, in one line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def open_rank_log(run: Path, rank: int) -> TextIO:
     """RUN/logs/rank_00000.log: logging and warnings of this rank from now on, and its stacks where it crashes."""
     path = run / "logs" / f"rank_{rank:05d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = open(path, "a", buffering=1)  # noqa: SIM115 (open to the end; a resumed run goes on below)
-    handler = logging.StreamHandler(stream)
+    handler = Handler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in LIBRARIES:
         logging.getLogger(name).addHandler(handler)

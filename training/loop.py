@@ -239,6 +239,7 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
             line = sight.step(
                 step,
                 metrics,
+                draws=sum(int(chunk["draws"].sum()) for chunk in chunks),
                 errors=trainer.loader.holes,
                 seconds=trainer.loader.timers.seconds,
                 groups=trainer.engine.optimizer.param_groups,
@@ -253,9 +254,8 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
             if stopping and step < config.steps:
                 break
         saver.wait()
-    if step == config.steps and world.rank == 0:
-        finish(trainer.family, config, run, step)
-    world.barrier()
+    if step == config.steps:
+        world.first(lambda: finish(trainer.family, config, run, step))
     return step == config.steps
 
 

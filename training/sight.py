@@ -63,9 +63,7 @@ class Sight:
     ) -> None:
         self.config, self.world, self.device, self.flops, self.done = config, world, device, flops, start
         stream = open_rank_log(run, world.rank)
-        self.log = None
-        if world.rank == 0:
-            self.log = RunLog(run, start, config.steps, wandb=config.log.wandb, config=as_dict(config))
+        self.log = world.first(lambda: RunLog(run, start, config.steps, wandb=config.log.wandb, config=as_dict(config)))
         self.profiler = Profiler(config.log.profile_steps if world.rank == 0 else None, run / "profile")
         self.watchdog = Watchdog(run / "ranks", world.rank, world.size, config.log.hang_seconds, stream, self._say)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -117,6 +115,7 @@ class Sight:
         number: int,
         metrics: Mapping[str, float],
         *,
+        draws: int,
         errors: Mapping[str, int],
         seconds: Mapping[str, float],
         groups: Sequence[Mapping[str, Any]],
@@ -125,6 +124,7 @@ class Sight:
 
         Args:
             metrics: global already; go into the line as they are.
+            draws: sum of this rank's `draws` (Loader); over all ranks it says which samples the step saw, and when.
             errors: this rank's broken samples so far, by reason.
             seconds: of the loader's parts so far, over its threads (bottleneck.Timers).
             groups: the optimiser's parameter groups.
@@ -148,22 +148,28 @@ class Sight:
             "executed": executed,
             "peak": self.peak,
             "memory": _peak_memory(self.device),
+            "draws": draws,
             "errors": dict(errors),
             "seconds": dict(window.seconds),
         }
         everyone = _everyone(mine, self.world)
         record = {
             "samples": number * self.config.loader.batch,
+            "batch_id": f"{sum(r['draws'] for r in everyone) % 2**64:016x}",
             **metrics,
             **{f"lr_{name}": lr for name, lr in learning_rates(groups).items()},
             **summary(everyone),
             "samples_per_second": window.steps * self.config.loader.batch / max(r["spent"] for r in everyone),
+            **{f"{kind}_gflop": sum(r[kind] for r in everyone) / window.steps / 1e9 for kind in ("useful", "executed")},
             **{name: value / window.steps for name, value in window.traffic.items()},
         }
         self._judge(everyone, window)
+        self.world.first(lambda: self._write(number, record))
+        return record
+
+    def _write(self, number: int, record: dict[str, Any]) -> None:
         if self.log is not None:
             self.log(number, record)
-        return record
 
     def _judge(self, everyone: list[dict[str, Any]], window: Window) -> None:
         """Warn where the training has waited for data."""

@@ -15,12 +15,12 @@ from typing import Any
 # A script's own folder comes first on the path, where data.py or config.py would hide packages of those names.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-from curation.errors import UserError, exit_code
+from curation.errors import UserError, exit_code, full_disk_named
 from curation.manifest import claim, read_manifest
 from training import begin, checkpoint
 from training.config import TrainConfig, as_dict, make_parser
 from training.data import Mixture, fingerprint, named, open_sources
-from training.deepspeed_config import deepspeed_config
+from training.deepspeed_config import computing, deepspeed_config
 from training.log import check_wandb
 
 
@@ -45,20 +45,43 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, str], Path, bool
 
 def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size: int, overwrite: bool) -> bool:
     """Check what can be checked before launching and claim the folder; False where the run is complete already."""
+    check_free(run)
     begin.check(config)
     deepspeed_config(config, world_size)
     sources = open_sources(config.loader, data)
     weights = {source.name: source.weight for source in sources}
     Mixture(weights, seed=config.seed, unit=config.loader.unit, mixing=config.loader.mixing)
     check_wandb(config.log.wandb)
-    computed = {name: value for name, value in as_dict(config).items() if name != "log"}
-    claim(run, {"config": computed, "data": fingerprint(config.loader, data)}, overwrite=overwrite)
+    computed = {name: value for name, value in as_dict(config).items() if name not in ("log", "deepspeed")}
+    identity = {"config": computed, "deepspeed": computing(config), "data": fingerprint(config.loader, data)}
+    with full_disk_named(run):
+        claim(run, identity, overwrite=overwrite)
     if (done := read_manifest(run / "manifest.json")) is not None:
         print(f"{run} is already complete: {done['steps']} steps, {done['samples']} samples")
         return False
     if (last := checkpoint.latest(run)) is not None:
         checkpoint.check_resumable(last, as_dict(config))
     return True
+
+
+def check_free(run: Path) -> None:
+    """
+    Raises:
+        UserError: ranks on this host train there already, though whatever launched them may be gone.
+    """
+    import psutil
+
+    at_work = []
+    for file in (run / "ranks").glob("*.pid"):
+        with contextlib.suppress(OSError, ValueError, psutil.Error):  # gone, or half written
+            process, written = psutil.Process(int(file.read_text())), file.stat().st_mtime
+            # One that began after the file was written has been given a dead rank's number.
+            if process.create_time() < written + 1 and any(w.endswith("training/train.py") for w in process.cmdline()):
+                at_work.append(process.pid)
+    if at_work:
+        raise UserError(
+            f"--out {run}: processes {sorted(at_work)} train there; wait, or end them with SIGTERM, which saves"
+        )
 
 
 def save_config(config: TrainConfig, run: Path) -> None:
@@ -75,8 +98,14 @@ def _plain(value: Any) -> Any:
 
 
 def main(arguments: list[str]) -> int:
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     config, data, run, overwrite = parse(arguments)
+    with full_disk_named(run):
+        return work(config, data, run, overwrite=overwrite)
+
+
+def work(config: TrainConfig, data: dict[str, str], run: Path, *, overwrite: bool) -> int:
+    """All of one rank: 0 at the run's end, 143 where it was stopped before."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
         # The folder is claimed by one rank; the others meet it at the process group.
         if not prepare(config, data, run, world_size=world_size, overwrite=overwrite):

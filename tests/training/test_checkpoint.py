@@ -3,18 +3,24 @@ cannot be gone on from is named."""
 
 import contextlib
 import dataclasses
+import json
 import resource
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from curation.errors import UserError
+from curation.errors import UserError, full_disk_named
+from tests.conftest import ROOT
+from tests.training.conftest import tiny_config
 from tests.training.rank_zero import Toy, optim
 from training import checkpoint, zero
+from training.data import named
 from training.distributed import World
 from training.optim import Sharded, parameter_groups
+from training.train import prepare
 
 
 @contextlib.contextmanager
@@ -39,6 +45,36 @@ def engine_of(model, config):
     engine = SimpleNamespace(module=model, optimizer=optimizer, zero_optimization_stage=lambda: 0)
     optimizer.attach(zero.shards(engine), World())
     return engine, optimizer
+
+
+def test_no_room_for_an_export_or_the_folder_itself_is_named(shards, tmp_path):
+    limit, config = f"--out {tmp_path}.*: a file grows beyond the limit .* run the same command again", tiny_config()
+    with largest_file(700), pytest.raises(UserError, match=limit), full_disk_named(tmp_path):
+        save_file({"x": torch.zeros(1000)}, tmp_path / "model.safetensors")  # raises no OSError
+    with largest_file(700), pytest.raises(UserError, match=limit):
+        prepare(config, named(config.loader, [str(shards)]), tmp_path / "run", world_size=1, overwrite=False)
+    with pytest.raises(ValueError, match="another"), full_disk_named(tmp_path):
+        raise ValueError("another failure keeps its name (os error 2)")
+
+
+def test_a_run_is_what_its_deepspeed_file_says_and_not_where_it_lies(shards, tmp_path):
+    run = tmp_path / "run"
+
+    def goes_on(settings, name="zero.json", ranks=2, **changes):
+        (tmp_path / name).write_text(json.dumps(settings))
+        config = dataclasses.replace(tiny_config("--deepspeed", str(tmp_path / name)), **changes)
+        return prepare(config, named(config.loader, [str(shards)]), run, world_size=ranks, overwrite=False)
+
+    settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    assert goes_on(settings) and goes_on(settings, ranks=4) and goes_on(settings, "elsewhere.json")
+    assert goes_on(settings | {"steps_per_print": 7})
+    stage3 = {"zero_optimization": settings["zero_optimization"] | {"stage": 3}}
+    for other in (stage3, {"communication_data_type": "bf16"}):
+        with pytest.raises(UserError, match=r"holds another run \(different deepspeed\)"):
+            goes_on(settings | other)
+    with pytest.raises(UserError, match=r"\(different config\)"):
+        goes_on(settings, seed=1)
+    assert goes_on(settings)
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -1,4 +1,4 @@
-"""CLIP, SigLIP and CoCa, with hard negatives: the step of two ranks under ZeRO-3 against one plain process."""
+"""CLIP, SigLIP and CoCa, with hard negatives and half the patches: two ranks under ZeRO-3 against one plain process."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from training.families import build
 
 KINDS = ("clip", "siglip", "coca")
 OVERRIDES = ("--loader.batch", "24", "--loader.chunk", "4", "--loader.retain", "0", "--precision", "fp32")
-OVERRIDES += ("--clip.negatives", "1")
+OVERRIDES += ("--clip.negatives", "1", "--clip.patch_dropout", "0.5")
 
 
 @pytest.fixture(scope="module")
@@ -27,4 +27,5 @@ def test_two_ranks_equal_one_plain_process(shards, saved, kind, tmp_path):
     family = build(config, tmp_path / "tokenizer", list)
     (batch,) = chunks_of(shards, family, config, 24)
     assert int(batch["right_valid"][:, 1].sum()) > 0 and saved[kind]["chunks"] == 3
+    assert batch["patches"].shape == (24, 8)
     assert_a_plain_step(saved[kind], family.model, [batch], config.objective)

@@ -103,7 +103,7 @@ def test_members_are_mixed_by_weight_seed_epoch_and_sample(tmp_path):
     assert [a + b for a, b in zip(*halves)] == epochs[:3]
     only = loader(folder, batch=40, captions={"recaption.txt": 1.0})
     (chunks,) = only.batches(0, 1)
-    assert sum(int((~c["valid"]).sum()) for c in chunks) == only.errors == 10, "no text, no weight"
+    assert sum(int((~c["valid"]).sum()) for c in chunks) == only.holes.total() == 10, "no text, no weight"
     assert sorted(Shards(folder).every_caption(mix)) == sorted([*second.values(), *Shards(folder).every_caption()])
 
 

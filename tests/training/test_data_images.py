@@ -195,7 +195,7 @@ def test_mmgem_pools_the_kept_patches_alone(tmp_path):
 
 
 def test_patches_that_cannot_be_dropped_are_one_clear_line():
-    with pytest.raises(UserError, match="patch_dropout: Linear is no ViT"):
+    with pytest.raises(UserError, match="patch_dropout: Linear is no ViT of open_clip's or timm's"):
         take_over(torch.nn.Linear(2, 2), 0.5)
     with pytest.raises(UserError, match=r"patch_dropout: 1.0 is no share"):
         ImageSpec.of_vit((8, 8), 1.0, size=8, mean=(0,) * 3, std=(1,) * 3)

@@ -32,7 +32,7 @@ def dual(recipe, sizes, *more):
 
 FAMILIES = {
     "clip": lambda backbones: dual("tiny_clip", CLIP),
-    "siglip": lambda backbones: dual("tiny_clip", CLIP, "--objective.coupled", "siglip"),
+    "siglip": lambda backbones: dual("tiny_clip", CLIP, "--objective.coupled", "siglip", "--clip.patch_dropout", "0.5"),
     "negclip": lambda backbones: dual("tiny_negclip", CLIP),
     "coca": lambda backbones: dual("tiny_coca", json.dumps(COCA)),
     **{name: lambda backbones, name=name: bridge(backbones, name) for name in MAPPINGS},

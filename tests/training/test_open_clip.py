@@ -17,7 +17,8 @@ from curation.errors import UserError
 from curation.manifest import write_manifest
 from curation.preprocess import preprocess_of
 from curation.signals.clip import Clip as ClipSignal
-from tests.training.plain import differences
+from tests.training.plain import differences, doubled, patched_float, plain_gradients, whole_batch
+from tests.training.step import cached_gradients, chunks_of
 from tests.training.test_data_images import encoded, photograph
 from tests.training.test_taken_away import TEXTS, pictures
 from training.auto import AutoModel, AutoProcessor
@@ -29,6 +30,7 @@ from training.family_config import ClipRecipe
 from training.inference import load
 from training.look import look_of
 from training.models.clip import Clip
+from training.models.patches import grid_of, only, take_over
 from training.models.vision import vision_tower
 from training.partitioned import Deferred
 from training.train import parse
@@ -227,6 +229,48 @@ def test_siglip_is_built_in_parts_and_computes_its_activations_again(small):
         found.append({name: p.grad.clone() for name, p in whole.towers.named_parameters()})
         whole.checkpoint_activations()
     assert max(differences(found[1], found[0])) < 1e-6
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_timms_vits_run_and_pool_the_kept_patches_alone(prefix):
+    """Without class token (attention pooling), with one, with registers behind it; the rows are picked by hand."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 8}
+    token = {"class_token": prefix > 0, "reg_tokens": max(0, prefix - 1), "global_pool": "token" if prefix else "map"}
+    visual = torch.nn.Module()
+    visual.trunk = trunk = timm.create_model("vit_base_patch16_224", **sizes, **token)
+    take_over(visual, 0.5)
+    pixels, kept = torch.randn(2, 3, 32, 32), torch.tensor([[0, 1, 5, 15], [2, 7, 8, 9]])
+    rows = torch.cat([torch.arange(prefix).expand(2, -1), prefix + kept], 1)
+    tokens = trunk._pos_embed(trunk.patch_embed(pixels))
+    picked = torch.stack([row[which] for row, which in zip(tokens, rows)])
+    expected = trunk.forward_head(trunk.norm(trunk.blocks(trunk.norm_pre(picked))))
+    with only(visual, kept):
+        assert torch.equal(trunk(pixels), expected)
+    assert trunk.num_prefix_tokens == prefix and grid_of(visual) == (4, 4)
+    assert not torch.allclose(trunk(pixels), expected, atol=1e-6), "outside, all of them"
+
+
+def test_a_siglip_trains_on_half_its_patches_and_goes_out_with_all(small, shards, tmp_path):
+    """The cached step against one plain step on the same patches; open_clip's model of the export drops none."""
+    batch = ["--loader.batch", "12", "--loader.chunk", "5", "--loader.captions", "caption", "--precision", "fp32"]
+    config = recipe_of(small, "--clip.patch_dropout", "0.5", *batch)
+    family = build(config, tmp_path / "tokenizer", list)
+    model = family.model.double().train()
+    chunks = [doubled(c) for c in chunks_of(shards, family, config)]
+    assert [c["patches"].shape for c in chunks] == [(5, 8), (5, 8), (2, 8)]
+    with patched_float():
+        loss, expected = plain_gradients(model, [whole_batch(chunks)], config.objective)
+        metrics, found = cached_gradients(model, chunks, config.objective)
+        whole = {name: x for name, x in whole_batch(chunks).items() if name != "patches"}
+        full, _ = plain_gradients(model, [whole], config.objective)
+    assert max(differences(found, expected)) < 1e-12 and abs(float(metrics["loss"] - loss)) < 1e-12
+    assert abs(float(full - loss)) > 1e-6
+
+    save(config, family, model.float().state_dict(), tmp_path / "export")
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'export'}").train()
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.equal(theirs.encode_image(pixels), model.eval().towers.encode_image(pixels))
 
 
 LOOKS = {

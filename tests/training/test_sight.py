@@ -50,7 +50,9 @@ def run_of(tmp_path, steps, work, errors, timers, **log):
             loss = flops.forward(lambda layer=layer, x=x: layer(x).sum(), {"x": x}, True)
             flops.backward(loss.backward)
             metrics = {"loss": 1.0 / step, "temperature": 0.07, "grad_norm": 2.0}
-            lines.append(sight.step(step, metrics, errors=errors, seconds=timers.seconds, groups=GROUPS))
+            lines.append(
+                sight.step(step, metrics, draws=2**63 - step, errors=errors, seconds=timers.seconds, groups=GROUPS)
+            )
     return lines, sight
 
 
@@ -65,6 +67,7 @@ def test_a_line_holds_the_figures_of_its_steps_and_tensorboard_the_same(tmp_path
     written = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in written] == [5, 10, 12] and written[0]["samples"] == 160
     last = written[-1]
+    assert last["batch_id"] == f"{2**63 - 12:016x}"
     assert (last["lr_heads"], last["lr_1"], last["errors"]) == (0.1, 0.01, 3)
     assert last["errors_by_reason"] == {"truncated": 2, "no_image": 1}
     assert last["samples_per_second"] > 2 * 32 / spent and 0 <= last["data_share"] < 1
@@ -72,6 +75,7 @@ def test_a_line_holds_the_figures_of_its_steps_and_tensorboard_the_same(tmp_path
     seconds = 2 * 32 / last["samples_per_second"]
     assert last["mfu"] == pytest.approx(2 * 2 * 2 * 4 * 8 * 8 / (seconds * sight.peak)) and last["hfu"] == last["mfu"]
     assert last["peak_gflops"] == pytest.approx(sight.peak / 1e9)
+    assert last["useful_gflop"] == last["executed_gflop"] == 2 * 2 * 4 * 8 * 8 / 1e9, "of one step"
     assert 50 < last["memory_mib"] < 100_000
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for name in ("loss", "mfu", "lr_heads", "memory_mib", "errors_by_reason/truncated"):

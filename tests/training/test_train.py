@@ -17,10 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from curation.errors import UserError
+from curation.hashing import hash64
 from tests.conftest import ROOT, gemsmith
-from tests.training.conftest import TINY, write_shards
+from tests.training.conftest import TINY, tiny_config, write_shards
 from training import checkpoint
+from training.data import ImageSpec, Loader, Shards
 from training.inference import load
+from training.train import check_free
 
 STEPS = 24
 AUTO = ("--loader.retain", "auto", "--loader.retain_gib", "0.0045")
@@ -59,6 +62,12 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
     return {f"{f.name}/{k}": v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
+def seen_of(run: Path) -> list[tuple[str, float]]:
+    """What samples each step saw, and its loss."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["batch_id"], line["loss"]) for line in lines]
+
+
 def cut_short(run: Path, copy: Path) -> Path:
     """A copy of a finished run, as a kill after its last checkpoint but one leaves it."""
     shutil.copytree(run, copy)
@@ -82,12 +91,20 @@ def test_a_run_leaves_what_the_contract_says(finished, shards):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(line["loss"] == pytest.approx(line["loss_embed"] + line["loss_generate"], rel=1e-5) for line in lines)
     assert lines[-1]["loss"] < lines[0]["loss"]
+    config, spec = tiny_config(), ImageSpec(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    loader = Loader(Shards(shards), config.loader, spec, lambda _: {}, seed=config.seed, rank=0, world_size=1)
+    for step, epoch in ((0, 0), (2, 0), (4, 1)):  # keys of these shards are numbers, uids the same in hexadecimal
+        draws = [hash64(config.seed, epoch, f"{int(key):032x}") >> 1 for key in loader.ids(step)]
+        assert lines[step]["batch_id"] == f"{sum(draws) % 2**64:016x}" and len({*draws}) == 32
     assert {"temperature", "grad_norm", "lr", "samples_per_second", "data_share", "samples"} <= set(lines[0])
     assert [p.name for p in checkpoint.complete(finished)] == ["step_00000016", "step_00000020", "step_00000024"]
     assert {"mfu", "hfu", "memory_mib", "all_gather_mib", "reduce_scatter_mib", "lr_0", "errors_by_reason"} <= set(
         lines[0]
     )
     assert all(0 < line["mfu"] < line["hfu"] < 1 for line in lines)
+    for line in lines:  # all ranks' operations of a step
+        assert line["executed_gflop"] / line["useful_gflop"] == pytest.approx(line["hfu"] / line["mfu"])
+        assert line["useful_gflop"] > 0
     assert len(list((finished / "logs").glob("rank_*.log"))) == 2
     assert list((finished / "tensorboard").glob("events*"))
     done = gemsmith("train", *arguments(shards, finished), "--ranks", 2)
@@ -127,8 +144,7 @@ def test_sigkill_and_resume_give_the_same_bits(finished, shards, tmp_path):
     expected, found = state_of(finished), state_of(run)
     assert expected.keys() == found.keys() and len(expected) > 4
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    metrics = [[json.loads(x) for x in (r / "metrics.jsonl").read_text().splitlines()] for r in (finished, run)]
-    assert [m["loss"] for m in metrics[0]] == [m["loss"] for m in metrics[1]]
+    assert (steps := seen_of(run)) == seen_of(finished) and len({batch for batch, _ in steps}) == STEPS
 
 
 def test_sigterm_while_the_ranks_start_ends_the_run(shards, tmp_path):
@@ -141,17 +157,30 @@ def test_sigterm_while_the_ranks_start_ends_the_run(shards, tmp_path):
     assert not (run / "manifest.json").exists()
 
 
-def test_sigterm_saves_together_and_leaves_no_orphans(shards, tmp_path):
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("killed", ["gemsmith", "runner"])
+def test_a_run_that_is_ended_saves_together_and_leaves_no_orphans(shards, tmp_path, killed):
+    """By SIGTERM to `gemsmith train`, or as the launcher's runner dies."""
     run = tmp_path / "stopped"
     process = start(shards, run)
     wait_for(lambda: len(checkpoint.complete(run)) >= 1 or process.poll() is not None)
     ranks = [int(f.read_text()) for f in (run / "ranks").glob("*.pid")]
+    with pytest.raises(UserError, match=rf"{ranks[0]}.* train there"):  # a second set of ranks beside the first
+        check_free(run)
     begun = time.monotonic()
-    os.kill(process.pid, signal.SIGTERM)
+    if killed == "gemsmith":
+        os.kill(process.pid, signal.SIGTERM)
+    else:
+        (runner,) = psutil.Process(process.pid).children()
+        runner.kill()
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output[-2000:]
+    assert process.returncode == {"gemsmith": 143, "runner": 128 + signal.SIGKILL}[killed], output[-2000:]
     assert time.monotonic() - begun < 30
-    assert len(ranks) == 2 and not any(psutil.pid_exists(pid) for pid in ranks)
+    assert len(ranks) == 2 and all(gone(pid) for pid in ranks)
+    check_free(run)
     last = checkpoint.latest(run)
     assert last is not None
     stopped_at = json.loads((last / "manifest.json").read_text())["step"]
@@ -278,16 +307,32 @@ def test_checkpoints_that_cannot_be_resumed_are_refused_before_anything_starts(s
     assert f"{file.name} is missing" in line and "the run resumes from the one before" in line
 
 
+def start_in(room: int, shards: Path, run: Path) -> tuple[int, str]:
+    """(exit code, output) of ranks whose writes past so many bytes of a file fail, as on a full disk."""
+    process = start(shards, run)
+    ranks = wait_for(lambda: len(found := list((run / "ranks").glob("*.pid"))) == 2 and found)
+    for file in ranks:
+        number = int(wait_for(file.read_text))
+        resource.prlimit(number, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def test_no_room_for_the_figures_of_a_step_is_one_line(stopped, shards):
+    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    code, output = start_in(len("".join(lines[:20])) + 100, shards, stopped)
+    assert code == 2 and "resuming after step 20" in output and "Traceback" not in output, output[-3000:]
+    said = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert any(x.startswith(f"error: --out {stopped}: a file grows beyond the limit") for x in said), said
+    assert all("a file grows" in x or "has ended on rank 0" in x for x in said)
+    assert [p.name for p in checkpoint.complete(stopped)] == ["step_00000016", "step_00000020"]
+
+
 def test_without_a_manifest_or_room_the_checkpoint_before_counts(finished, stopped, shards):
     """Resumed from before a checkpoint without manifest; then the disk is full, and then it has room again."""
     (checkpoint.step_folder(stopped, 20) / "manifest.json").unlink()
-    process = start(shards, stopped)
-    ranks = wait_for(lambda: len(found := list((stopped / "ranks").glob("*.pid"))) == 2 and found)
-    for file in ranks:  # writes past this fail, as on a full disk; a rank's part of a checkpoint is larger
-        number = int(wait_for(file.read_text))
-        resource.prlimit(number, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "resuming after step 16" in output, output[-2000:]
+    code, output = start_in(100_000, shards, stopped)  # a rank's part of a checkpoint is larger
+    assert code == 2 and "resuming after step 16" in output, output[-2000:]
     said = [line for line in output.splitlines() if line.startswith("error: ")]
     assert said and all("the checkpoint could not be written" in x and "make room" in x for x in said), output[-2000:]
     assert "Traceback" not in output

@@ -75,7 +75,8 @@ class Loader:
         mismatched: (draw) -> whether that row of pairs is given another's text too, as "other".
         cache: where decoded pictures are kept, a file for each source, or None.
 
-    A chunk has "valid" bool [c] and "groups" int64 [c], and by its kind "pixel_values" [c, 3, S, S], what
+    A chunk has "valid" bool [c], "groups" int64 [c] and "draws" int64 [c] (half of each row's `draw`, which says what
+    sample of what epoch it is; 0 of a hole), and by its kind "pixel_values" [c, 3, S, S], what
     `encode_text` gives, "regions" fp32 [c, N] (a row's region as weights of the patches), and "patches" int64 [c, keep]
     (numbers of the patches that the step sees, ascending) where `image.keep` is set.
     """
@@ -111,16 +112,11 @@ class Loader:
         self.dtype, self.pinned = dtype, torch.cuda.is_available()
         self.retain = config.retain if isinstance(config.retain, int) else 0
         self.longest = False  # give every row the longest text there may be: what a chunk of the run takes at most
-        self.holes: Counter[str] = Counter()
+        self.holes: Counter[str] = Counter()  # of the batches given so far, on this rank, by reason
         self.timers = Timers()
         self._encoding = threading.Lock()  # Hugging Face's fast tokenizers refuse two threads at once
         pictures = [source.kind in ("pairs", "images", "regions") for source in self.sources]
         self._decoded = [_Decoded(cache, s, self.side) if cache and p else None for s, p in zip(self.sources, pictures)]
-
-    @property
-    def errors(self) -> int:
-        """Holes in the batches given so far, on this rank."""
-        return self.holes.total()
 
     def batches(self, step: int, steps: int) -> Iterator[list[Chunk]]:
         """The chunks of this rank for the batches `step` .. `steps` - 1."""
@@ -300,6 +296,7 @@ class Loader:
         """The tensors of a chunk whose rows are all read."""
         chunk: Chunk = {"valid": torch.tensor([not row.reason for row in rows])}
         chunk["groups"] = torch.tensor([row.group for row in rows])
+        chunk["draws"] = torch.tensor([row.draw >> 1 for row in rows])
         if kind in ("pairs", "texts", "regions") and not self.image.raw:
             with self._encoding, self.timers("tokenise"):
                 chunk |= self.encode_text([row.fields.get("text", "") for row in rows])

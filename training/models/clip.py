@@ -26,8 +26,9 @@ BEGIN = {"log_scale": "init_logit_scale", "logit_bias": "init_logit_bias"}
 
 
 def plain(model_cfg: dict[str, Any]) -> dict[str, Any]:
-    """What open_clip's classes are built with: no class, no scalars, no weights from elsewhere for a picture tower."""
-    vision = {**model_cfg["vision_cfg"], "timm_model_pretrained": False}
+    """What open_clip's classes are built with: no class, no scalars, no weights from elsewhere for a picture tower, and
+    no dropping of patches, which is ours (training/models/patches.py)."""
+    vision = {**model_cfg["vision_cfg"], "timm_model_pretrained": False, "patch_dropout": 0.0}
     return {k: v for k, v in model_cfg.items() if k not in ("custom_text", *BEGIN.values())} | {"vision_cfg": vision}
 
 
@@ -51,6 +52,8 @@ class Clip(nn.Module):
         take_over(self.towers.visual, self.patch_dropout)
         self.scalars = add_scalars(self, objective, own)
         self.model_cfg = {name: value for name, value in model_cfg.items() if name != "init_logit_bias"}
+        # Who takes the model away sees all patches: open_clip would drop them wherever it is in training mode.
+        self.model_cfg["vision_cfg"] = {k: v for k, v in model_cfg["vision_cfg"].items() if k != "patch_dropout"}
         if "logit_bias" in self.scalars:  # open_clip has one where its config does
             self.model_cfg["init_logit_bias"] = model_cfg.get("init_logit_bias") or START["logit_bias"]
 
@@ -84,6 +87,9 @@ class Clip(nn.Module):
                 raise UserError(f"clip.arch: {recipe.arch}: {' '.join(str(error).split())[:200]}") from None
         if model_cfg is None:
             raise UserError(f"clip.arch: open_clip knows no {recipe.arch!r}; open_clip.list_models() names them")
+        if recipe.patch_dropout is not None:
+            vision = {**model_cfg["vision_cfg"], "patch_dropout": recipe.patch_dropout}
+            model_cfg = {**model_cfg, "vision_cfg": vision}
         if "multimodal_cfg" in model_cfg:
             if model_cfg["text_cfg"].get("hf_tokenizer_name"):
                 raise UserError("clip.arch: a CoCa writes by open_clip's own tokenizer alone; take coca_ViT-*")

@@ -16,38 +16,58 @@ from curation.errors import UserError
 
 
 class KeptPatches(nn.Module):
-    """In the place of a ViT's own dropout after the positional embedding: rows of [B, 1 + N, D] by number.
+    """In the place of a ViT's own dropout after the positional embedding: rows of [B, P + N, D] by number.
 
     Outside `only`, and so when a model is graded, every patch is kept.
+
+    Args:
+        prefix: P tokens before the patches (class token, registers), which stay.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: int = 1) -> None:
         super().__init__()
+        self.prefix = prefix
         self.kept: torch.Tensor | None = None  # int64 [B, keep] of 0 .. N - 1
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, 1 + N, D] -> [B, 1 + keep, D]; the class token stays first."""
+        """[B, P + N, D] -> [B, P + keep, D]"""
         if self.kept is None:
             return tokens
-        rows = 1 + self.kept[..., None].expand(-1, -1, tokens.shape[-1])
-        return torch.cat([tokens[:, :1], tokens.gather(1, rows)], 1)
+        rows = self.prefix + self.kept[..., None].expand(-1, -1, tokens.shape[-1])
+        return torch.cat([tokens[:, : self.prefix], tokens.gather(1, rows)], 1)
 
 
 def take_over(visual: Any, dropped: float) -> None:
-    """Put the loader's patches in the place of the tower's own dropout.
+    """Put the loader's patches in the place of the tower's own dropout. What pools after it (a class token, a mean,
+    attention) pools over the kept ones.
+
+    Args:
+        visual: an open_clip tower: its own ViT, or one of timm's, as SigLIP's are.
 
     Raises:
-        UserError: patches are to be dropped by a tower that is not open_clip's ViT.
+        UserError: patches are to be dropped by a tower that is neither.
     """
+    from timm.models.vision_transformer import VisionTransformer
+
+    trunk = getattr(visual, "trunk", None)
     if hasattr(visual, "patch_dropout"):
         visual.patch_dropout = KeptPatches()
+    elif isinstance(trunk, VisionTransformer):
+        trunk.patch_drop = KeptPatches(trunk.num_prefix_tokens)
     elif dropped:
-        raise UserError(f"patch_dropout: {type(visual).__name__} is no ViT of open_clip, which alone can drop patches")
+        kind = type(visual if trunk is None else trunk).__name__
+        raise UserError(f"patch_dropout: {kind} is no ViT of open_clip's or timm's, which alone can drop patches")
+
+
+def grid_of(visual: Any) -> tuple[int, ...]:
+    """(rows, columns) of a ViT's patches; () of another tower."""
+    timms = getattr(getattr(visual, "trunk", None), "patch_embed", None)
+    return tuple(getattr(visual, "grid_size", None) or getattr(timms, "grid_size", None) or ())
 
 
 @contextlib.contextmanager
 def only(visual: Any, kept: torch.Tensor | None) -> Iterator[None]:
-    """Inside, the tower sees these patches (int64 [B, keep]) and its class token; all where `kept` is None."""
+    """Inside, the tower sees these patches (int64 [B, keep]) alone; all of them where `kept` is None."""
     if kept is None:
         yield
         return
