@@ -269,7 +269,9 @@ def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[],
         image=ImageSpec(size=side, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode=resize_mode, raw=True),
         encode_text=lambda texts: inputs.side([Item(text=text) for text in texts], picture=False),
         export=export,
-        read_export=lambda folder: Vlm2Vec.from_pretrained(folder).state_dict(),
+        read_export=lambda folder: Vlm2Vec.from_pretrained(
+            folder, trust_remote_code=recipe.trust_remote_code
+        ).state_dict(),
         tokenizer=processor,
         extra=lambda kind, rows: inputs.collate([row_of(drawn) for drawn in rows]),
         encode_images=lambda pictures: inputs.side([Item(text=task, image=picture) for picture in pictures]),

@@ -40,7 +40,8 @@ class Vlm2VecConfig(PretrainedConfig):
     embed_dim: width of a projection, None for the backbone's own states · objective: the coupled loss's section of the
     recipe (which scalars there are, and where they begin).
 
-    Whether remote code may run is never written down: who opens the folder says so again.
+    trust_remote_code: whether the backbone's own code may run. It is never written down and never read from a folder,
+    whatever its config.json says: who opens the folder says so again.
     """
 
     model_type = "vlm2vec"
@@ -52,13 +53,13 @@ class Vlm2VecConfig(PretrainedConfig):
         embed_dim: int | None = None,
         normalize: bool = True,
         objective: dict[str, Any] | None = None,
-        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> None:
+        kwargs.pop("trust_remote_code", None)  # a folder's word; the attribute is set by those who open it
         self.backbone, self.backbone_name = backbone or {}, backbone_name
         self.embed_dim, self.normalize = embed_dim, normalize
         self.objective = objective or {}
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code = False
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,12 +108,18 @@ class Vlm2Vec(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "Vlm2Vec":
-        """
+        """`trust_remote_code`: whether the backbone's code may run, where it brings some.
+
         Raises:
-            UserError: the folder holds another family's model.
+            UserError: the folder holds another family's model, or its backbone brings code that is not trusted.
         """
         check_kind(pretrained_model_name_or_path, Vlm2VecConfig.model_type, "Vlm2Vec.from_pretrained")
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = kwargs.pop("config", None)
+        if not isinstance(config, Vlm2VecConfig):
+            config = Vlm2VecConfig.from_pretrained(config or pretrained_model_name_or_path)
+        # transformers' own would drop it on the way.
+        config.trust_remote_code = kwargs.pop("trust_remote_code", None) is True
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     @classmethod
     def from_recipe(cls, recipe: Vlm2VecRecipe, settings: Any, objective: ObjectiveConfig) -> "Vlm2Vec":
@@ -128,8 +135,8 @@ class Vlm2Vec(PreTrainedModel):
             embed_dim=recipe.embed_dim,
             normalize=recipe.normalize,
             objective={k: v for k, v in vars(objective).items() if k != "weights"},
-            trust_remote_code=remote,
         )
+        config.trust_remote_code = remote
         if name is None:
             return cls(config)
         auto = _loader(settings, remote)
@@ -315,7 +322,8 @@ def _loader(settings: Any, trust: bool) -> Any:
 
 def _untrusted(name: str) -> UserError:
     return UserError(
-        f"vlm2vec.trust_remote_code: {name} brings code of its own; read it, and set this to true if you trust it"
+        f"vlm2vec.trust_remote_code: {name} brings code of its own; read it, and set this to true if you trust it "
+        "(of a trained model: --trust-remote-code, or trust_remote_code=True of from_pretrained)"
     )
 
 
