@@ -70,7 +70,7 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
     from training.models import mmgem_regions
     from training.models.bridge import Bridge
     from training.models.mmgem import MMGem
-    from training.tokenizer import EMB, load_tokenizer
+    from training.tokenizer import EMB, caption_ids, load_tokenizer
 
     assert config.mmgem is not None
     recipe = config.mmgem
@@ -108,7 +108,7 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
             raise UserError(f"{name}: {tokens} is more than the {places} positions of the LLM; lower it")
 
     def encode_text(texts: list[str], max_tokens: int = config.loader.max_tokens) -> dict[str, torch.Tensor]:
-        ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_tokens - 1)["input_ids"]
+        ids = caption_ids(tokenizer, texts, max_tokens - 1)
         longest = max(map(len, ids)) + 1
         return {
             "input_ids": torch.tensor([row + [emb] + [pad] * (longest - 1 - len(row)) for row in ids]),

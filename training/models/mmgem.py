@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from curation.errors import UserError
 from training.config import ObjectiveConfig
 from training.family_config import LanguageConfig, VisionConfig
 from training.models import mmgem_regions
@@ -253,8 +254,23 @@ class MMGem(PreTrainedModel):
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output`: unit text embeddings [B, E]; the [EMB] token is the last real token of each row."""
-        at = (input_ids == self.config.emb_token_id).int().argmax(1)
+        """`pooler_output`: unit text embeddings [B, E]; `last_hidden_state` [B, T, H]. A text is embedded at its last
+        [EMB], and padded on the right.
+
+        Raises:
+            UserError: a row without [EMB], or padded on the left.
+        """
+        ends = input_ids == self.config.emb_token_id  # [B, T]
+        if attention_mask is not None:
+            if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+                raise UserError("attention_mask: has padding before a text; pad on the right, as the processor does")
+            ends = ends & attention_mask.bool()
+        if not bool(ends.any(1).all()):
+            row = int((~ends.any(1)).nonzero()[0])
+            raise UserError(
+                f"input_ids: row {row} has no {EMB}, at which a text is embedded; make them with the model's processor"
+            )
+        at = input_ids.shape[1] - 1 - ends.flip(1).int().argmax(1)  # [B]
         hidden = self.llm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return BaseModelOutputWithPooling(pooler_output=self.at_emb(hidden, at), last_hidden_state=hidden)
 
