@@ -28,7 +28,7 @@ from training.config import ObjectiveConfig
 from training.family_config import LanguageConfig, VisionConfig
 from training.models import mmgem_regions
 from training.models.dropout import stacked
-from training.models.head import Head
+from training.models.head import Head, finish_of
 from training.models.kind import check_kind, opened
 from training.models.patches import only
 from training.models.scalars import add_scalars, read_scalars
@@ -100,7 +100,9 @@ class MMGem(PreTrainedModel):
                 setattr(text_config, name, 0.0)
         self.vision: Any = vision_tower(config.vision_config)
         self.llm = AutoModelForCausalLM.from_config(text_config)
-        self.llm.set_output_embeddings(Head.of(self.llm.get_output_embeddings()))
+        head = Head.of(self.llm.get_output_embeddings())
+        self.llm.set_output_embeddings(head)
+        head.scale, head.cap = finish_of(self.llm)
         self.blocks = {"ResidualAttentionBlock", *(self.llm._no_split_modules or ())}
         width, hidden = self.vision.conv1.out_channels, text_config.hidden_size
         self.h1 = nn.Linear(width, config.embed_dim)
