@@ -307,4 +307,4 @@ def _adapted(family: Family, recipe: TrainConfig, config: AdapterConfig) -> Fami
         elif hasattr(family.tokenizer, "save_pretrained"):
             family.tokenizer.save_pretrained(str(folder))
 
-    return replace(family, export=export, read_export=lambda folder: adapters.read_export(model, folder))
+    return replace(family, export=export, read_export=lambda folder: adapters.read_export(model, config, folder))

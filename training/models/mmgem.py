@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
 
 from curation.errors import UserError
 from training.config import ObjectiveConfig
@@ -247,12 +248,14 @@ class MMGem(PreTrainedModel):
             return {}
         return {"generate": float((chunk["labels"][chunk["valid"]] >= 0).sum())}
 
-    @torch.no_grad()
+    @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
-        """`pooler_output`: unit image embeddings [B, E]."""
-        return BaseModelOutputWithPooling(pooler_output=F.normalize(self._pooled(pixel_values).float(), dim=-1))
+        """`pooler_output`: unit image embeddings [B, E]; `last_hidden_state`: the feature map V [B, N, Dv]."""
+        patches = self.feature_map(pixel_values)
+        pooled = F.normalize(self.h1(patches).mean(1).float(), dim=-1)
+        return BaseModelOutputWithPooling(pooler_output=pooled, last_hidden_state=patches)
 
-    @torch.no_grad()
+    @can_return_tuple
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> BaseModelOutputWithPooling:
@@ -276,7 +279,6 @@ class MMGem(PreTrainedModel):
         hidden = self.llm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return BaseModelOutputWithPooling(pooler_output=self.at_emb(hidden, at), last_hidden_state=hidden)
 
-    @torch.no_grad()
     def get_region_features(self, patches: torch.Tensor, regions: torch.Tensor) -> BaseModelOutputWithPooling:
         """`pooler_output`: unit embeddings [B, E] of the regions [B, N] of the feature maps [B, N, Dv]."""
         return BaseModelOutputWithPooling(pooler_output=self.region_embedding(self.pooled_region(patches, regions)))

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
 
 from curation.errors import UserError
 from training.config import ObjectiveConfig
@@ -155,6 +156,10 @@ class Vlm2Vec(PreTrainedModel):
 
     def embed(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Embeddings, fp32 [n, D], of rows as `Inputs.side` makes them, padded on either side."""
+        return self._encoded(inputs).pooler_output
+
+    def _encoded(self, inputs: dict[str, torch.Tensor]) -> Any:
+        """`pooler_output`: embeddings [n, D]; `last_hidden_state`: the backbone's states [n, T, H]."""
         inputs = {k: v.to(self.backbone.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         base, mask = self.backbone.base_model, inputs["attention_mask"]
         if "mm_token_type_ids" not in inputs and "position_ids" in inspect.signature(base.forward).parameters:
@@ -168,7 +173,8 @@ class Vlm2Vec(PreTrainedModel):
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
         if self.projection is not None:
             pooled = self.projection(pooled)
-        return F.normalize(pooled.float(), dim=-1) if self.config.normalize else pooled.float()
+        pooled = F.normalize(pooled.float(), dim=-1) if self.config.normalize else pooled.float()
+        return BaseModelOutputWithPooling(pooler_output=pooled, last_hidden_state=hidden)
 
     def forward(self, chunk: Any, separable: bool = False) -> dict[str, Any]:
         """One chunk of `Inputs.collate` -> the fields of `gradient_cache.Outputs`.
@@ -186,19 +192,18 @@ class Vlm2Vec(PreTrainedModel):
     def counts(chunk: Any) -> dict[str, float]:
         return {}
 
-    @torch.no_grad()
+    @can_return_tuple
     def get_image_features(self, **inputs: torch.Tensor) -> BaseModelOutputWithPooling:
-        """`pooler_output`: embeddings [n, D] of what the backbone's processor made of pictures with their prompts."""
-        return BaseModelOutputWithPooling(pooler_output=self.embed(inputs))
+        """Of what the backbone's processor made of pictures with their prompts: `pooler_output`: embeddings [n, D];
+        `last_hidden_state`: the backbone's states [n, T, H]."""
+        return self._encoded(inputs)
 
-    @torch.no_grad()
+    @can_return_tuple
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: torch.Tensor
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output`: embeddings [n, D] of texts."""
-        return BaseModelOutputWithPooling(
-            pooler_output=self.embed({"input_ids": input_ids, "attention_mask": attention_mask, **inputs})
-        )
+        """As `get_image_features`, of texts."""
+        return self._encoded({"input_ids": input_ids, "attention_mask": attention_mask, **inputs})
 
     @torch.no_grad()
     def generate(self, **inputs: Any) -> torch.Tensor:
