@@ -56,12 +56,11 @@ class Vlm2VecConfig(PretrainedConfig):
         objective: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        kwargs.pop("trust_remote_code", None)  # a folder's word; the attribute is set by those who open it
         self.backbone, self.backbone_name = backbone or {}, backbone_name
         self.embed_dim, self.normalize = embed_dim, normalize
         self.objective = objective or {}
-        self.trust_remote_code = False
         super().__init__(**kwargs)
+        self.trust_remote_code = False  # last, whatever else the folder's config sets
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in super().to_dict().items() if name != "trust_remote_code"}
