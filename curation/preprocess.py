@@ -43,6 +43,26 @@ def preprocess_of(arch: str, pretrained: str | None) -> dict[str, Any]:
     return published[0] if agreed else _complete({})
 
 
+def check_activation(arch: str, pretrained: str | None, field: str) -> None:
+    """
+    Args:
+        field: begins the line of the error.
+
+    Raises:
+        UserError: published weights that were trained with QuickGELU, for an architecture without it. open_clip would
+            only warn, and the model would be one that no paper means.
+    """
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    name = arch.replace("/", "-")
+    tag = get_pretrained_cfg(name, pretrained or "")
+    if tag.get("quick_gelu", False) and not (open_clip.get_model_config(name) or {}).get("quick_gelu", False):
+        raise UserError(
+            f"{field}: pretrained={pretrained} was trained with QuickGELU, which {arch} lacks; name {arch}-quickgelu"
+        )
+
+
 def _complete(known: dict[str, Any]) -> dict[str, Any]:
     """open_clip's defaults where nothing else is said; sequences as lists, as JSON has them."""
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict

@@ -59,11 +59,11 @@ def load_config(overrides: Sequence[str]) -> EvaluateConfig:
     return EvaluateConfig(**{name: getattr(parsed, name) for name in EvaluateConfig.__dataclass_fields__})
 
 
-def load_checkpoint(checkpoint: Path, embed_tokens: int | None = None) -> Model:
+def load_checkpoint(checkpoint: Path, embed_tokens: int | None = None, trust_remote_code: bool = False) -> Model:
     """The project's own loader; torch is imported with it."""
     from training.inference import load
 
-    return load(checkpoint, embed_tokens)
+    return load(checkpoint, embed_tokens, trust_remote_code=trust_remote_code)
 
 
 def open_sources(tasks: Sequence[str], data: Sources) -> dict[str, Any]:

@@ -9,12 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from curation.errors import UserError, exit_code
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {}
+TRUST: dict[str, Any] = {"action": "store_true", "help": "run code that a VLM's folder brings (vlm2vec)"}
 
 
 def command(name: str, summary: str) -> Callable[[Callable[[list[str]], int]], Callable[[list[str]], int]]:
@@ -174,20 +176,16 @@ def train(arguments: list[str]) -> int:
     ranks_parser = _parser("train")
     ranks_parser.add_argument("--ranks", type=int)
     a, rest = ranks_parser.parse_known_args(arguments)
+    import torch
+
     from jobs.launch import launch
     from training.train import parse, prepare
 
-    ranks = a.ranks or _accelerators() or 2
+    ranks = a.ranks or torch.cuda.device_count() or 2
     config, data, run, overwrite = parse(rest)
     if not prepare(config, data, run, world_size=ranks, overwrite=overwrite):
         return 0
     return launch([word for word in rest if word != "--overwrite"], run, ranks)
-
-
-def _accelerators() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 @command("export", "a checkpoint as a folder that others open, without a GPU")
@@ -198,10 +196,11 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default: fp32)")
     parser.add_argument("--merge", action="store_true", help="add the adapter into the weights; needs no peft to open")
     parser.add_argument("--overwrite", action="store_true", help="discard what OUT holds")
+    parser.add_argument("--trust-remote-code", **TRUST)
     a = parser.parse_args(arguments)
     from training.export import export as run
 
-    run(a.checkpoint, a.out, a.dtype, merge=a.merge, overwrite=a.overwrite)
+    run(a.checkpoint, a.out, a.dtype, merge=a.merge, overwrite=a.overwrite, trust_remote_code=a.trust_remote_code)
     return 0
 
 
@@ -214,6 +213,7 @@ def _grading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="results.jsonl; lines are appended")
     parser.add_argument("--cache", type=Path, help="folder that keeps embeddings by content")
     parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--trust-remote-code", **TRUST)
 
 
 def _sources(tasks: Sequence[str], data: Sequence[str]) -> Any:
@@ -240,7 +240,7 @@ def evaluate(arguments: list[str]) -> int:
     _set_threads(a.threads)
     tasks = a.tasks.split(",")
     run(
-        load=lambda folder: load_checkpoint(folder, a.embed_tokens),
+        load=lambda folder: load_checkpoint(folder, a.embed_tokens, a.trust_remote_code),
         checkpoint=a.checkpoint,
         tasks=tasks,
         data=_sources(tasks, a.data),
@@ -274,7 +274,7 @@ def watch(arguments: list[str]) -> int:
     parser.add_argument("--best", metavar="TASK.METRIC", help="name the best checkpoint in RUN/best.json and keep it")
     _grading(parser)
     a, overrides = parser.parse_known_args(arguments)
-    from evaluation.evaluate import load_config
+    from evaluation.evaluate import load_checkpoint, load_config
     from evaluation.watch import watch as run
 
     tasks = a.tasks.split(",")
@@ -288,6 +288,7 @@ def watch(arguments: list[str]) -> int:
         idle_seconds=a.idle_seconds,
         threads=a.threads,
         best=a.best,
+        load=partial(load_checkpoint, trust_remote_code=a.trust_remote_code),
     )
     return 0
 
@@ -311,12 +312,17 @@ def search(arguments: list[str]) -> int:
     parser.add_argument("--top", type=int, default=12, help="pictures shown a query (default: 12)")
     parser.add_argument("--out", type=Path, help="folder of the index and the page (default: DATA.search)")
     parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--trust-remote-code", **TRUST)
     a = parser.parse_intermixed_args(arguments)
+    from evaluation.evaluate import load_checkpoint
     from evaluation.search import as_text
     from evaluation.search import search as run
 
     _set_threads(a.threads)
-    found, page = run(checkpoint=a.checkpoint, data=a.data, texts=a.text, images=a.image, top=a.top, out=a.out)
+    load = partial(load_checkpoint, trust_remote_code=a.trust_remote_code)
+    found, page = run(
+        checkpoint=a.checkpoint, data=a.data, texts=a.text, images=a.image, top=a.top, out=a.out, load=load
+    )
     print(f"{as_text(a.text, a.image, found)}\n{page}")
     return 0
 

@@ -11,14 +11,15 @@ losses do not know of it. Positions come from the attention mask, so that left
 padding does not move a text away from the prompt.
 
 The exported adapter is peft's own folder: `PeftModel.from_pretrained` opens it
-around the bare module. `trained.safetensors` beside it holds every tensor that
-trained, so the run's recipe and its backbone make the whole model again.
+around the bare module. `backbone.json` in it knows the weights that it was
+trained around. `trained.safetensors` beside it holds every tensor that trained,
+so the run's recipe and its backbone make the whole model again.
 """
 
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from curation.errors import UserError
+from curation.hashing import config_hash, hash64
 from training.config import AdapterConfig, GroupConfig
 from training.models import dropout
 from training.models.head import Head
 
 BLOCK = 64  # weights that share a scale, as in QLoRA
-FOLDER, TRAINED = "adapter", "trained.safetensors"
+FOLDER, TRAINED, BACKBONE = "adapter", "trained.safetensors", "backbone.json"
 PREFIX = "base_model.model."
 """What peft writes before the names of a wrapped module's parameters."""
 
@@ -250,7 +252,8 @@ def _adapter_state(module: Any) -> dict[str, torch.Tensor]:
 
 
 def export(model: nn.Module, config: AdapterConfig, folder: Path) -> None:
-    """Write FOLDER as peft's `save_pretrained` does, and TRAINED: all that the recipe cannot make again."""
+    """Write FOLDER as peft's `save_pretrained` does, BACKBONE in it, and TRAINED: all that the recipe cannot make
+    again."""
     module = _module(model, config)
     target = folder / FOLDER
     target.mkdir(parents=True, exist_ok=True)
@@ -261,18 +264,53 @@ def export(model: nn.Module, config: AdapterConfig, folder: Path) -> None:
     training, settings.inference_mode = settings.inference_mode, True
     settings.save_pretrained(str(target))
     settings.inference_mode = training
+    (target / BACKBONE).write_text(json.dumps(_fingerprint(module), indent=1))
     trained = {name: p.detach().contiguous().clone() for name, p in model.named_parameters() if p.requires_grad}
     save_file(trained, folder / TRAINED)
 
 
-def read_export(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+def _fingerprint(module: nn.Module, names: Collection[str] | None = None) -> dict[str, str]:
+    """{name in the bare module: hash of 64 of its values}, of these frozen tensors, or of 32 drawn by their names.
+
+    Values count as bf16, in which a checkpoint may hold them; packed ones (QLoRA's) do not.
+    """
+    frozen = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): parameter.detach().flatten()
+        for name, parameter in module.named_parameters()
+        if parameter.is_floating_point() and not parameter.requires_grad
+    }
+    if names is None:
+        names = sorted(frozen, key=lambda name: hash64("backbone", name))[:32]
+    parts = {n: frozen[n][:: max(1, frozen[n].numel() // 64)][:64].bfloat16().float() for n in names if n in frozen}
+    return {name: config_hash(values.tolist()) for name, values in parts.items()}
+
+
+def _same_backbone(module: Any, folder: Path, field: str) -> None:
+    """
+    Raises:
+        UserError: the adapter in this folder was trained around other weights of the same shapes.
+    """
+    if not (folder / BACKBONE).exists():
+        return  # peft's own
+    written = json.loads((folder / BACKBONE).read_text())
+    found = _fingerprint(module, written)
+    if name := next((name for name in sorted(found) if found[name] != written[name]), None):
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise UserError(
+            f"{field}: {folder} is of another backbone: {name} has other values here; "
+            f"take {base or 'the backbone'} that it was trained with"
+        )
+
+
+def read_export(model: nn.Module, config: AdapterConfig, folder: Path) -> dict[str, torch.Tensor]:
     """The whole state of a model whose recipe made it again, with what trained as `export` wrote it.
 
     Raises:
-        UserError: the tensors are not those of this model.
+        UserError: the tensors are not those of this model, or its backbone is not what they were trained with.
     """
     trained, state = load_file(folder / TRAINED), model.state_dict()
     _fits(trained, {n: p for n, p in model.named_parameters() if p.requires_grad}, folder / TRAINED)
+    _same_backbone(_module(model, config), folder / FOLDER, "adapter")
     return {**state, **trained}
 
 
@@ -298,6 +336,7 @@ def load(module: Any, folder: Path) -> None:
         )
     wanted = _adapter_state(module)
     _fits(tensors, wanted, folder)
+    _same_backbone(module, folder, "adapter.init_from")
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(tensors[name])

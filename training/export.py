@@ -19,7 +19,7 @@ from curation.manifest import claim, read_manifest, write_json, write_manifest
 from training import checkpoint
 from training.config import TrainConfig, as_dict
 from training.families import Family
-from training.inference import config_from, rebuild
+from training.inference import config_from, rebuild, trusting
 from training.models.clip_export import OPEN_CLIP, describe
 from training.processor import processor_of
 
@@ -29,11 +29,21 @@ MARK = "gemsmith.json"
 """Written last: the step and the recipe, so that an export can be graded wherever it is taken."""
 
 
-def export(folder: Path, out: Path, dtype: Dtype = "fp32", *, merge: bool = False, overwrite: bool = False) -> None:
+def export(
+    folder: Path,
+    out: Path,
+    dtype: Dtype = "fp32",
+    *,
+    merge: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
     """Write the weights of the checkpoint in `folder` to `out`; a finished export of them is left as it is.
 
+    trust_remote_code: as `training.inference.load` has it.
+
     Raises:
-        UserError: not a whole checkpoint, or `out` holds something else; nothing to merge.
+        UserError: not a whole checkpoint, or `out` holds something else; nothing to merge; code that is not trusted.
     """
     if (folder / MARK).exists():
         raise UserError(f"--checkpoint {folder}: is an export already; name the RUN/checkpoints/step_* it came from")
@@ -51,7 +61,7 @@ def export(folder: Path, out: Path, dtype: Dtype = "fp32", *, merge: bool = Fals
     if read_manifest(out / MARK) is not None:
         print(f"{out} is already complete: step {manifest['step']} in {dtype}")
         return
-    family = rebuild(config, folder.parent.parent / "tokenizer")
+    family = rebuild(trusting(config, trust_remote_code), folder.parent.parent / "tokenizer")
     facts = {"steps": manifest["step"], "samples": manifest["samples"], "config": as_dict(config)}
     write(family, folder, out, facts, dtype)
     print(f"{out}: step {manifest['step']} in {dtype}")

@@ -70,7 +70,7 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
     from training.models import mmgem_regions
     from training.models.bridge import Bridge
     from training.models.mmgem import MMGem
-    from training.tokenizer import EMB, load_tokenizer
+    from training.tokenizer import EMB, caption_ids, load_tokenizer
 
     assert config.mmgem is not None
     recipe = config.mmgem
@@ -108,7 +108,7 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
             raise UserError(f"{name}: {tokens} is more than the {places} positions of the LLM; lower it")
 
     def encode_text(texts: list[str], max_tokens: int = config.loader.max_tokens) -> dict[str, torch.Tensor]:
-        ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_tokens - 1)["input_ids"]
+        ids = caption_ids(tokenizer, texts, max_tokens - 1)
         longest = max(map(len, ids)) + 1
         return {
             "input_ids": torch.tensor([row + [emb] + [pad] * (longest - 1 - len(row)) for row in ids]),
@@ -269,7 +269,9 @@ def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[],
         image=ImageSpec(size=side, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode=resize_mode, raw=True),
         encode_text=lambda texts: inputs.side([Item(text=text) for text in texts], picture=False),
         export=export,
-        read_export=lambda folder: Vlm2Vec.from_pretrained(folder).state_dict(),
+        read_export=lambda folder: Vlm2Vec.from_pretrained(
+            folder, trust_remote_code=recipe.trust_remote_code
+        ).state_dict(),
         tokenizer=processor,
         extra=lambda kind, rows: inputs.collate([row_of(drawn) for drawn in rows]),
         encode_images=lambda pictures: inputs.side([Item(text=task, image=picture) for picture in pictures]),
@@ -305,4 +307,4 @@ def _adapted(family: Family, recipe: TrainConfig, config: AdapterConfig) -> Fami
         elif hasattr(family.tokenizer, "save_pretrained"):
             family.tokenizer.save_pretrained(str(folder))
 
-    return replace(family, export=export, read_export=lambda folder: adapters.read_export(model, folder))
+    return replace(family, export=export, read_export=lambda folder: adapters.read_export(model, config, folder))

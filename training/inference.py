@@ -121,27 +121,31 @@ def config_from(record: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{name: getattr(parsed, name) for name in TrainConfig.__dataclass_fields__})
 
 
-def load(folder: Path, embed_tokens: int | None = None) -> Model:
+def load(folder: Path, embed_tokens: int | None = None, *, trust_remote_code: bool = False) -> Model:
     """Open RUN/checkpoints/step_*, or a RUN/export together with its run.
 
     Args:
         embed_tokens: what a text is cut to when it is embedded, instead of what the recipe says (mmgem).
+        trust_remote_code: whether code that a backbone brings may run (vlm2vec). The recipe in the folder does not
+            decide it: folders are handed on.
 
     Raises:
-        UserError: no such folder, cut short, or not a checkpoint of ours; texts that it cannot read in one piece.
+        UserError: no such folder, cut short, or not a checkpoint of ours; texts that it cannot read in one piece; a
+            backbone with code of its own that is not trusted.
     """
     run, words = folder.parent, folder
     exported = sorted(set(folder.glob("*.safetensors")) - set(folder.glob("rank_*")))  # those are a checkpoint's
     if not exported:
         manifest = checkpoint.check(folder)
-        config, run = _reading(config_from(manifest["config"]), embed_tokens), folder.parent.parent
+        config = _reading(trusting(config_from(manifest["config"]), trust_remote_code), embed_tokens)
+        run = folder.parent.parent
         words = run / "tokenizer"
         family = rebuild(config, words)
         family.model.load_state_dict(checkpoint.consolidated(folder))
         step, weights_hash = manifest["step"], manifest["weights_hash"]
         name = f"{run.name}/{folder.name}"
     else:
-        family, config, step = _exported(folder, embed_tokens)
+        family, config, step = _exported(folder, embed_tokens, trust_remote_code)
         weights_hash, name = file_hash(exported), f"{run.name}/{folder.name}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family.model.eval().to(device)
@@ -163,6 +167,13 @@ def load(folder: Path, embed_tokens: int | None = None) -> Model:
     return Model(name, step, weights_hash, preprocess, can_caption, family, processor, device)
 
 
+def trusting(config: TrainConfig, trust_remote_code: bool) -> TrainConfig:
+    """A folder's recipe, with its word on code that backbones bring confirmed or taken back."""
+    if config.vlm2vec is None or trust_remote_code:
+        return config
+    return replace(config, vlm2vec=replace(config.vlm2vec, trust_remote_code=False))
+
+
 def _reading(config: TrainConfig, embed_tokens: int | None) -> TrainConfig:
     """The recipe with texts of this length."""
     if embed_tokens is None:
@@ -172,14 +183,14 @@ def _reading(config: TrainConfig, embed_tokens: int | None) -> TrainConfig:
     return replace(config, mmgem=replace(config.mmgem, embed_tokens=embed_tokens))
 
 
-def _exported(folder: Path, embed_tokens: int | None) -> tuple[Family, TrainConfig, int]:
+def _exported(folder: Path, embed_tokens: int | None, trust_remote_code: bool) -> tuple[Family, TrainConfig, int]:
     """An export's family, from the recipe in it."""
     import training.auto  # noqa: F401  transformers knows the folder's kind then, and does not warn of it
 
     record = read_manifest(folder / "gemsmith.json")
     if record is None:
         raise UserError(f"--checkpoint {folder}: has no gemsmith.json; name an export that `gemsmith train` wrote")
-    config = _reading(config_from(record["config"]), embed_tokens)
+    config = _reading(trusting(config_from(record["config"]), trust_remote_code), embed_tokens)
     if config.adapter is not None and config.adapter.merge:
         config = replace(config, adapter=None)
     family = rebuild(config, folder)

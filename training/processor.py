@@ -26,7 +26,7 @@ from training.config import TrainConfig
 from training.families import Family
 from training.models.flava_batch import encode, padded
 from training.models.vlm_inputs import Inputs, Item, instruct
-from training.tokenizer import EMB
+from training.tokenizer import EMB, caption_ids
 
 Pictures = Image.Image | Sequence[Image.Image]
 Texts = str | Sequence[str]
@@ -102,8 +102,7 @@ class MMGemProcessor(PairProcessor):
 
     def ids(self, texts: list[str]) -> dict[str, torch.Tensor]:
         end = self.tokenizer.convert_tokens_to_ids(EMB)
-        cut = {"truncation": True, "max_length": self.max_tokens - 1}
-        rows = [[*row, end] for row in self.tokenizer(texts, add_special_tokens=False, **cut)["input_ids"]]
+        rows = [[*row, end] for row in caption_ids(self.tokenizer, texts, self.max_tokens - 1)]
         return _masked(rows, self.tokenizer.pad_token_id)
 
 

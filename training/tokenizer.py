@@ -62,6 +62,23 @@ def load_tokenizer(config: TokenizerConfig, captions: Any, *, added: tuple[str, 
     return tokenizer
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of the tokens that a text must not bring itself: where it ends, is embedded or padded. (Not <unk>.)"""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+
+
+def caption_ids(tokenizer: Any, texts: list[str], max_tokens: int) -> list[list[int]]:
+    """Ids of each text alone, at most `max_tokens`.
+
+    A special token that a text spells out ("</s>", "[EMB]") is left out: tokenizers read it as the token itself, so
+    that a caption would end, or be embedded, amid its words.
+    """
+    special = special_ids(tokenizer)
+    found = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_tokens)["input_ids"]
+    return [[i for i in row if i not in special] for row in found]
+
+
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a folder that is there whole or not at all: a kill between its files would leave one that cannot load."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")

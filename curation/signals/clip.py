@@ -28,7 +28,7 @@ from PIL import Image
 from curation.device import Device, device_content, torch_device
 from curation.errors import UserError
 from curation.hashing import file_hash
-from curation.preprocess import HUB, LOCAL, preprocess_of
+from curation.preprocess import HUB, LOCAL, check_activation, preprocess_of
 from curation.signals.interface import Decoded
 from curation.signals.text_regions import detector_content, detector_name, masked, text_finder
 
@@ -118,7 +118,6 @@ class Clip:
         if _looks_like_path(self.model) and not self.model.startswith(HUB):
             raise UserError(f"clip model {self.model}: no such folder; name one in open_clip's layout, or a model")
         import open_clip
-        from open_clip.pretrained import get_pretrained_cfg
 
         try:
             known = open_clip.get_model_config(self.model)
@@ -129,13 +128,7 @@ class Clip:
             ) from None
         if known is None:
             raise UserError(f"clip model {self.model}: unknown to open_clip; see open_clip.list_models()")
-        # open_clip would only warn, and compute scores that no paper means.
-        tag = get_pretrained_cfg(self.model, self.pretrained or "")
-        if tag.get("quick_gelu", False) and not known.get("quick_gelu", False):
-            raise UserError(
-                f"clip model {self.model}: pretrained={self.pretrained} was trained with QuickGELU, "
-                f"which this model lacks; name {self.model}-quickgelu"
-            )
+        check_activation(self.model, self.pretrained, f"clip model {self.model}")
         return int(known["embed_dim"])
 
 
@@ -217,7 +210,10 @@ class ClipMeter:
                 require_pretrained=True,
                 **{f"image_{name}": value for name, value in settings._look().items()},
             )
-            self._tokenizer = open_clip.get_tokenizer(architecture)
+            text = (open_clip.get_model_config(architecture) or {}).get("text_cfg", {})
+            # The folder's config would decide for itself whether a tokenizer's own code runs.
+            said = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+            self._tokenizer = open_clip.get_tokenizer(architecture, **said)
         except Exception as reason:
             line = " ".join(str(reason).split())[:300]
             raise UserError(

@@ -138,7 +138,7 @@ def test_an_export_is_read_back_and_an_adapter_begun_with(kind, tmp_path):
     adapters.export(model, settings, tmp_path)
     again, _, _ = tiny("llava_next")
     adapters.apply(again, settings)
-    again.load_state_dict(adapters.read_export(again, tmp_path))
+    again.load_state_dict(adapters.read_export(again, settings, tmp_path))
     begun, _, _ = tiny("llava_next")
     adapters.apply(begun, config(kind, init_from=str(tmp_path / adapters.FOLDER)))
     chunk = inputs.collate(mixed_rows(0))
@@ -163,7 +163,27 @@ def test_a_foreign_adapter_is_one_clear_line(tmp_path):
     model, _, _ = tiny("llava_next")
     adapters.apply(model, config(r=2))
     with pytest.raises(UserError, match="of another backbone"):
-        adapters.read_export(model, tmp_path)
+        adapters.read_export(model, config(r=2), tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_the_same_backbone_with_other_weights_is_one_clear_line(kind, tmp_path):
+    """As it is of one that was trained on; rounded to bf16, as a checkpoint may hold it, it is the same."""
+    settings = config(kind)
+    model, _ = adapted(settings)
+    adapters.export(model, settings, tmp_path)
+    again, begun = config(kind), config(kind, init_from=str(tmp_path / adapters.FOLDER))
+    other, _, _ = tiny("llava_next", seed=7)
+    with pytest.raises(UserError, match=r"adapter\.init_from: .* is of another backbone: .* other values") as error:
+        adapters.apply(other, begun)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"adapter: .* is of another backbone: .* other values"):
+        adapters.read_export(other, again, tmp_path)
+    rounded, _, _ = tiny("llava_next")
+    adapters.apply(rounded.bfloat16().float(), begun)
+    adapters.read_export(rounded, again, tmp_path)
+    (tmp_path / adapters.FOLDER / adapters.BACKBONE).unlink()
+    adapters.apply(tiny("llava_next", seed=7)[0], begun)  # peft's own folder, which does not say
 
 
 def test_an_mmgem_takes_them_too(shards, tmp_path):
@@ -204,7 +224,7 @@ def test_qlora_trains_on_packed_weights(tmp_path):
     adapters.export(model, settings, tmp_path)
     again, _, _ = tiny("llava_next")
     adapters.apply(again, settings)
-    again.load_state_dict(adapters.read_export(again, tmp_path))
+    again.load_state_dict(adapters.read_export(again, settings, tmp_path))
     assert torch.equal(again(chunk)["left"], model(chunk)["left"])
 
 

@@ -1,13 +1,17 @@
-"""FLAVA's heads over vocabularies: logits never exist whole, and adapters leave them alone."""
+"""Heads over vocabularies: logits never exist whole, adapters leave them alone, and a causal LM's loss is its own."""
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from curation.errors import UserError
-from tests.training.conftest import flava_config
+from tests.training.conftest import flava_config, tiny_config
+from tests.training.plain import patched_float
 from training.families import build
 from training.models.flava import Flava, FlavaConfig
-from training.models.head import Head
+from training.models.head import Head, finish_of
+from training.models.mmgem import MMGem
+from training.tokenizer import train_bpe
 
 CAPTIONS = ["a red dog", "two blue cats in the park"]
 HEADS = ("mim_head", "mmm_image_head", "mlm_head", "mmm_text_head")
@@ -55,3 +59,78 @@ def test_adapters_leave_the_heads_alone(tmp_path):
             tmp_path / "tokenizer",
             lambda: CAPTIONS,
         )
+
+
+SIZES = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+FINISHED = {
+    "llama": ({}, (1.0, None)),
+    "gpt2": ({"n_embd": 32, "n_layer": 1, "n_head": 2}, (1.0, None)),
+    "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, (1.0, None)),
+    "mamba": ({"state_size": 4}, (1.0, None)),
+    "mixtral": ({"num_local_experts": 2}, (1.0, None)),
+    "cohere": ({"logit_scale": 0.0625}, (0.0625, None)),
+    "granite": ({"logits_scaling": 6.0}, (1 / 6.0, None)),
+    "hyperclovax": ({"logits_scaling": 6.0}, (6.0, None)),
+    "minicpm3": ({"dim_model_base": 8}, (0.25, None)),
+    "gemma": ({}, (1.0, None)),
+    "gemma2": ({"final_logit_softcapping": 2.0}, (1.0, 2.0)),
+    "gemma3_text": ({"final_logit_softcapping": 3.0}, (1.0, 3.0)),
+    "falcon_h1": (
+        {"lm_head_multiplier": 0.25, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16},
+        (0.25, None),
+    ),
+}
+"""Causal LMs by kind: sizes of their own, and what they make of their logits: (scale, cap)."""
+
+
+@pytest.mark.parametrize("kind", FINISHED)
+def test_what_a_model_makes_of_its_logits_is_read_off_its_forward(kind):
+    own, wanted = FINISHED[kind]
+    config = AutoConfig.for_model(kind, **{**SIZES, **own})
+    with torch.device("meta"):
+        found = finish_of(AutoModelForCausalLM.from_config(config))
+    assert found == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["llama", "cohere", "granite", "hyperclovax", "gemma2"])
+def test_the_loss_is_the_causal_lm_s_own(kind, tmp_path, monkeypatch):
+    """Value and gradients of a caption's loss against transformers' own, in float64; in pieces of three rows."""
+    monkeypatch.setattr("training.models.head.PIECE", 3 * 300)
+    tokenizer = train_bpe(CAPTIONS, 300)
+    own = FINISHED[kind][0]
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **own}))
+    with torch.no_grad():
+        for p in theirs.parameters():  # logits beyond the cap
+            p.add_(0.3 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "lm")
+    vision = tiny_config().mmgem.vision
+    language = tiny_config("--mmgem.language.name_or_path", str(tmp_path / "lm")).mmgem.language
+    model = MMGem.from_backbones(vision, language, tokenizer, embed_dim=24).double().eval()
+    ids = torch.randint(5, 300, (2, 7), generator=torch.Generator().manual_seed(1))
+    chunk = {"pixel_values": torch.randn(2, 3, 32, 32, dtype=torch.float64), "valid": torch.ones(2, dtype=torch.bool)}
+    chunk |= {"input_ids": ids, "labels": ids, "length": torch.tensor([6, 6])}
+    with patched_float():
+        model(chunk, separable=True)["sums"]["generate"].backward()
+        ours, found = model(chunk, separable=True)["sums"]["generate"], model.llm.get_input_embeddings().weight.grad
+        model.zero_grad()
+        words = model.llm.get_input_embeddings()(ids[:, :-1])
+        prompt = model.caption_prompt(model._pooled(chunk["pixel_values"]))
+        labels = torch.cat([torch.full((2, 2), -100), ids], 1)  # shifted inside: [picture, CAP, words] -> words
+        inputs = torch.cat([prompt, words, words[:, :1]], 1)
+        loss = 14 * model.llm(inputs_embeds=inputs, labels=labels).loss
+        loss.backward()
+    assert abs(float(ours - loss)) < 1e-10 * float(loss)
+    wanted = model.llm.get_input_embeddings().weight.grad
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-10
+
+
+def test_a_head_that_is_more_than_a_matrix_is_refused():
+    config = AutoConfig.for_model("bert", **{**SIZES, "is_decoder": True})
+    with pytest.raises(UserError, match=r"mmgem\.language\.name_or_path: how a 'bert' makes its logits") as refused:
+        finish_of(AutoModelForCausalLM.from_config(config))
+    assert "\n" not in str(refused.value)

@@ -1,19 +1,25 @@
 """A folder of another kind, code that nobody asked for, a tokenizer that lacks a token: one line, before any weight."""
 
 import json
+import shutil
+import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from curation.errors import UserError
 from curation.manifest import write_manifest
+from curation.signals.clip import Clip as ClipSignal
 from tests.training.bridges import bridge_config
-from tests.training.conftest import coca_config, flava_config, tiny_config
+from tests.training.conftest import coca_config, flava_config, tiny_config, vlm2vec_config
 from training import begin
+from training.auto import AutoModel
 from training.config import ObjectiveConfig, as_dict
 from training.export import save
 from training.families import build
 from training.family_config import ClipRecipe, LanguageConfig, TokenizerConfig, VisionConfig, Vlm2VecRecipe
+from training.inference import load
 from training.look import look_of
 from training.models.bridge import Bridge
 from training.models.clip import Clip
@@ -22,7 +28,7 @@ from training.models.clip_words import words_of
 from training.models.flava import Flava
 from training.models.mmgem import MMGem
 from training.models.vision import pretrained_tower
-from training.models.vlm2vec import Vlm2Vec, recipe_processor
+from training.models.vlm2vec import Vlm2Vec, Vlm2VecConfig, recipe_processor
 from training.tokenizer import load_tokenizer, train_bpe
 
 CAPTIONS = ["a red cube", "two green cones behind a table"]
@@ -127,7 +133,10 @@ def test_a_language_model_that_is_none(folders, tmp_path):
         assert "\n" not in str(refused.value)
 
 
-def test_code_that_a_folder_brings_is_not_run(tmp_path):
+@pytest.fixture
+def brought(tmp_path, monkeypatch):
+    """(a folder whose config, model and tokenizer are code of its own, the file that this code writes)"""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder, ran = tmp_path / "model", tmp_path / "ran"
     folder.mkdir()
     auto = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": ["code.Words", None]}
@@ -136,6 +145,11 @@ def test_code_that_a_folder_brings_is_not_run(tmp_path):
     (folder / "code.py").write_text(
         f"open({str(ran)!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass Words: pass"
     )
+    return folder, ran
+
+
+def test_code_that_a_folder_brings_is_not_run(brought):
+    folder, ran = brought
     with pytest.raises(UserError, match=r"mmgem.language.name_or_path: .* brings code of its own"):
         language(folder)
     with pytest.raises(UserError, match=r"mmgem.tokenizer.name_or_path: .* brings code of its own"):
@@ -143,6 +157,43 @@ def test_code_that_a_folder_brings_is_not_run(tmp_path):
     with pytest.raises(UserError, match=r"clip: the tokenizer .* cannot be read"):
         words_of({"hf_tokenizer_name": str(folder)})
     assert not ran.exists()
+
+
+def test_a_folder_cannot_say_itself_that_its_code_may_run(brought, tmp_path, backbones):
+    """Whatever its files say of trust: only who opens it does."""
+    folder, ran = brought
+    text_cfg = {"hf_tokenizer_name": str(folder), "tokenizer_kwargs": {"trust_remote_code": True}}
+    with pytest.raises(UserError, match=r"clip: the tokenizer .* cannot be read"):
+        words_of(text_cfg)
+
+    scorer = shutil.copytree(backbones / "clip", tmp_path / "clip")
+    shutil.copytree(folder, scorer, dirs_exist_ok=True)
+    record = json.loads((scorer / "open_clip_config.json").read_text())
+    record["model_cfg"]["text_cfg"] |= text_cfg
+    (scorer / "open_clip_config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"cannot load the weights .*trust_remote_code"):
+        ClipSignal(model=str(scorer)).load("clip_score")
+
+    export = tmp_path / "export"
+    export.mkdir()
+    says = {"model_type": "vlm2vec", "backbone_name": str(folder), "trust_remote_code": True}
+    (export / "config.json").write_text(json.dumps(says))
+    save_file({"scale": torch.zeros(1)}, export / "model.safetensors", metadata={"format": "pt"})
+    recipe = as_dict(vlm2vec_config())
+    recipe["vlm2vec"] |= {"backbone": None, "name_or_path": str(folder), "trust_remote_code": True}
+    write_manifest(export / "gemsmith.json", {"steps": 0, "samples": 0, "config": recipe})
+    assert not Vlm2VecConfig.from_pretrained(export).trust_remote_code
+    for opening in (AutoModel.from_pretrained, Vlm2Vec.from_pretrained, load):
+        with pytest.raises(UserError, match=r"brings code of its own; .*--trust-remote-code") as refused:
+            opening(export)
+        assert "\n" not in str(refused.value) and not ran.exists()
+    for opening in (AutoModel.from_pretrained, load):
+        with pytest.raises(Exception, match="Config"):  # which is no config
+            opening(export, trust_remote_code=True)
+        assert ran.exists(), "with consent it runs"
+        ran.unlink()
+        for module in [name for name in sys.modules if name.startswith("transformers_modules.")]:
+            del sys.modules[module]
 
 
 def test_a_tokenizer_without_an_end(tmp_path):

@@ -136,8 +136,14 @@ def test_a_siglip_comes_in_trains_and_goes_out_as_open_clips(small, tmp_path):
     taken, processor = AutoModel.from_pretrained(export).eval(), AutoProcessor.from_pretrained(export)
     assert torch.equal(processor(images=shown)["pixel_values"], pixels)
     assert torch.equal(processor(text=TEXTS)["input_ids"], ids)
-    found = taken.get_image_features(**processor(images=shown)).pooler_output
-    assert torch.allclose(found, theirs.encode_image(pixels, normalize=True), atol=1e-6)
+    with torch.no_grad():
+        image = taken.get_image_features(**processor(images=shown))
+        text = taken.get_text_features(**processor(text=TEXTS))
+        assert torch.allclose(image.pooler_output, theirs.encode_image(pixels, normalize=True), atol=1e-6)
+        states = theirs.visual.trunk.forward_features(pixels)
+        assert torch.allclose(image.last_hidden_state, states, atol=1e-5) and states.ndim == 3
+        pooled = theirs.text.text_projection(text.last_hidden_state[:, -1])
+    assert torch.allclose(text.pooler_output, torch.nn.functional.normalize(pooled, dim=-1), atol=1e-6)
 
 
 def test_curation_and_grading_see_what_open_clip_sees(small, tmp_path):

@@ -8,15 +8,21 @@ import torch
 from torch.nn import functional as F
 
 from curation.errors import UserError
+from curation.manifest import write_manifest
 from tests.training.plain import differences, patched_float
-from tests.training.vlm import BACKBONES, assert_alone_as_padded, mixed_rows, picture, tiny
-from training.config import ObjectiveConfig
+from tests.training.vlm import BACKBONES, RECIPE, assert_alone_as_padded, mixed_rows, picture, tiny
+from training.auto import AutoModel, AutoProcessor
+from training.config import ObjectiveConfig, as_dict
 from training.distributed import World
+from training.export import save
+from training.families import build
 from training.family_config import Vlm2VecRecipe
 from training.gradient_cache import Outputs, gradient_cached_step
+from training.inference import load
 from training.models.vlm2vec import Vlm2Vec, recipe_processor
 from training.models.vlm_inputs import IMAGE, Inputs, Item, Row, instruct, of_side
 from training.objectives.infonce import InfoNCE
+from training.train import parse
 
 KINDS = pytest.mark.parametrize("kind", sorted(BACKBONES))
 
@@ -253,3 +259,17 @@ def test_code_from_a_repository_runs_only_where_the_user_says_so(tmp_path, monke
     assert "trust_remote_code" not in (tmp_path / "saved" / "config.json").read_text()
     with pytest.raises(UserError, match="trust_remote_code"):
         Vlm2Vec.from_pretrained(tmp_path / "saved")
+
+    config = parse([*RECIPE, "--vlm2vec.backbone", "null", "--vlm2vec.name_or_path", str(folder)])[0]
+    config = dataclasses.replace(config, vlm2vec=dataclasses.replace(config.vlm2vec, trust_remote_code=True))
+    family, export = build(config, tmp_path / "tokenizer", list), tmp_path / "export"
+    save(config, family, family.model.state_dict(), export)
+    write_manifest(export / "gemsmith.json", {"steps": 1, "samples": 1, "config": as_dict(config)})
+    with pytest.raises(UserError, match="trust_remote_code"):
+        load(export)
+    words = ["a red cube", "a longer text of a blue ball"]
+    wanted = family.model.eval().embed(family.encode_text(words)).detach()
+    assert torch.equal(load(export, trust_remote_code=True).embed_texts(words), wanted)
+    again, reading = (auto.from_pretrained(export, trust_remote_code=True) for auto in (AutoModel, AutoProcessor))
+    assert type(again.backbone).__name__ == "FarForCausalLM"
+    assert torch.equal(again.get_text_features(**reading(text=words)).pooler_output, wanted)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from curation.errors import UserError
+from curation.preprocess import check_activation
 from training.config import ObjectiveConfig
 from training.family_config import ClipRecipe
 from training.models.patches import only, take_over
@@ -69,7 +70,8 @@ class Clip(nn.Module):
         """The recipe's architecture: CoCa where it has a text decoder.
 
         Raises:
-            UserError: no such architecture or weights, or a captioning loss without a decoder.
+            UserError: no such architecture or weights, weights of another activation, or a captioning loss without a
+                decoder.
         """
         import open_clip
 
@@ -79,6 +81,7 @@ class Clip(nn.Module):
             raise UserError("clip: exactly one of `arch` (an open_clip name) and `model_cfg` is needed")
         model_cfg, weights = recipe.model_cfg, None
         if recipe.arch is not None:
+            check_activation(recipe.arch, recipe.pretrained, "clip.arch")
             try:
                 model_cfg = open_clip.get_model_config(recipe.arch)
                 if recipe.pretrained or recipe.arch.startswith("local-dir:"):

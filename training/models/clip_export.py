@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
 
 from training.config import ObjectiveConfig
 from training.family_config import ClipRecipe
@@ -74,18 +75,36 @@ class OpenClip(PreTrainedModel):
         export(self.clip, self.clip.state_dict(), self.config.preprocess_cfg, Path(save_directory))
         self.config.save_pretrained(save_directory)
 
-    @torch.no_grad()
+    @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
-        """`pooler_output`: unit image embeddings [B, E]."""
+        """`pooler_output`: unit image embeddings [B, E]; `last_hidden_state`: a ViT's states [B, N, W] (with its class
+        token, where it has one, before its last norm), None of a ResNet."""
         towers = self.clip.towers
-        found = towers.encode_image(pixel_values.to(next(towers.parameters()).dtype))
-        return BaseModelOutputWithPooling(pooler_output=F.normalize(found.float(), dim=-1))
+        visual = towers.visual
+        last = getattr(visual, "transformer", None) or getattr(getattr(visual, "trunk", None), "norm", None)
+        return _features(towers.encode_image, pixel_values.to(next(towers.parameters()).dtype), last)
 
-    @torch.no_grad()
+    @can_return_tuple
     def get_text_features(self, input_ids: torch.Tensor) -> BaseModelOutputWithPooling:
-        """`pooler_output`: unit text embeddings [B, E]."""
-        found = self.clip.towers.encode_text(input_ids)
-        return BaseModelOutputWithPooling(pooler_output=F.normalize(found.float(), dim=-1))
+        """`pooler_output`: unit text embeddings [B, E]; `last_hidden_state`: the text tower's states [B, T, W] (of a
+        CoCa with its own [CLS] behind them, before the last norm)."""
+        towers = self.clip.towers
+        tower = getattr(towers, "text", towers)
+        normed = getattr(tower, "cls_emb", None) is None and hasattr(tower, "ln_final")
+        return _features(towers.encode_text, input_ids, tower.ln_final if normed else tower.transformer)
+
+
+def _features(encode: Any, inputs: torch.Tensor, last: torch.nn.Module | None) -> BaseModelOutputWithPooling:
+    """Unit embeddings by a tower of open_clip's, which keeps its states to itself, and what `last` in it gave."""
+    seen: list[Any] = []
+    hook = None if last is None else last.register_forward_hook(lambda module, given, out: seen.append(out))
+    try:
+        pooled = F.normalize(encode(inputs).float(), dim=-1)
+    finally:
+        if hook is not None:
+            hook.remove()
+    states = getattr(seen[0], "last_hidden_state", seen[0]) if seen else None  # a Hugging Face tower has an output
+    return BaseModelOutputWithPooling(pooler_output=pooled, last_hidden_state=states)
 
 
 def describe(folder: Path) -> None:

@@ -39,12 +39,19 @@ def words_of(text_cfg: dict[str, Any], folder: Path | None = None) -> Any:
     """
     length = text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH)
     settings = dict(text_cfg.get("tokenizer_kwargs") or {})
+    settings.pop("trust_remote_code", None)  # the config is often a downloaded folder's
     name = text_cfg.get("hf_tokenizer_name")
     if not name:
         return Words(context_length=length, **settings)
     where = str(folder or name)
     try:
-        return HFTokenizer(where, context_length=length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **settings)
+        return HFTokenizer(
+            where,
+            context_length=length,
+            tokenizer_mode=text_cfg.get("tokenizer_mode"),
+            trust_remote_code=False,
+            **settings,
+        )
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(

@@ -31,6 +31,7 @@ from transformers.models.flava.modeling_flava import (
     FlavaMultimodalModel,
     FlavaTextModel,
 )
+from transformers.utils.generic import can_return_tuple
 
 from curation.errors import UserError
 from training.config import ObjectiveConfig
@@ -265,14 +266,14 @@ class Flava(PreTrainedModel):
         }
         return {name: float((labels >= 0).sum()) for name, labels in asked.items() if labels is not None}
 
-    @torch.no_grad()
+    @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
         """`pooler_output`: unit image embeddings [B, E]; `last_hidden_state` [B, 1 + N, D]."""
         states = self._image(pixel_values).last_hidden_state
         pooled = F.normalize(self.image_projection(states[:, 0]).float(), dim=-1)
         return BaseModelOutputWithPooling(pooler_output=pooled, last_hidden_state=states)
 
-    @torch.no_grad()
+    @can_return_tuple
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> BaseModelOutputWithPooling:
@@ -282,7 +283,7 @@ class Flava(PreTrainedModel):
         pooled = F.normalize(self.text_projection(states[:, 0]).float(), dim=-1)
         return BaseModelOutputWithPooling(pooler_output=pooled, last_hidden_state=states)
 
-    @torch.no_grad()
+    @can_return_tuple
     def get_multimodal_features(
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> BaseModelOutputWithPooling:

@@ -26,6 +26,7 @@ from training.data import Drawn
 from training.family_config import MaskConfig, TokenizerConfig
 from training.masks import block_mask, token_mask
 from training.models.codebook import Codebook
+from training.tokenizer import special_ids
 
 _encoding = threading.Lock()  # Hugging Face's fast tokenizers refuse two threads at once
 
@@ -48,12 +49,17 @@ def load_flava_tokenizer(config: TokenizerConfig, captions: Callable[[], Iterabl
 
 
 def encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> tuple[list[list[int]], list[list[int | None]]]:
-    """[CLS] text [SEP], at most `max_tokens` each, and the word that each token is of (None: special)."""
+    """[CLS] text [SEP], at most `max_tokens` each, and the word that each token is of (None: special). Special tokens
+    that a text spells out are left out of it."""
     with _encoding:
         found = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=max_tokens - 2)
-    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-    ids = [[cls, *row, sep] for row in found["input_ids"]]
-    return ids, [[None, *found.word_ids(i), None] for i in range(len(ids))]
+    cls, sep, special = tokenizer.cls_token_id, tokenizer.sep_token_id, special_ids(tokenizer)
+    ids, words = [], []
+    for number, row in enumerate(found["input_ids"]):
+        own = [(i, word) for i, word in zip(row, found.word_ids(number)) if i not in special]
+        ids.append([cls, *(i for i, _ in own), sep])
+        words.append([None, *(word for _, word in own), None])
+    return ids, words
 
 
 def padded(rows: Sequence[Any], fill: int) -> torch.Tensor:

@@ -22,12 +22,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
 
+from curation.errors import UserError
 from training.config import ObjectiveConfig
 from training.family_config import LanguageConfig, VisionConfig
 from training.models import mmgem_regions
 from training.models.dropout import stacked
-from training.models.head import Head
+from training.models.head import Head, finish_of
 from training.models.kind import check_kind, opened
 from training.models.patches import only
 from training.models.scalars import add_scalars, read_scalars
@@ -99,7 +101,9 @@ class MMGem(PreTrainedModel):
                 setattr(text_config, name, 0.0)
         self.vision: Any = vision_tower(config.vision_config)
         self.llm = AutoModelForCausalLM.from_config(text_config)
-        self.llm.set_output_embeddings(Head.of(self.llm.get_output_embeddings()))
+        head = Head.of(self.llm.get_output_embeddings())
+        self.llm.set_output_embeddings(head)
+        head.scale, head.cap = finish_of(self.llm)
         self.blocks = {"ResidualAttentionBlock", *(self.llm._no_split_modules or ())}
         width, hidden = self.vision.conv1.out_channels, text_config.hidden_size
         self.h1 = nn.Linear(width, config.embed_dim)
@@ -244,21 +248,37 @@ class MMGem(PreTrainedModel):
             return {}
         return {"generate": float((chunk["labels"][chunk["valid"]] >= 0).sum())}
 
-    @torch.no_grad()
+    @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
-        """`pooler_output`: unit image embeddings [B, E]."""
-        return BaseModelOutputWithPooling(pooler_output=F.normalize(self._pooled(pixel_values).float(), dim=-1))
+        """`pooler_output`: unit image embeddings [B, E]; `last_hidden_state`: the feature map V [B, N, Dv]."""
+        patches = self.feature_map(pixel_values)
+        pooled = F.normalize(self.h1(patches).mean(1).float(), dim=-1)
+        return BaseModelOutputWithPooling(pooler_output=pooled, last_hidden_state=patches)
 
-    @torch.no_grad()
+    @can_return_tuple
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output`: unit text embeddings [B, E]; the [EMB] token is the last real token of each row."""
-        at = (input_ids == self.config.emb_token_id).int().argmax(1)
+        """`pooler_output`: unit text embeddings [B, E]; `last_hidden_state` [B, T, H]. A text is embedded at its last
+        [EMB], and padded on the right.
+
+        Raises:
+            UserError: a row without [EMB], or padded on the left.
+        """
+        ends = input_ids == self.config.emb_token_id  # [B, T]
+        if attention_mask is not None:
+            if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+                raise UserError("attention_mask: has padding before a text; pad on the right, as the processor does")
+            ends = ends & attention_mask.bool()
+        if not bool(ends.any(1).all()):
+            row = int((~ends.any(1)).nonzero()[0])
+            raise UserError(
+                f"input_ids: row {row} has no {EMB}, at which a text is embedded; make them with the model's processor"
+            )
+        at = input_ids.shape[1] - 1 - ends.flip(1).int().argmax(1)  # [B]
         hidden = self.llm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return BaseModelOutputWithPooling(pooler_output=self.at_emb(hidden, at), last_hidden_state=hidden)
 
-    @torch.no_grad()
     def get_region_features(self, patches: torch.Tensor, regions: torch.Tensor) -> BaseModelOutputWithPooling:
         """`pooler_output`: unit embeddings [B, E] of the regions [B, N] of the feature maps [B, N, Dv]."""
         return BaseModelOutputWithPooling(pooler_output=self.region_embedding(self.pooled_region(patches, regions)))

@@ -15,42 +15,77 @@ import torch
 from safetensors.torch import load_file
 
 from curation.errors import UserError
-from curation.preprocess import LOCAL
+from curation.preprocess import HUB, LOCAL, check_activation
 from training.family_config import VisionConfig
 from training.models.patches import take_over
 
+ARCH = "mmgem.vision.arch"
 
-def vision_tower(settings: dict[str, Any], weights: str | None = None) -> Any:
-    """open_clip's ViT without its projection: image [B, 3, S, S] -> (_, patches [B, N, Dv])."""
+
+def vision_tower(settings: dict[str, Any]) -> Any:
+    """open_clip's ViT without its projection: image [B, 3, S, S] -> (_, patches [B, N, Dv]), with fresh weights.
+
+    The tower alone is built: open_clip's `create_model` would move a whole CLIP to the CPU, which fails where
+    transformers opens a folder, on the meta device.
+
+    Raises:
+        UserError: open_clip knows no such architecture, or its tower is no plain ViT.
+    """
     import open_clip
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
-    visual: Any
-    if settings.get("arch"):
-        visual = open_clip.create_model(settings["arch"], pretrained=weights).visual
+    arch = settings.get("arch")
+    if arch:
+        try:
+            known = open_clip.get_model_config(arch if ":" in arch else arch.replace("/", "-"))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise _unreadable(arch, error) from None
+        if known is None:
+            raise UserError(f"{ARCH}: open_clip knows no {arch!r}; open_clip.list_models() names them")
+        if "timm_model_name" in known["vision_cfg"]:
+            raise _no_vit(arch)
+        sizes, width, quick = CLIPVisionCfg(**known["vision_cfg"]), known["embed_dim"], known.get("quick_gelu", False)
     else:
-        from open_clip.model import CLIPVisionCfg, _build_vision_tower
+        own = {k: v for k, v in settings.items() if k in CLIPVisionCfg.__dataclass_fields__}
+        sizes, width, quick = CLIPVisionCfg(**own), settings["width"], False
+    return _plain(_build_vision_tower(width, sizes, quick), settings)
 
-        known = {k: v for k, v in settings.items() if k in CLIPVisionCfg.__dataclass_fields__}
-        visual = _build_vision_tower(embed_dim=settings["width"], vision_cfg=CLIPVisionCfg(**known))
+
+def _plain(visual: Any, settings: dict[str, Any]) -> Any:
     if getattr(visual, "attn_pool", True) is not None:
-        raise UserError(f"mmgem.vision.arch: {settings['arch']} has no plain ViT of open_clip's; take a CLIP's")
+        raise _no_vit(settings.get("arch"))
     take_over(visual, settings.get("patch_dropout") or 0.0)
     visual.proj = None
     visual.output_tokens = True
     return visual
 
 
+def _no_vit(arch: str | None) -> UserError:
+    return UserError(f"{ARCH}: {arch} has no plain ViT of open_clip's; take a CLIP's")
+
+
+def _unreadable(arch: str, error: Exception) -> UserError:
+    return UserError(f"{ARCH}: {arch}: {' '.join(str(error).split())[:200]}")
+
+
 def pretrained_tower(vision: VisionConfig) -> tuple[VisionConfig, dict[str, torch.Tensor] | None]:
     """(sizes, weights) of what the recipe names; no weights for a tower from scratch.
 
     Raises:
-        UserError: as `from_export`.
+        UserError: as `from_export`; no such weights, or of another activation than the architecture's.
     """
+    import open_clip
+
     if vision.arch and vision.arch.startswith(LOCAL):
         return from_export(Path(vision.arch.removeprefix(LOCAL)), vision)
-    if vision.arch and vision.pretrained:
-        return vision, vision_tower(asdict(vision), vision.pretrained).state_dict()
-    return vision, None
+    if vision.arch is None or not (vision.pretrained or vision.arch.startswith(HUB)):
+        return vision, None
+    check_activation(vision.arch, vision.pretrained, ARCH)
+    try:
+        visual = open_clip.create_model(vision.arch, vision.pretrained).visual
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _unreadable(vision.arch, error) from None
+    return vision, _plain(visual, asdict(vision)).state_dict()
 
 
 def from_export(folder: Path, vision: VisionConfig) -> tuple[VisionConfig, dict[str, torch.Tensor]]:
@@ -64,10 +99,10 @@ def from_export(folder: Path, vision: VisionConfig) -> tuple[VisionConfig, dict[
         sizes = record["model_cfg"]["vision_cfg"]
         tensors = load_file(folder / "open_clip_model.safetensors")
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"mmgem.vision.arch: {LOCAL}{folder} is no export of a CLIP ({error!r})") from None
+        raise UserError(f"{ARCH}: {LOCAL}{folder} is no export of a CLIP ({error!r})") from None
     known = {name: value for name, value in sizes.items() if name in VisionConfig.__dataclass_fields__}
     if known.keys() != sizes.keys() or not isinstance(sizes["layers"], int) or record["model_cfg"].get("quick_gelu"):
-        raise UserError(f"mmgem.vision.arch: {folder} has a tower that is no plain ViT with GELU; take a CLIP's")
+        raise UserError(f"{ARCH}: {folder} has a tower that is no plain ViT with GELU; take a CLIP's")
     weights = {n.removeprefix("visual."): x for n, x in tensors.items() if n.startswith("visual.")}
     weights.pop("proj")
     return VisionConfig(**{**known, "patch_dropout": vision.patch_dropout}), weights

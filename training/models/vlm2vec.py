@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
 
 from curation.errors import UserError
 from training.config import ObjectiveConfig
@@ -40,7 +41,8 @@ class Vlm2VecConfig(PretrainedConfig):
     embed_dim: width of a projection, None for the backbone's own states · objective: the coupled loss's section of the
     recipe (which scalars there are, and where they begin).
 
-    Whether remote code may run is never written down: who opens the folder says so again.
+    trust_remote_code: whether the backbone's own code may run. It is never written down and never read from a folder,
+    whatever its config.json says: who opens the folder says so again.
     """
 
     model_type = "vlm2vec"
@@ -52,14 +54,13 @@ class Vlm2VecConfig(PretrainedConfig):
         embed_dim: int | None = None,
         normalize: bool = True,
         objective: dict[str, Any] | None = None,
-        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> None:
         self.backbone, self.backbone_name = backbone or {}, backbone_name
         self.embed_dim, self.normalize = embed_dim, normalize
         self.objective = objective or {}
-        self.trust_remote_code = trust_remote_code
         super().__init__(**kwargs)
+        self.trust_remote_code = False  # last, whatever else the folder's config sets
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in super().to_dict().items() if name != "trust_remote_code"}
@@ -107,12 +108,18 @@ class Vlm2Vec(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "Vlm2Vec":
-        """
+        """`trust_remote_code`: whether the backbone's code may run, where it brings some.
+
         Raises:
-            UserError: the folder holds another family's model.
+            UserError: the folder holds another family's model, or its backbone brings code that is not trusted.
         """
         check_kind(pretrained_model_name_or_path, Vlm2VecConfig.model_type, "Vlm2Vec.from_pretrained")
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = kwargs.pop("config", None)
+        if not isinstance(config, Vlm2VecConfig):
+            config = Vlm2VecConfig.from_pretrained(config or pretrained_model_name_or_path)
+        # transformers' own would drop it on the way.
+        config.trust_remote_code = kwargs.pop("trust_remote_code", None) is True
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     @classmethod
     def from_recipe(cls, recipe: Vlm2VecRecipe, settings: Any, objective: ObjectiveConfig) -> "Vlm2Vec":
@@ -128,8 +135,8 @@ class Vlm2Vec(PreTrainedModel):
             embed_dim=recipe.embed_dim,
             normalize=recipe.normalize,
             objective={k: v for k, v in vars(objective).items() if k != "weights"},
-            trust_remote_code=remote,
         )
+        config.trust_remote_code = remote
         if name is None:
             return cls(config)
         auto = _loader(settings, remote)
@@ -148,6 +155,10 @@ class Vlm2Vec(PreTrainedModel):
 
     def embed(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Embeddings, fp32 [n, D], of rows as `Inputs.side` makes them, padded on either side."""
+        return self._encoded(inputs).pooler_output
+
+    def _encoded(self, inputs: dict[str, torch.Tensor]) -> Any:
+        """`pooler_output`: embeddings [n, D]; `last_hidden_state`: the backbone's states [n, T, H]."""
         inputs = {k: v.to(self.backbone.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         base, mask = self.backbone.base_model, inputs["attention_mask"]
         if "mm_token_type_ids" not in inputs and "position_ids" in inspect.signature(base.forward).parameters:
@@ -161,7 +172,8 @@ class Vlm2Vec(PreTrainedModel):
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
         if self.projection is not None:
             pooled = self.projection(pooled)
-        return F.normalize(pooled.float(), dim=-1) if self.config.normalize else pooled.float()
+        pooled = F.normalize(pooled.float(), dim=-1) if self.config.normalize else pooled.float()
+        return BaseModelOutputWithPooling(pooler_output=pooled, last_hidden_state=hidden)
 
     def forward(self, chunk: Any, separable: bool = False) -> dict[str, Any]:
         """One chunk of `Inputs.collate` -> the fields of `gradient_cache.Outputs`.
@@ -179,19 +191,18 @@ class Vlm2Vec(PreTrainedModel):
     def counts(chunk: Any) -> dict[str, float]:
         return {}
 
-    @torch.no_grad()
+    @can_return_tuple
     def get_image_features(self, **inputs: torch.Tensor) -> BaseModelOutputWithPooling:
-        """`pooler_output`: embeddings [n, D] of what the backbone's processor made of pictures with their prompts."""
-        return BaseModelOutputWithPooling(pooler_output=self.embed(inputs))
+        """Of what the backbone's processor made of pictures with their prompts: `pooler_output`: embeddings [n, D];
+        `last_hidden_state`: the backbone's states [n, T, H]."""
+        return self._encoded(inputs)
 
-    @torch.no_grad()
+    @can_return_tuple
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: torch.Tensor
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output`: embeddings [n, D] of texts."""
-        return BaseModelOutputWithPooling(
-            pooler_output=self.embed({"input_ids": input_ids, "attention_mask": attention_mask, **inputs})
-        )
+        """As `get_image_features`, of texts."""
+        return self._encoded({"input_ids": input_ids, "attention_mask": attention_mask, **inputs})
 
     @torch.no_grad()
     def generate(self, **inputs: Any) -> torch.Tensor:
@@ -315,7 +326,8 @@ def _loader(settings: Any, trust: bool) -> Any:
 
 def _untrusted(name: str) -> UserError:
     return UserError(
-        f"vlm2vec.trust_remote_code: {name} brings code of its own; read it, and set this to true if you trust it"
+        f"vlm2vec.trust_remote_code: {name} brings code of its own; read it, and set this to true if you trust it "
+        "(of a trained model: --trust-remote-code, or trust_remote_code=True of from_pretrained)"
     )
 
 

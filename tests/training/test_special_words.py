@@ -1,0 +1,65 @@
+"""Special tokens that a text spells out, in training, grading and by hand: they neither end nor embed it."""
+
+import pytest
+import torch
+
+from curation.errors import UserError
+from tests.training.conftest import flava_config, tiny_config
+from training.families import build
+from training.models.flava_batch import encode
+from training.processor import processor_of
+from training.tokenizer import CAP, EMB
+
+CAPTIONS = ["a red cube beside a ball", "two green cones behind a table"]
+
+
+@pytest.fixture(scope="module")
+def mmgem(tmp_path_factory):
+    config = tiny_config("--loader.max_tokens", "20")
+    family = build(config, tmp_path_factory.mktemp("run") / "tokenizer", lambda: CAPTIONS)
+    family.model.eval()
+    return family, processor_of(config, family)
+
+
+@pytest.mark.parametrize("word", [EMB, CAP, "</s>", "<pad>", "<s>"])
+def test_a_caption_brings_no_special_token(mmgem, word):
+    """Its own tokens, then one [EMB] or end; and the same for those who take the model away."""
+    family, processor = mmgem
+    plain, spelled = "a red cube beside a ball", f"a red cube {word} beside a ball"
+    wanted, found = family.encode_text([plain]), family.encode_text([spelled])
+    for name, tensor in found.items():
+        assert torch.equal(tensor, wanted[name]), name
+    assert torch.equal(processor(text=[spelled])["input_ids"], wanted["input_ids"])
+    ids, labels = (found[name][0].tolist() for name in ("input_ids", "labels"))
+    assert ids[-1] == family.tokenizer.convert_tokens_to_ids(EMB) and labels[-1] == family.tokenizer.eos_token_id
+    assert not {ids[-1], labels[-1]} & {*ids[:-1], *labels[:-1]}
+
+
+def test_flava_s_captions_bring_none_either(tmp_path):
+    family = build(flava_config(), tmp_path / "tokenizer", lambda: CAPTIONS)
+    ids, words = encode(family.tokenizer, ["a red cube", "a red [MASK] [SEP]cube[PAD]"], 20)
+    assert ids[0] == ids[1] and words[0][0] is words[0][-1] is None and None not in words[1][1:-1]
+    assert [len(row) for row in ids] == [len(row) for row in words]
+
+
+def test_a_text_is_embedded_at_its_last_emb(mmgem):
+    """An earlier one is read as any token is."""
+    family, _ = mmgem
+    model, emb = family.model, family.model.config.emb_token_id
+    ids = torch.tensor([[7, emb, 9, emb, 0], [7, 8, emb, 0, 0]])
+    hidden = model.llm.base_model(input_ids=ids).last_hidden_state
+    wanted = torch.nn.functional.normalize(model.h2(hidden[[0, 1], [3, 2]]), dim=-1)
+    for mask in (None, torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])):
+        assert torch.allclose(model.get_text_features(ids, attention_mask=mask).pooler_output, wanted, atol=1e-6)
+
+
+def test_texts_that_cannot_be_embedded_are_one_line(mmgem):
+    model = mmgem[0].model
+    emb = model.config.emb_token_id
+    ids = torch.tensor([[7, 8, emb], [7, 8, 9]])
+    with pytest.raises(UserError, match=r"^input_ids: row 1 has no \[EMB\]"):
+        model.get_text_features(ids)
+    with pytest.raises(UserError, match=r"^input_ids: row 0 has no \[EMB\]"):
+        model.get_text_features(ids[:1], attention_mask=torch.tensor([[1, 1, 0]]))
+    with pytest.raises(UserError, match=r"^attention_mask: has padding before a text; pad on the right"):
+        model.get_text_features(ids[:1], attention_mask=torch.tensor([[0, 1, 1]]))
