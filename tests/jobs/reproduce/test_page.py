@@ -1,4 +1,4 @@
-"""The forest plot has a row for every hypothesis: a difference of nothing is one, and one that has no scale is named."""
+"""The forest plot has a row for every hypothesis, also for a difference of nothing; one that has no scale is named."""
 
 import dataclasses
 from typing import Any
