@@ -186,13 +186,14 @@ class CodebookConfig:
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
     """What is hidden (training/masks.py). patches: hidden in each picture, in blocks of at least `min_block` ·
-    tokens: share of tokens (or of words) · mismatched: share of pairs that get another's text, for matching."""
+    tokens: share of tokens, or of words in the streams that `whole_words` names · mismatched: share of pairs that get
+    another's text, for matching."""
 
     patches: int = 75
     min_block: int = 16
     min_aspect: float = 0.3
     tokens: float = 0.15
-    whole_words: bool = False
+    whole_words: tuple[Literal["pairs", "texts"], ...] = ()
     mismatched: float = 0.1
 
 

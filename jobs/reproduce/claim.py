@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 LIMIT_S = 30 * 60
 """What a claim may take on two quiet cores: its data, all arms of all seeds, and their grading."""
 
+SEEDS = 5
+"""Repetitions that a claim is judged by, no fewer and no more: who could add seeds until one holds would find one."""
+
 
 class Score(NamedTuple):
     """A metric of one trained arm, and what guessing scores (0 where nothing does)."""
@@ -60,7 +63,7 @@ class Claim:
     """One claim and how it is tried.
 
     title, source, says: what the paper claims, where, and what is tried here · recipe: of recipes/train ·
-    recipes: what else its preparation trains or curates with ·
+    recipes: the other files that its preparation trains, curates or makes data by ·
     sizes: samples that each arm sees, pairs of each set · overrides: words of all arms · why: reasons for the choices
     made beforehand, and what is smaller or other than in the paper · prepare: makes what all seeds share ·
     prepare_seed: makes a seed's data · grade: (seed, arm, folder of its run) -> scores · shown: metrics on the

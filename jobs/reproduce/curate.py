@@ -55,7 +55,10 @@ CLAIM = Claim(
     says="A model that sees a filtered part of a raw pool several times retrieves better than one that sees the whole "
     "pool for the same number of samples.",
     recipe="recipes/train/tiny_mmgem.yaml",
-    recipes=("recipes/train/tiny_clip.yaml", "recipes/curate/tiny_demo.yaml", "recipes/curate/tiny_raw.yaml"),
+    recipes=(
+        "recipes/train/tiny_clip.yaml", "recipes/train/tiny_demo.yaml", "recipes/curate/tiny_demo.yaml",
+        "recipes/curate/tiny_raw.yaml", "jobs/demo.py",
+    ),
     sizes={
         "samples": 12_288, "pool": 8_000, "trusted": 4_000, "reference": 800, "heldout": 2_000,
         "scorer_samples": 16_384,

@@ -14,7 +14,6 @@ from jobs.reproduce.workshop import HELDOUT, Seed, Workshop
 UNPAIRED = 2_000_029  # added to a seed: scenes of its unpaired pictures and texts
 BATCH = 32
 SINGLE = {"pairs": {"kind": "pairs"}}
-STREAMS = SINGLE | {"images": {"kind": "images"}, "texts": {"kind": "texts"}}
 NO_OTHERS = {name: 0.0 for name in ("itm", "mim", "mlm", "mmm_image", "mmm_text")}
 
 
@@ -44,14 +43,12 @@ CLAIM = Claim(
     sizes={"samples": 5_120, "train": 3_000, "unpaired": 1_500, "heldout": 2_400},
     overrides=(
         "--flava.tokenizer.name_or_path", "{data}/tokenizer", "--loader.captions", "random",
-        "--loader.mixing", "round_robin",
         *(word for name in ("batch", "chunk", "retain", "unit") for word in (f"--loader.{name}", str(BATCH))),
     ),
     arms={
         "all losses": Arm(
             says="pairs, pictures and texts in turn; contrastive, matching, and three maskings",
             data=("pairs={data}/train", "images={data}/pictures", "texts={data}/texts"),
-            overrides=("--loader.sources", json.dumps(STREAMS)),
             times=3,
         ),
         "contrastive": Arm(

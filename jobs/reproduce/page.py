@@ -13,7 +13,7 @@ import numpy as np
 
 from curation.manifest import read_manifest
 from evaluation.report import PALETTE, environment
-from jobs.reproduce.claim import LIMIT_S
+from jobs.reproduce.claim import LIMIT_S, SEEDS
 from jobs.reproduce.claims import CLAIMS
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
@@ -26,7 +26,7 @@ LABELS = {
     "mean": "mean hit@1",
     "peak_memory_mib": "peak memory (MiB)",
 }
-TAGS = {"holds": "good", "contradicted": "bad", "not shown": ""}
+TAGS = {"holds": "good", "contradicted": "bad", "not shown": "", "not judged": ""}
 
 
 def write_page(out: Path) -> Path:
@@ -56,8 +56,9 @@ def _section(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         "name": name,
         "claim": claim,
         "summary": summary,
-        "tag": TAGS["holds" if summary["holds"] else overall(summary)],
+        "tag": TAGS[overall(summary)],
         "verdict": overall(summary),
+        "rehearsal": rehearsal(summary),
         "columns": columns,
         "rows": rows,
         "tests": [_test(test) for test in summary["tests"]],
@@ -70,7 +71,14 @@ def _section(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
 def overall(summary: Mapping[str, Any]) -> str:
     """The worst verdict of the claim's hypotheses."""
     verdicts = [test["verdict"] for test in summary["tests"]]
-    return next((v for v in ("contradicted", "not shown") if v in verdicts), "holds")
+    return next((v for v in ("not judged", "contradicted", "not shown") if v in verdicts), "holds")
+
+
+def rehearsal(summary: Mapping[str, Any]) -> str:
+    """What of it was not as registered; empty where all was."""
+    seeds = f"with {summary['seeds']} seeds in place of {SEEDS}" if summary["seeds"] != SEEDS else ""
+    scale = f"at {summary['scale']:.2g} of the registered sizes" if summary["scale"] != 1 else ""
+    return ", ".join(filter(None, (seeds, scale)))
 
 
 def _time(summary: Mapping[str, Any]) -> str:
@@ -123,8 +131,8 @@ def _test(test: Mapping[str, Any]) -> dict[str, Any]:
 def as_text(summary: Mapping[str, Any]) -> str:
     """The verdict and the tests for a terminal."""
     lines = [f"{summary['claim']}: {overall(summary)} ({summary['seeds']} seeds, {_time(summary)})"]
-    if summary["scale"] != 1:
-        lines[0] += f"; a rehearsal at {summary['scale']:.2g} of its registered sizes"
+    if how := rehearsal(summary):
+        lines[0] += f"; a rehearsal {how}"
     for test in map(_test, summary["tests"]):
         interval = f"{test['difference']} {test['interval']}, bound {test['bound']}"
         lines.append(f"  {test['verdict']:12} {test['asks']}: {interval}, {test['signs']} of {summary['seeds']} seeds")
@@ -170,25 +178,34 @@ def _seeds(summary: Mapping[str, Any]) -> str:
     return _svg(figure)
 
 
+def _above(summary: Mapping[str, Any], test: Mapping[str, Any]) -> float:
+    """What the other arm scores above chance, on average over the seeds."""
+    h = test["hypothesis"]
+    return float(np.mean(summary["arms"][h["against"]][h["metric"]])) - summary["chance"][h["metric"]]
+
+
 def _forest(summary: Mapping[str, Any]) -> str:
     """Each difference with its interval, as a share of what the other arm scores above chance, and its bound."""
     from matplotlib.figure import Figure
 
-    tests = [test for test in summary["tests"] if test["share"]]
+    tests = [test for test in summary["tests"] if _above(summary, test) > 0]
+    guesses = [_words(test["hypothesis"]["metric"]) for test in summary["tests"] if test not in tests]
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes = figure.subplots()
     for place, test in enumerate(tests):
-        unit = test["difference"] / test["share"]
-        low, high = (100 * edge / unit for edge in test["interval"])
+        percent = 100 / _above(summary, test)
+        low, high = (percent * edge for edge in test["interval"])
         colour = {"holds": "#1b7f4b", "contradicted": "#b3372f"}.get(test["verdict"], "#5d6878")
         axes.plot([low, high], [place] * 2, color=colour, linewidth=2.4, solid_capstyle="butt")
-        axes.plot(100 * test["share"], place, "o", color=colour, markersize=7)
-        axes.plot([100 * test["bound"] / unit] * 2, [place - 0.3, place + 0.3], color="#1c2430", linewidth=1.4)
+        axes.plot(percent * test["difference"], place, "o", color=colour, markersize=7)
+        axes.plot([percent * test["bound"]] * 2, [place - 0.3, place + 0.3], color="#1c2430", linewidth=1.4)
     axes.axvline(0, color="#9aa3b0", linewidth=1, linestyle=(0, (1, 2)), zorder=0)
-    axes.set_yticks(range(len(tests)), [_words(test["hypothesis"]["metric"]) for test in tests])
+    asked = [test["hypothesis"] for test in tests]
+    axes.set_yticks(range(len(tests)), [f"{_words(h['metric'])}\nagainst {h['against']}" for h in asked])
     axes.set_ylim(-0.7, max(len(tests), 1) - 0.3)
     axes.invert_yaxis()
-    axes.set_xlabel("difference in % of what the other arm scores above chance", fontsize=9)
+    left_out = f"\nnot drawn, since the other arm guesses: {', '.join(guesses)}" if guesses else ""
+    axes.set_xlabel(f"difference in % of what the other arm scores above chance{left_out}", fontsize=9)
     axes.grid(axis="x", color="#e3e7ed", linewidth=0.8)
     _bare(axes, "Difference, 95 % interval, bound")
     return _svg(figure)

@@ -25,13 +25,14 @@ from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.manifest import claim as claim_folder
 from curation.manifest import read_manifest, write_manifest
-from jobs.reproduce.claim import LIMIT_S, Claim
+from jobs.reproduce.claim import LIMIT_S, SEEDS, Claim
 from jobs.reproduce.claims import CLAIMS
 from jobs.reproduce.verdict import judge
 from jobs.reproduce.workshop import Seed, Workshop, locked, training
 from training.config import ROOT
 
-SEEDS = 5
+MEASURES = ("jobs/reproduce/*.py", "evaluation/tasks/*.py", "evaluation/statistics.py")
+"""What prepares a claim, grades its arms and judges them; all but page.py, which draws what was found."""
 
 
 def reproduce(
@@ -47,8 +48,8 @@ def reproduce(
 
     Args:
         name: of `CLAIMS`, or "all".
-        seeds: repetitions, 2 at least; more than were run before adds to them.
-        scale: share of the registered data and samples; below 1 it is a rehearsal, and the page says so.
+        seeds: repetitions, 2 at least; more than were run before adds to them. Other than `SEEDS` is a rehearsal.
+        scale: share of the registered data and samples; below 1 is a rehearsal, of which nothing is judged.
         workers: steps that run side by side, a core each; as many as there are cores where None.
 
     Returns:
@@ -83,18 +84,20 @@ def _try(name: str, out: Path, seeds: Sequence[int], scale: float, workers: int,
     with locked(out / "work" / f"{name}.lock", name) as lock:
         claim_folder(folder, registered(claim) | {"scale": scale}, overwrite=overwrite)
         workshop = Workshop(name, claim.sizes, folder, scale, lock)
+        repetitions = [Seed(workshop, number) for number in seeds]
+        finished = all((seed.arm(arm) / "result.json").exists() for seed in repetitions for arm in claim.arms)
         begun, before = time.monotonic(), (read_manifest(folder / "seconds.json") or {"wall_s": 0.0})["wall_s"]
 
         def so_far() -> float:
-            """Seconds of this and of all earlier runs, written down: a kill leaves out what follows."""
-            wall = before + time.monotonic() - begun
+            """Seconds of this and of all earlier runs that had something to do, written down: a kill leaves out what
+            follows."""
+            wall = before if finished else before + time.monotonic() - begun
             write_manifest(folder / "seconds.json", {"wall_s": wall})
             return wall
 
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             _once(workshop.shared / "done.json", lambda: claim.prepare(workshop))
-            repetitions = [Seed(workshop, number) for number in seeds]
             with ThreadPoolExecutor(workers) as pool:
                 try:
                     for made in as_completed([pool.submit(_prepare, claim, seed) for seed in repetitions]):
@@ -120,8 +123,10 @@ def _try(name: str, out: Path, seeds: Sequence[int], scale: float, workers: int,
 
 def registered(claim: Claim) -> dict[str, Any]:
     """All that was chosen beforehand: another of any of it is another experiment."""
+    code = sorted(path for pattern in MEASURES for path in ROOT.glob(pattern) if path.name != "page.py")
     return {
         "recipe": file_hash([ROOT / name for name in (claim.recipe, *claim.recipes)]),
+        "code": file_hash(code),
         "sizes": claim.sizes,
         "overrides": claim.overrides,
         "arms": {name: dataclasses.asdict(arm) for name, arm in claim.arms.items()},
@@ -187,6 +192,8 @@ def summarise(
         metric: scores[metric][1] for each in found.values() for scores in each[:1] for metric in scores
     }  # fmt: skip
     tests = [judge(h, arms[h.arm][h.metric], arms[h.against][h.metric], chance[h.metric]) for h in claim.hypotheses]
+    if seeds != SEEDS or scale != 1:
+        tests = [dataclasses.replace(test, verdict="not judged") for test in tests]
     return {
         "claim": name,
         "arms": arms,

@@ -18,7 +18,8 @@ import numpy as np
 from evaluation.statistics import Interval, t_interval
 from jobs.reproduce.claim import Hypothesis
 
-Verdict = Literal["holds", "not shown", "contradicted"]
+Verdict = Literal["holds", "not shown", "contradicted", "not judged"]
+"""`judge` gives the first three; what was not tried as registered is "not judged"."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ FLAVA = ["--flava.image_size", "32", "--flava.hidden_size", "32", "--flava.inter
 FLAVA += ["--flava.image_layers", "2", "--flava.text_layers", "2", "--flava.embed_dim", "24"]
 FLAVA += ["--flava.tokenizer.vocab_size", "300", "--flava.codebook.vocab_size", "16"]
 FLAVA += ["--flava.masks", "{patches: 6, min_block: 3, tokens: 0.3, mismatched: 0.3}"]
+FLAVA += ["--loader.sources", "{}", "--loader.unit", "1", "--loader.mixing", "shares"]  # pairs alone
 
 
 def flava_config(*overrides: str) -> TrainConfig:

@@ -175,6 +175,8 @@ def test_data_words_name_sources():
     assert named(LoaderConfig(), ["/a/b=c"]) == {"data": "/a/b=c"}
     assert named(TWO, ["b=y"]) == {"a": "x", "b": "y"} and named(TWO, ["a=z", "b=y"]) == {"a": "z", "b": "y"}
     assert named(LoaderConfig(sources={"a": SourceConfig()}), ["d"]) == {"a": "d"}
+    streams = LoaderConfig(sources={kind: SourceConfig(kind=kind) for kind in ("pairs", "images", "texts")})
+    assert named(streams, ["d"]) == {"pairs": "d", "images": "d", "texts": "d"}
 
 
 @pytest.mark.parametrize(

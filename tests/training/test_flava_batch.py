@@ -133,12 +133,22 @@ def test_holes_ask_for_nothing(extra, kind):
                 assert (chunk[name][0] == -100).all()
 
 
-def test_long_texts_are_cut_and_whole_words_fall_together(extra):
-    whole = dataclasses.replace(extra, masks=dataclasses.replace(extra.masks, whole_words=True, tokens=0.5))
-    long = Drawn(5, {"text": "imponderable quizzes " * 30})
-    chunk = whole("texts", [long])
-    assert chunk["input_ids"].shape == (1, 24) and chunk["input_ids"][0, -1] == extra.tokenizer.sep_token_id
-    words = extra.tokenizer(long.fields["text"], add_special_tokens=False, truncation=True, max_length=22).word_ids()
-    asked = (chunk["text_labels"][0, 1:-1] >= 0).tolist()
-    together = [{a for a, w in zip(asked, words) if w == word} for word in set(words)]
-    assert all(len(t) == 1 for t in together) and len(words) > len(set(words)) and 0 < sum(asked) < 22
+@pytest.mark.parametrize("kind", ["pairs", "texts"])
+def test_long_texts_are_cut_and_whole_words_fall_together(extra, kind):
+    """In the streams that ask for it; the other has single tokens masked."""
+    text = "imponderable quizzes " * 30
+    words = extra.tokenizer(text, add_special_tokens=False, truncation=True, max_length=22).word_ids()
+    assert len(set(words)) < len(words) == 22
+
+    def fates(stream):
+        """Of each word: whether its tokens are asked for, the distinct answers."""
+        masks = dataclasses.replace(extra.masks, whole_words=(stream,), tokens=0.5, mismatched=0.0)
+        row = Drawn(5, {"text": text, "pixels": np.zeros((32, 32, 3), np.uint8)})
+        chunk = dataclasses.replace(extra, masks=masks)(kind, [row])
+        assert chunk["input_ids"].shape == (1, 24) and chunk["input_ids"][0, -1] == extra.tokenizer.sep_token_id
+        asked = (chunk["text_labels"][0, 1:-1] >= 0).tolist()
+        assert 0 < sum(asked) < 22
+        return [{a for a, w in zip(asked, words) if w == word} for word in set(words)]
+
+    assert all(len(fate) == 1 for fate in fates(kind))
+    assert any(len(fate) == 2 for fate in fates({"pairs": "texts", "texts": "pairs"}[kind]))

@@ -48,8 +48,52 @@ PAPERS = {
         "objective.temperature": 0.02, "objective.temperature_schedule": "constant", "vlm2vec.negatives": 1,
         "loader.sources.CIRR.weight": 0.5, "loader.sources.MSCOCO_i2t.limit": 120_000,
     },
+    "vlm2vec_llava_next": {
+        "samples": 1024 * 2000, "loader.batch": 1024, "loader.unit": 1, "optim.lr": 2e-5, "optim.warmup_steps": 200,
+        "optim.schedule": "linear", "adapter.kind": "lora", "adapter.r": 8, "objective.temperature": 0.02,
+        "objective.temperature_schedule": "constant", "objective.directions": "left_to_right", "vlm2vec.negatives": 0,
+        "loader.sources.ImageNet_1K.limit": 50_000, "loader.sources.MSCOCO.kind": "rows",
+    },
+    "flava": {
+        "loader.batch": 8192, "loader.unit": 8192, "loader.mixing": "round_robin", "optim.lr": 1e-3,
+        "optim.weight_decay": 0.1, "optim.warmup_steps": 10_000, "optim.schedule": "cosine",
+        "objective.temperature": 0.07, "objective.temperature_floor": 0.01, "objective.temperature_ceiling": 1.0,
+        "flava.image_layers": 12, "flava.text_layers": 12, "flava.multimodal_layers": 6, "flava.hidden_size": 768,
+        "flava.intermediate_size": 3072, "flava.image_size": 224, "flava.patch_size": 16,
+        "flava.codebook.vocab_size": 8192, "flava.masks.patches": 75, "flava.masks.min_block": 16,
+        "flava.masks.min_aspect": 0.3, "flava.masks.tokens": 0.15, "flava.masks.whole_words": ("pairs",),
+        "flava.masks.mismatched": 0.1, "loader.sources.images.kind": "images", "loader.sources.texts.kind": "texts",
+    },
+    "negclip": {
+        "samples": 5 * 113_287, "loader.batch": 256, "optim.lr": 1e-6, "optim.warmup_steps": 50, "clip.negatives": 1,
+        "clip.arch": "ViT-B-32-quickgelu", "clip.pretrained": "openai",
+    },
+    "coca_b32": {
+        "samples": 65_536 * 500_000, "loader.batch": 65_536, "optim.lr": 8e-4, "optim.warmup_steps": 10_000,
+        "optim.weight_decay": 0.01, "optim.schedule": "linear", "objective.weights": {"embed": 1.0, "generate": 2.0},
+        "objective.temperature": 0.07, "clip.arch": "coca_ViT-B-32", "clip.pretrained": None,
+    },
+    "limber": {
+        "samples": 2048 * 15_000, "loader.batch": 2048, "optim.lr": 8e-4, "optim.betas": (0.9, 0.95),
+        "optim.weight_decay": 0.0, "mmgem.mapping.kind": "linear", "optim.groups.0.frozen": True,
+        "optim.groups.0.pattern": r"^(vision|llm)\.",
+    },
+    "mapl": {
+        "loader.batch": 128, "optim.lr": 3e-4, "optim.warmup_steps": 1500, "optim.schedule": "constant",
+        "mmgem.mapping.kind": "transformer", "mmgem.mapping.tokens": 32, "mmgem.mapping.width": 256,
+        "mmgem.mapping.layers": 4, "optim.groups.0.frozen": True, "optim.groups.0.pattern": r"^(vision|llm)\.",
+    },
 }  # fmt: skip
-"""../shared/facts/training.md and the files that the recipes' first lines name."""
+"""../shared/facts/training.md and the papers and files that the recipes' first lines name."""
+
+
+def test_vlm2vec_v1_draws_from_all_rows_alike():
+    """Weights are each subset's thousands of rows, at most the limit."""
+    sources = config_of(ROOT / "recipes/train/vlm2vec_llava_next.yaml").loader.sources
+    second = config_of(ROOT / "recipes/train/vlm2vec_qwen2vl_lora.yaml").loader.sources
+    assert set(sources) == set(second) and len(sources) == 20
+    for name, source in sources.items():  # v2's limits are what there is of each, in round numbers
+        assert 0.75 <= source.weight / min(50, second[name].limit / 1000) <= 1.02
 
 
 def config_of(recipe, *more):

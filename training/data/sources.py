@@ -2,7 +2,8 @@
 
 Whatever has `Samples`' four members is a source: shards of pairs, or subsets of
 MMEB-train, whose rows are queries and their targets. The recipe names sources (`loader.sources`), and
-`--data NAME=DIR` says or replaces where they lie; `--data DIR` is one source of pairs.
+`--data NAME=DIR` says or replaces where they lie; `--data DIR` is one source of pairs, or all sources of a recipe whose
+sources are of different kinds: FLAVA's pairs, images and texts out of the same shards.
 """
 
 import tempfile
@@ -58,19 +59,20 @@ def named(config: LoaderConfig, data: Sequence[str]) -> dict[str, str]:
     """The path or URL of each source, from the recipe and the words of `--data`.
 
     Raises:
-        UserError: a name that the recipe does not have, a folder without a name where there are several sources, a
-            source without a path, or none at all.
+        UserError: a name that the recipe does not have, a folder without a name where there are several sources of a
+            kind, a source without a path, or none at all.
     """
     paths = {name: source.path for name, source in config.sources.items()}
+    kinds = [source.kind for source in config.sources.values()]
     for word in data:
         name, equals, path = word.partition("=")
         if not equals or not name.isidentifier():  # a folder may have a "=" of its own
-            name, path = next(iter(paths), ONE) if len(paths) < 2 else "", word
-            if not name or len(data) > 1:
+            if len(data) > 1 or len(set(kinds)) < len(kinds):
                 raise UserError(f"--data {word}: one of several sources; write NAME={word}")
-        elif config.sources and name not in config.sources:
+            return dict.fromkeys(paths or [ONE], word)
+        if config.sources and name not in config.sources:
             raise UserError(f"--data {word}: the recipe has no source {name}; it has {', '.join(config.sources)}")
-        elif sum(other.startswith(f"{name}=") for other in data) > 1:
+        if sum(other.startswith(f"{name}=") for other in data) > 1:
             raise UserError(f"--data {word}: a second folder for {name}; give one, or another name")
         paths[name] = path
     if not paths:

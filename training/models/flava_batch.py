@@ -97,7 +97,7 @@ class Extra:
         if kind != "texts":
             chunk |= self._images(rows, asked)
         if kind != "images":
-            chunk |= self._texts(rows, texts, asked)
+            chunk |= self._texts(kind, rows, texts, asked)
         if kind == "pairs":
             chunk |= {"itm_labels": torch.where(whole, asked.long(), -100), "coupled": asked}
         return chunk
@@ -112,7 +112,9 @@ class Extra:
         codes = torch.where(hidden & asked[:, None], self.codebook(pictures, self.grid), -100)
         return {"image_mask": hidden, "image_labels": codes}
 
-    def _texts(self, rows: Sequence[Drawn], texts: Sequence[str], asked: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _texts(
+        self, kind: str, rows: Sequence[Drawn], texts: Sequence[str], asked: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         ids, words = encode(self.tokenizer, texts, self.max_tokens)
         ordinary = np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
         drawn = [
@@ -122,7 +124,7 @@ class Extra:
                 self.masks.tokens,
                 mask_id=self.tokenizer.mask_token_id,
                 ordinary=ordinary,
-                whole_words=self.masks.whole_words,
+                whole_words=kind in self.masks.whole_words,
                 seed=hash64(row.draw, "hidden tokens"),
             )
             for tokens, word, row in zip(ids, words, rows)

@@ -151,7 +151,7 @@ def test_a_claim_in_small_through_the_real_commands(name: str, tmp_path: Path) -
         assert test["hypothesis"] == dataclasses.asdict(hypothesis)
         for arm in (hypothesis.arm, hypothesis.against):
             assert len(summary["arms"][arm][hypothesis.metric]) == 2
-    assert summary["holds"] == all(test["verdict"] == "holds" for test in summary["tests"])
+    assert not summary["holds"], "a rehearsal"
     assert claim.title in (tmp_path / "index.html").read_text()
     again = gemsmith("reproduce", name, "--out", tmp_path, "--seeds", 2, "--scale", 0.02)
     assert json.loads((tmp_path / f"{name}.json").read_text())["arms"] == summary["arms"], again.stdout

@@ -16,8 +16,9 @@ import pytest
 
 from curation.errors import UserError
 from curation.manifest import write_manifest
+from jobs.reproduce import run as running
 from jobs.reproduce import workshop as workshops
-from jobs.reproduce.claim import Arm, Claim, Hypothesis, Score
+from jobs.reproduce.claim import SEEDS, Arm, Claim, Hypothesis, Score
 from jobs.reproduce.claims import CLAIMS
 from jobs.reproduce.page import as_text, write_page
 from jobs.reproduce.run import reproduce, summarise
@@ -76,8 +77,8 @@ def test_arms_are_paired_and_judged(bench) -> None:
     (summary,) = reproduce("toy", out, seeds=3, workers=2)
     assert summary["arms"]["good"]["m"] == pytest.approx([0.6, 0.61, 0.62])
     assert summary["arms"]["plain"]["m"] == pytest.approx([0.5, 0.51, 0.52]), "in the order of the seeds"
-    assert summary["holds"] and summary["tests"][0]["difference"] == pytest.approx(0.1)
-    assert json.loads((out / "toy.json").read_text())["tests"][0]["verdict"] == "holds"
+    assert summary["tests"][0]["difference"] == pytest.approx(0.1)
+    assert json.loads((out / "toy.json").read_text())["tests"] == summary["tests"]
     train = {words[words.index("--out") + 1]: words for words in said("train")}
     assert len(train) == 6 == len(said("train"))
     for number in range(3):
@@ -95,9 +96,42 @@ def test_what_is_finished_is_not_run_again(bench) -> None:
     first = reproduce("toy", out, seeds=2, workers=2)
     again = reproduce("toy", out, seeds=2, workers=2)
     assert len(said("train")) == 4 and len(said("synth")) == 2
-    assert again[0]["arms"] == first[0]["arms"] and again[0]["wall_s"] > first[0]["wall_s"] > 0
-    reproduce("toy", out, seeds=3, workers=2)
+    assert again == first and first[0]["wall_s"] > 0, "to find all of it finished takes no time from its bound"
+    more = reproduce("toy", out, seeds=3, workers=2)
     assert len(said("train")) == 6, "a seed more is two arms more"
+    assert more[0]["wall_s"] > first[0]["wall_s"]
+
+
+def test_only_the_registered_seeds_and_sizes_are_judged(bench) -> None:
+    """Who may add seeds until a claim holds will see it hold."""
+    out, _, _ = bench
+    for seeds in (SEEDS - 1, SEEDS, SEEDS + 1):
+        (summary,) = reproduce("toy", out, seeds=seeds)
+        as_registered = seeds == SEEDS
+        assert summary["holds"] == as_registered
+        assert summary["tests"][0]["verdict"] == ("holds" if as_registered else "not judged")
+        how = f"rehearsal with {seeds} seeds in place of 5"
+        assert (how in as_text(summary)) != as_registered
+        page = (out / "index.html").read_text().replace("</span>", "")
+        assert (how in page) != as_registered and ('<span class="tag good">holds' in page) == as_registered
+    (summary,) = reproduce("toy", out.with_name("smaller"), scale=0.5)
+    assert not summary["holds"] and "a rehearsal at 0.5 of the registered sizes" in as_text(summary)
+
+
+def test_another_grader_is_another_experiment(bench, tmp_path, monkeypatch) -> None:
+    out, _, _ = bench
+    code = tmp_path / "code" / "jobs" / "reproduce"
+    code.mkdir(parents=True)
+    for name in ("probes.py", "page.py"):
+        (code / name).write_text("C = 0.1")
+    (tmp_path / "code" / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.setattr(running, "ROOT", tmp_path / "code")
+    reproduce("toy", out, seeds=2)
+    (code / "page.py").write_text("other colours")
+    reproduce("toy", out, seeds=2)
+    (code / "probes.py").write_text("C = 1.0")
+    with pytest.raises(UserError, match="different code"):
+        reproduce("toy", out, seeds=2)
 
 
 def test_another_experiment_is_refused(bench, monkeypatch) -> None:
@@ -122,7 +156,7 @@ def test_a_failed_step_names_its_reason_and_its_log_and_the_rest_is_kept(bench) 
     done = len(list(out.rglob("result.json")))
     before = len(said("train"))
     (summary,) = reproduce("toy", out, seeds=2, workers=1)
-    assert summary["holds"] and len(said("train")) == before + 4 - done
+    assert summary["tests"][0]["signs"] == 2 and len(said("train")) == before + 4 - done
 
 
 def test_an_arm_may_be_a_run_that_was_made_before(bench, monkeypatch) -> None:
@@ -202,14 +236,14 @@ def test_a_kill_and_a_restart(bench, number) -> None:
     done = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     assert len(done) == 1
     (summary,) = reproduce("toy", out, seeds=2, workers=1)
-    assert summary["holds"] and all(path.stat().st_mtime_ns == stamp for path, stamp in done.items())
+    assert summary["tests"][0]["signs"] == 2 and all(path.stat().st_mtime_ns == stamp for path, stamp in done.items())
 
 
 def test_the_page_says_what_was_found(bench) -> None:
     out, _, _ = bench
     reproduce("toy", out, seeds=2, scale=0.5)
     page = (out / "index.html").read_text()
-    assert "rehearsal" in page and "at 0.5 of the registered sizes" in page
+    assert "with 2 seeds in place of 5, at 0.5 of the registered sizes" in page
     assert "m is higher for good than for plain" in page and "2 of 2" in page
     assert page.count("data:image/svg+xml") == 2
     assert "Not tried here: joint, " in page
