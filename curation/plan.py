@@ -56,8 +56,8 @@ class Plan:
     tape_starts: np.ndarray  # int64 [buckets]
     shard_starts: np.ndarray  # int64 [output shards]
 
-    def entries(self, part: Part) -> pa.Table:
-        """Every copy that a part gives: row (of the part), copy, output, offset; by row and copy."""
+    def entries(self, part: Part | Partition) -> pa.Table:
+        """Every copy that a part (or several) gives: row (of the part), copy, output, offset; by row and copy."""
         found = []
         for table in self.places.between(part.first, part.first + part.rows):
             place = table["place"].to_numpy()

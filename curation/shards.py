@@ -25,9 +25,11 @@ import pyarrow.compute as pc
 from curation.copying import Outputs, lay_out, tar_name
 from curation.manifest import SCHEMA_VERSION
 from curation.plan import Input, Plan
-from curation.selection.engine import Part, read_columns
+from curation.selection.engine import Partition, partitions
 from curation.sources import Source, whole_shard
 from curation.tar import headers
+
+STRETCH = 8_192  # rows whose headers, 1.5 KB each, are made at once
 
 
 class Copying:
@@ -49,11 +51,11 @@ class Copying:
         done = written = 0
         try:
             with whole_shard(item.shard, item.fingerprint) as tape:
-                for part in item.parts:
-                    entries = self._plan.entries(part)
+                for stretch in partitions(item.parts, STRETCH):
+                    entries = self._plan.entries(stretch)
                     places = zip(entries["output"].to_pylist(), entries["offset"].to_pylist(), strict=True)
                     for (output, offset), sample in zip(
-                        places, _samples(tape, part, entries, self._plan.members), strict=True
+                        places, _samples(tape, stretch, entries, self._plan.members), strict=True
                     ):
                         outputs.write(output, offset, sample)
                         written += len(sample)
@@ -65,10 +67,13 @@ class Copying:
         return {"samples": done, "bytes": written}
 
 
-def _samples(tape: Source, part: Part, entries: pa.Table, new: Mapping[str, str]) -> Iterator[memoryview]:
-    """Each copy of a part as it lies in a tar, the members of `new` (extension -> column) at its end; see `lay_out`."""
+def _samples(tape: Source, stretch: Partition, entries: pa.Table, new: Mapping[str, str]) -> Iterator[memoryview]:
+    """Each copy that a stretch of the pool gives, as it lies in a tar; see `lay_out`.
+
+    new: extension -> column whose texts become members, at the end of their sample.
+    """
     columns = ["uid", "extensions", "offsets", "sizes", *new.values()]
-    table = read_columns(part.path, columns).take(entries["row"]).combine_chunks()
+    table = stretch.read(columns).take(entries["row"]).combine_chunks()
     rows = np.arange(table.num_rows)
     of = [np.repeat(rows, pc.list_value_length(table["sizes"]).to_numpy())]  # the copy that each member belongs to
     extensions = [pc.list_flatten(table["extensions"]).combine_chunks()]

@@ -158,7 +158,7 @@ def make_scorer(story: Story) -> None:
         "train scorer", "train", "--config", "recipes/train/tiny_clip.yaml", "--data", story.out / "trusted",
         "--out", story.out / "scorer", "--seed", story.seed, "--precision", precision(),
         "--samples", story.sizes.scorer_samples, "--ranks", 1, "--deepspeed", "ds_configs/zero1.json",
-        "--loader.chunk", 128, "--loader.retain", 128, threads=2,
+        "--loader.chunk", 128, threads=2,
     )  # fmt: skip
 
 

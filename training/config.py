@@ -179,8 +179,8 @@ class LoaderConfig:
     """What a batch is made of.
 
     batch: samples of a global batch · chunk: samples that a rank runs at a time · retain: samples whose activations
-    a rank keeps instead of computing them again, or "auto": as many as `retain_gib` of memory has room for (null: what
-    a GPU has free), measured before the first step ·
+    a rank keeps instead of computing them again (null = a chunk of them, which takes no more than a step does anyway),
+    or "auto": as many as `retain_gib` of memory has room for (null: what a GPU has free), measured at the beginning ·
     captions: the caption that curation scored, or at each visit one of the json's `captions`, or one of several text
     members by weight, `{txt: 0.5, recaption.txt: 0.5}` (txt is the scored caption; what a sample lacks is not drawn) ·
     resize_mode: "squash" keeps the whole picture, "shortest" its centre square (null = as the pretrained vision tower
@@ -198,7 +198,7 @@ class LoaderConfig:
 
     batch: int = 256
     chunk: int = 64
-    retain: int | Literal["auto"] = 0
+    retain: int | Literal["auto"] | None = None
     retain_gib: float | None = None
     captions: Literal["caption", "random"] | dict[str, float] = "caption"
     max_tokens: int = 48
@@ -236,7 +236,7 @@ class LoaderConfig:
                 raise UserError(f"loader.{name}: {value} is not in [0, 1]; give a share")
         if self.prefetch < 0:
             raise UserError(f"loader.prefetch: {self.prefetch} is below 0; 2 batches ahead are plenty")
-        if self.retain != "auto" and self.retain < 0:
+        if isinstance(self.retain, int) and self.retain < 0:
             raise UserError(f"loader.retain: {self.retain} is below 0; 0 retains nothing, auto as much as fits")
         if self.max_tokens < 3:  # [CLS] and [SEP], or [EMB], are among them
             raise UserError(f"loader.max_tokens: {self.max_tokens} leaves no room for a text; give 3 or more")

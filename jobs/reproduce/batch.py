@@ -31,7 +31,7 @@ def prepare(workshop: Workshop) -> None:
     rows = shared / "before_rows" / "asked" / "caption"
     samples = workshop.size("start", least=256)
     words = training(CLAIM.recipe, shared / "before_run", seed=START, samples=samples, ranks=2)
-    batches = ("--loader.batch", 32, "--loader.chunk", 16, "--loader.retain", 16)
+    batches = ("--loader.batch", 32, "--loader.chunk", 16)
     workshop.gemsmith(shared / "start.log", *words, "--data", f"caption={rows}", *batches, *CAPTIONS)
     workshop.step("write_backbone", shared / "start.log", shared / "before_run" / "export", shared / "start")
 
@@ -77,7 +77,7 @@ CLAIM = Claim(
         SMALL: _arm(16),
         WHOLE: Arm(
             says="the same without gradient caching, two steps for their memory", data=DATA, times=1 / 16,
-            overrides=("--loader.batch", "256", "--loader.chunk", "256", "--loader.retain", "256"),
+            overrides=("--loader.batch", "256", "--loader.chunk", "256"),
         ),
     },
     hypotheses=(

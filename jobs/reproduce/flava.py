@@ -43,7 +43,7 @@ CLAIM = Claim(
     sizes={"samples": 5_120, "train": 3_000, "unpaired": 1_500, "heldout": 2_400},
     overrides=(
         "--flava.tokenizer.name_or_path", "{data}/tokenizer", "--loader.captions", "random",
-        *(word for name in ("batch", "chunk", "retain", "unit") for word in (f"--loader.{name}", str(BATCH))),
+        *(word for name in ("batch", "chunk", "unit") for word in (f"--loader.{name}", str(BATCH))),
     ),
     arms={
         "all losses": Arm(

@@ -12,7 +12,7 @@ from jobs.reproduce.workshop import HELDOUT, Seed, Workshop, score
 
 GRADED = {"both": ("retrieval", "captioning"), "contrastive": ("retrieval",), "captions": ("captioning",)}
 
-STEPS = ("--loader.batch", "32", "--loader.chunk", "32", "--loader.retain", "32")
+STEPS = ("--loader.batch", "32", "--loader.chunk", "32")
 
 
 def prepare(workshop: Workshop) -> None:

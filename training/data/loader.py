@@ -110,7 +110,8 @@ class Loader:
         self._scale = torch.from_numpy(1 / (255 * std))[:, None, None]
         self._shift = torch.from_numpy(-np.array(image.mean, np.float32) / std)[:, None, None]
         self.dtype, self.pinned = dtype, torch.cuda.is_available()
-        self.retain = config.retain if isinstance(config.retain, int) else 0
+        retain = config.chunk if config.retain is None else config.retain
+        self.retain = retain if isinstance(retain, int) else 0  # "auto" is settled later
         self.longest = False  # give every row the longest text there may be: what a chunk of the run takes at most
         self.holes: Counter[str] = Counter()  # of the batches given so far, on this rank, by reason
         self.timers = Timers()
