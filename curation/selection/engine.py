@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.selection.interface import Apart, Count, Fold, Leaving, Program, Request, Selector, Shuffle, Warn, among
+from curation.selection.interface import Apart, Count, Fold, Leaving, Program, Selector, Shuffle, Warn, among
 from curation.shuffle import MapParts, buckets_for, gather, scatter
 
 PARTITION_ROWS = 65_536
@@ -159,7 +159,7 @@ class _Engine:
             else:
                 answer = self._answer(selector, request)
 
-    def _answer(self, selector: Selector, request: Request) -> Any:
+    def _answer(self, selector: Selector, request: Count | Fold | Shuffle | Apart) -> Any:
         if isinstance(request, Apart):
             return next(iter(self._map(_called, [request.work])))
         if isinstance(request, Count):
