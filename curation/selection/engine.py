@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.selection.interface import Apart, Count, Fold, Leaving, Program, Request, Selector, Shuffle, Warn, among
+from curation.selection.interface import Apart, Count, Fold, Leaving, Program, Selector, Shuffle, Warn, among
 from curation.shuffle import MapParts, buckets_for, gather, scatter
 
 PARTITION_ROWS = 65_536
@@ -160,7 +160,7 @@ class _Engine:
             else:
                 answer = self._answer(selector, request)
 
-    def _answer(self, selector: Selector, request: Request) -> Any:
+    def _answer(self, selector: Selector, request: Count | Fold | Shuffle | Apart) -> Any:
         if isinstance(request, Apart):
             return next(iter(self._map(partial(_called, self._folder), [request.work])))
         if isinstance(request, Count):

@@ -53,7 +53,7 @@ ENDS = [
     "est",
     "ss",
 ]
-GLUE = [" ", "\n", "\u3000", "\u00a0", "\x1c", "\u200b", ", ", "'s ", "_", "-", ".", "\u0301 "]
+GLUE = [*[" "] * 9, "\n", "\u3000", "\u00a0", "\x1c", "\u200b", ", ", "'s ", "_", "-", ".", "\u0301 "]
 EDGES = [
     *("", " ", "\n\t", "DOG", "dog dog dog", "dogſ", "ﬂy", "İbus", "bus\x00", "狗", "dog.n.01", "s", "es", "x" * 5_000),
 ]
@@ -115,7 +115,7 @@ def test_captions_as_datacomp_judges_them(
 ) -> None:
     rng = np.random.default_rng(1)
     every = [offset for pos in SPEECH for offset in ours.first[pos].values()]
-    chosen = sorted(set(rng.choice(every, 25).tolist()))
+    chosen = sorted(set(rng.choice(every, 100).tolist()))
     (tmp_path / "ids.txt").write_text("".join(f"n{offset:08d}\n" for offset in chosen))
     words, cased = [stem + end for stem in STEMS for end in ENDS], [str.upper, str.title, str.swapcase, str]
     captions = [*EDGES, *(edge.join(words[:40]) for edge in EDGES)]
