@@ -26,13 +26,15 @@ CLIP = 0.5
 
 
 class Toy(nn.Module):
-    """Odd sizes, so that stretches end anywhere; two learning rates, a frozen part, a buffer, a shared weight."""
+    """Odd sizes, so that stretches end anywhere; two learning rates, a frozen part, a buffer, a shared weight; three
+    parameters in a group, which two ranks can hold in another order."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.first, self.second = nn.Linear(7, 5), nn.Linear(5, 3, bias=False)
         self.rarely, self.frozen = nn.Linear(3, 11), nn.Linear(3, 3)
+        self.third = nn.Linear(4, 6)
         self.same = self.second
         self.scale = nn.Parameter(torch.tensor([0.7]))
         self.register_buffer("seen", torch.arange(3.0))
@@ -40,7 +42,8 @@ class Toy(nn.Module):
     def forward(self, step: int) -> torch.Tensor:
         """A scalar whose gradient of each weight in use is `direction(step, name)`."""
         total = (self.scale * direction(step, "scale", (1,)).to(self.scale.dtype)).sum()
-        for name, module in (("first", self.first), ("second", self.second), ("rarely", self.rarely)):
+        for name in ("first", "second", "rarely", "third"):
+            module = getattr(self, name)
             if uses(step, name):
                 wide, deep = module.in_features, module.out_features
                 out = module(torch.eye(wide, dtype=self.scale.dtype))  # the weight itself, and the bias
