@@ -31,13 +31,13 @@ def test_a_caption_brings_no_special_token(mmgem, word):
     ids, labels = (found[name][0].tolist() for name in ("input_ids", "labels"))
     assert ids[-1] == family.tokenizer.convert_tokens_to_ids(EMB) and labels[-1] == family.tokenizer.eos_token_id
     assert ids[:-1] == labels[:-1] and len(ids) == int(found["length"]) + 1
-    assert family.tokenizer.decode(ids[:-1]).split() == "a red cube beside a ball".split()
+    assert family.tokenizer.decode(ids[:-1]).split() == ["a", "red", "cube", "beside", "a", "ball"]
 
 
 def test_flava_s_captions_bring_none_either(tmp_path):
     family = build(flava_config(), tmp_path / "tokenizer", lambda: CAPTIONS)
     ids, words = encode(family.tokenizer, ["a red cube", "a red [MASK] [SEP]cube[CLS]"], 20)
-    assert family.tokenizer.decode(ids[1][1:-1]).split() == "a red cube".split()
+    assert family.tokenizer.decode(ids[1][1:-1]).split() == ["a", "red", "cube"]
     assert ids[1][0] == ids[0][0] and ids[1][-1] == ids[0][-1] and None not in words[1][1:-1]
     assert [len(row) for row in ids] == [len(row) for row in words]
 
