@@ -171,7 +171,7 @@ def test_a_folder_cannot_say_itself_that_its_code_may_run(brought, tmp_path, bac
     record = json.loads((scorer / "open_clip_config.json").read_text())
     record["model_cfg"]["text_cfg"] |= text_cfg
     (scorer / "open_clip_config.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"cannot load the weights .*trust_remote_code"):
+    with pytest.raises(UserError, match=r"cannot load the weights .*contains custom code"):
         ClipSignal(model=str(scorer)).load("clip_score")
 
     export = tmp_path / "export"

@@ -3,7 +3,7 @@
 import open_clip
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
 from curation.errors import UserError
 from curation.manifest import write_manifest
@@ -30,7 +30,11 @@ LMS = {
     "llama_padded": lambda n: LlamaConfig(vocab_size=n + SPARE, tie_word_embeddings=False, **LLAMA),
     "gpt2": lambda n: GPT2Config(vocab_size=n, **GPT2),
     "gpt2_padded": lambda n: GPT2Config(vocab_size=n + SPARE, **GPT2),
+    "gemma2": lambda n: Gemma2Config(
+        vocab_size=n, **LLAMA, num_key_value_heads=1, head_dim=16, final_logit_softcapping=2.0
+    ),
 }
+TIED = ("gpt2", "gpt2_padded", "gemma2")
 KINDS = pytest.mark.parametrize("kind", LMS)
 LOOK = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "resize_mode": "shortest"}
 
@@ -94,7 +98,7 @@ def test_new_words_join_and_all_else_stays(backbones, kind, tmp_path):
     new = tokenizer.convert_tokens_to_ids([EMB, CAP])
     assert new == [len(tokenizer) - 2, len(tokenizer) - 1] and not torch.equal(words[new[0]], words[new[1]])
     head = model.llm.get_output_embeddings().weight
-    assert (head is words) == (theirs.get_output_embeddings().weight is before) == kind.startswith("gpt2")
+    assert (head is words) == (theirs.get_output_embeddings().weight is before) == (kind in TIED)
     text = family.encode_text(CAPTIONS)
     chunk = {"pixel_values": torch.randn(3, 3, 32, 32), **text, "valid": torch.ones(3, dtype=torch.bool)}
     with torch.no_grad():
@@ -119,7 +123,7 @@ def test_exported_and_opened_again_it_is_the_same_to_the_bit(backbones, kind, tm
         found = again.state_dict()
         assert found.keys() == state.keys() and all(torch.equal(found[n], x) for n, x in state.items())
         tied = again.llm.get_output_embeddings().weight is again.llm.get_input_embeddings().weight
-        assert tied == kind.startswith("gpt2")
+        assert tied == (kind in TIED)
         assert torch.equal(again.generate(pixels, max_new_tokens=5), written)
 
 
@@ -158,13 +162,20 @@ def test_pictures_are_seen_as_the_tower_saw_them(backbones, tmp_path):
     assert graded.preprocess["resize_mode"] == "shortest" and graded.preprocess["interpolation"] == "bilinear"
 
 
-def test_a_tied_head_keeps_its_gradient_on_two_ranks(backbones, shards, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("gpt2_padded", "llm.transformer.wte.weight"),
+        pytest.param("gemma2", "llm.model.embed_tokens.weight", marks=pytest.mark.long),  # its logits are capped
+    ],
+)
+def test_a_tied_head_keeps_its_gradient_on_two_ranks(backbones, shards, tmp_path, kind, words):
     """ZeRO-3 cuts the shared matrix up once; both of its uses are in its gradient: 1e-6 in float32."""
     run = tmp_path / "RUN"
-    saved, _ = launched(shards, run, "3", "mmgem", *named(backbones, "gpt2_padded"))
-    config, family = made(backbones, "gpt2_padded", tmp_path)
+    saved, _ = launched(shards, run, "3", "mmgem", *named(backbones, kind))
+    config, family = made(backbones, kind, tmp_path)
     expected = assert_a_plain_step(saved, family.model, chunks_of(shards, family, config, 32), config.objective)
-    assert "llm.transformer.wte.weight" in expected and "llm.lm_head.weight" not in expected
+    assert words in expected and "llm.lm_head.weight" not in expected
 
 
 def test_a_text_beyond_the_llms_positions_is_one_line(backbones, tmp_path):

@@ -114,15 +114,18 @@ def test_a_folder_embeds_as_the_trained_model_does(kind, taken):
     assert torch.allclose(torch.cat(alone), wanted, atol=2e-5), "a text alone is the text among others"
 
 
-def pooled_by_hand(kind, model, image, text, ids):
+def pooled_by_hand(kind, model, image, text, inputs):
     """Embeddings before they are made unit vectors, from the states that the features say they were pooled from."""
+    ids = inputs["text"]["input_ids"]
     if kind == "mmgem":
         at = (ids == model.config.emb_token_id).int().argmax(1)
         return model.h1(image).mean(1), model.h2(text[torch.arange(len(ids)), at])
     if kind == "flava":
         return model.image_projection(image[:, 0]), model.text_projection(text[:, 0])
-    if kind == "vlm2vec":  # padded on the left
-        return image[:, -1], text[:, -1]
+    if kind == "vlm2vec":  # the last real token
+        masks = (side["attention_mask"].tolist() for side in inputs.values())
+        at = ([max(n for n, real in enumerate(row) if real) for row in rows] for rows in masks)
+        return [states[torch.arange(len(states)), places] for states, places in zip((image, text), at, strict=True)]
     towers = model.clip.towers
     if kind == "clip":
         pooled = towers.visual.ln_post(image[:, 0]) @ towers.visual.proj
@@ -146,7 +149,7 @@ def test_features_are_what_clip_model_returns(kind, taken):
     calls = {"images": model.get_image_features, "text": model.get_text_features}
     inputs = {"images": processor(images=pictures(3)), "text": processor(text=TEXTS[:2])}
     found = {side: call(**inputs[side]) for side, call in calls.items()}
-    by_hand_ = pooled_by_hand(kind, model, *(x.last_hidden_state for x in found.values()), inputs["text"]["input_ids"])
+    by_hand_ = pooled_by_hand(kind, model, *(x.last_hidden_state for x in found.values()), inputs)
     for (side, out), pooled in zip(found.items(), by_hand_, strict=True):
         assert type(out) is type(wanted[side]) and list(out.keys()) == list(wanted[side].keys())
         assert torch.allclose(out.pooler_output, torch.nn.functional.normalize(pooled.float(), dim=-1), atol=2e-6)

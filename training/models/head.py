@@ -60,6 +60,7 @@ class Head(nn.Linear):
         return total.float()
 
     def _capped(self, hidden: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert self.cap is not None
         logits = F.linear(hidden, self.weight, bias)  # [n, V]
         return F.cross_entropy((self.cap * torch.tanh(logits / self.cap)).float(), labels, reduction="sum")
 
