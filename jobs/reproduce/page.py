@@ -174,7 +174,7 @@ def _seeds(summary: Mapping[str, Any]) -> str:
         axes.set_xlim(-0.45, 1.45)
         axes.set_xticks([0, 1], [arm.replace(" ", "\n", 1) for arm in arms])
         axes.grid(axis="y", color="#e3e7ed", linewidth=0.8)
-        _bare(axes, _words(h["metric"]))
+        _bare(axes, _words(h["metric"]).replace(" (", "\n("))  # a third of a figure is narrow
     return _svg(figure)
 
 
