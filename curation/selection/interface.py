@@ -124,9 +124,9 @@ def among(rows: np.ndarray, found: Sequence[Rows]) -> np.ndarray:
         return inside
     for one in found:
         if isinstance(one, RowFiles):
-            pieces = (table["row"].to_numpy() for table in one.between(int(rows[0]), int(rows[-1]) + 1))
+            pieces = [table["row"].to_numpy() for table in one.between(int(rows[0]), int(rows[-1]) + 1)]
         else:
-            pieces = iter([one[slice(*np.searchsorted(one, [rows[0], rows[-1] + 1]))]])
+            pieces = [one[slice(*np.searchsorted(one, [rows[0], rows[-1] + 1]))]]
         for piece in pieces:
             place = np.searchsorted(rows, piece)
             place = place[place < len(rows)]

@@ -53,7 +53,7 @@ def take_over(visual: Any, dropped: float) -> None:
     if hasattr(visual, "patch_dropout"):
         visual.patch_dropout = KeptPatches()
     elif isinstance(trunk, VisionTransformer):
-        trunk.patch_drop = KeptPatches(trunk.num_prefix_tokens)
+        trunk.patch_drop = KeptPatches(trunk.num_prefix_tokens)  # type: ignore[assignment]
     elif dropped:
         kind = type(visual if trunk is None else trunk).__name__
         raise UserError(f"patch_dropout: {kind} is no ViT of open_clip's or timm's, which alone can drop patches")
