@@ -22,6 +22,7 @@ from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.selection.interface import Apart, Fold, Program
 from curation.selection.listed import Listed, write_listed
+from curation.selection.subset import PAIR, numbers, paired
 from curation.selection.uids import uid_blocks
 
 # What urllib calls the hostname: after the last @ of what stands before the path, and before the port.
@@ -36,7 +37,8 @@ class BlockList:
 
     `file`: text in UTF-8, one entry a line; a "#" at the start of a line or after white space begins a comment.
     For `uid` also a DataComp subset (.npy) or a parquet with a column `uid`.
-    `match`: "exact" compares whole values, text with its case, and binary columns (image_sha256) with entries in hex.
+    `match`: "exact" compares whole values, text with its case, binary columns (image_sha256) with entries in hex, and
+    uids as the numbers that they are for a build (`curation.selection.subset`).
     "domain" drops a URL whose host is an entry or lies below one, whatever the case, user, port or dot at the end;
     international names must be spelled as the URLs spell them.
 
@@ -81,6 +83,8 @@ class BlockList:
             blocks: Iterator[list[str]] = (block.to_pylist() for block in uid_blocks(file))
         else:
             blocks = entry_blocks(file)
+        if self.column == "uid":
+            return write_listed(folder, map(_numbered, blocks))
         value = self._from_domain if self.match == "domain" else str.encode
         return write_listed(folder, (map(value if kind is None else partial(self._from_hex, kind), b) for b in blocks))
 
@@ -108,12 +112,21 @@ class BlockList:
             return ~pc.is_in(values, value_set=listed).to_numpy()
         keep, there = np.ones(len(values), bool), values.is_valid().to_numpy()
         present = values.drop_null()
-        present = present.cast(pa.binary()) if pa.types.is_string(present.type) else present
-        keep[there] = ~decision.among(present.to_pylist())
+        if self.column == "uid":
+            asked = _numbered(present.to_pylist())
+        else:
+            asked = (present.cast(pa.binary()) if pa.types.is_string(present.type) else present).to_pylist()
+        keep[there] = ~decision.among(asked)
         return keep
 
     def describe(self, decision: Listed) -> dict[str, Any]:
         return {"listed": decision.count}
+
+
+def _numbered(uids: list[str]) -> list[bytes]:
+    """The 16 bytes of each uid's number."""
+    raw = paired(*numbers(uids)).tobytes()
+    return [raw[start : start + PAIR.itemsize] for start in range(0, len(raw), PAIR.itemsize)]
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -132,7 +145,7 @@ def entry_blocks(path: Path) -> Iterator[list[str]]:
         UserError: the file is not text.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # some editors begin with a mark of the order of bytes
             lines = (line for text in file for line in text.splitlines())
             while block := list(itertools.islice(lines, BLOCK)):
                 yield [entry for line in block if (entry := re.sub(r"(^|\s)#.*", "", line).strip())]

@@ -93,7 +93,8 @@ def uid_blocks(path: Path) -> Iterator[pa.Array]:
                 for batch in file.iter_batches(columns=["uid"]):
                     yield batch.column(0).drop_null()
         else:
-            yield pa.array([line.strip() for line in path.read_text().splitlines() if line.strip()], pa.string())
+            lines = path.read_text("utf-8-sig").splitlines()
+            yield pa.array([line.strip() for line in lines if line.strip()], pa.string())
     except (OSError, ValueError, pa.ArrowInvalid) as reason:
         if isinstance(reason, UserError):
             raise

@@ -11,7 +11,8 @@ import pytest
 from curation.selection import block_list, listed
 from curation.selection.block_list import BlockList
 from curation.selection.interface import Apart, Fold
-from curation.selection.listed import write_listed
+from curation.selection.listed import Listed, write_listed
+from curation.selection.subset import numbers, paired
 
 
 def values(numbers: np.ndarray) -> list[bytes]:
@@ -23,6 +24,17 @@ def equal_halves(values: list[bytes]) -> np.ndarray:
     return np.array([(int.from_bytes(v[:8]) % 3 << 62, int.from_bytes(v[8:16])) for v in values], np.uint64).reshape(
         -1, 2
     )
+
+
+def driven(selector: BlockList, folder: Path) -> Listed:
+    """What it decides about a column of text."""
+    program = selector.decide()
+    assert isinstance(program.send(None), Fold)
+    apart = program.send(pa.string())
+    assert isinstance(apart, Apart), "what the process that decides does not do itself"
+    with pytest.raises(StopIteration) as end:
+        program.send(apart.work(folder))
+    return end.value.value  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("hashes", [listed._hashes, equal_halves])
@@ -48,15 +60,23 @@ def test_a_long_list_is_read_in_a_worker_and_some_lines_at_a_time(
     file.write_text("".join(f"host{n}.org  # why\n" for n in range(2_500)))
     assert max(map(len, block_list.entry_blocks(file))) == 100
     selector = BlockList(column="url", file=str(file), match=match)  # type: ignore[arg-type]
-    program = selector.decide()
-    assert isinstance(program.send(None), Fold)
-    apart = program.send(pa.string())
-    assert isinstance(apart, Apart), "what the process that decides does not do itself"
-    with pytest.raises(StopIteration) as end:
-        program.send(apart.work(tmp_path))
-    decision = end.value.value
+    decision = driven(selector, tmp_path)
     assert len(pickle.dumps(decision)) < 500 and selector.describe(decision) == {"listed": 2_500}
     named = ["host7.org", "host2500.org", None, "host2499.org"]
     urls = named if match == "exact" else [n and f"https://a.{n}/x" for n in named]
     table = pa.table({"url": pa.array(urls, pa.string())})
     assert selector.apply(table, decision).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("kind", ["npy", "txt"])
+def test_uids_are_the_numbers_that_a_build_has(tmp_path: Path, kind: str) -> None:
+    uids = ["AB" * 16, "not-hex", "cd" * 16, "other"]
+    file = tmp_path / f"taken-down.{kind}"
+    if kind == "npy":
+        np.save(file, np.sort(paired(*numbers(uids[:3]))))
+    else:
+        file.write_text("\n".join(["ab" * 16, "not-hex", "CD" * 16]), "utf-8-sig")
+    selector = BlockList(column="uid", file=str(file))
+    decision = driven(selector, tmp_path)
+    table = pa.table({"uid": [*uids, "AB" * 15 + "AC"]})
+    assert selector.apply(table, decision).tolist() == [False, False, False, True, True]
