@@ -196,6 +196,8 @@ def rgb(raw: bytes) -> tuple["Image | None", str]:
     picture, _, reason = decode(raw)
     try:
         return (picture.convert("RGB") if picture is not None else None), reason or ""
+    except MemoryError:  # of the machine, not of the picture
+        raise
     except Exception:  # what Pillow raises of pixels that no mode fits
         return None, "image_decode"
 
