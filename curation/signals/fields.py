@@ -79,4 +79,4 @@ def typed(value: Any, kind: Type) -> Any:
 def _finite(value: Any, kind: Type) -> Any:
     if kind not in ("float32", "float64") or value is None:
         return value
-    return value if abs(value) <= np.finfo(kind).max else None
+    return value if abs(value) <= float(np.finfo(kind).max) else None
