@@ -31,7 +31,7 @@ scope "pool" is every row; "survivors" are those that no earlier selector of the
 recipe dropped, so that a copy that is out anyway does not shadow a good one.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -112,10 +112,11 @@ def among(rows: np.ndarray, found: Sequence[Rows]) -> np.ndarray:
     if not len(rows):
         return inside
     for one in found:
+        pieces: Iterable[np.ndarray]
         if isinstance(one, RowFiles):
             pieces = (table["row"].to_numpy() for table in one.between(int(rows[0]), int(rows[-1]) + 1))
         else:
-            pieces = iter([one[slice(*np.searchsorted(one, [rows[0], rows[-1] + 1]))]])
+            pieces = [one[slice(*np.searchsorted(one, [rows[0], rows[-1] + 1]))]]
         for piece in pieces:
             place = np.searchsorted(rows, piece)
             place = place[place < len(rows)]
