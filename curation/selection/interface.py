@@ -35,7 +35,7 @@ verdict hangs on the row alone, it says `by_row`, and may be one of several
 (`curation.selection.joined`).
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -123,6 +123,7 @@ def among(rows: np.ndarray, found: Sequence[Rows]) -> np.ndarray:
     if not len(rows):
         return inside
     for one in found:
+        pieces: Iterable[np.ndarray]
         if isinstance(one, RowFiles):
             pieces = [table["row"].to_numpy() for table in one.between(int(rows[0]), int(rows[-1]) + 1)]
         else:
