@@ -78,8 +78,8 @@ def test_512_chunks_under_bf16_are_summed_in_fp32(shards, tmp_path, stage):
     assert saved["chunks"] == 512
     config = tiny_config(*batch)
     family = build(config, run / "mmgem" / "tokenizer", Shards(shards).every_caption)
-    log_scale = family.model.log_scale.detach().double().requires_grad_()  # the loss uses the fp32 master
     model = family.model.bfloat16()
+    log_scale = model.log_scale.detach().double().requires_grad_()  # fp32 masters begin from bf16, as ZeRO has it
     chunks = chunks_of(shards, family, config, 1)
     chunks = [{k: v.bfloat16() if v.is_floating_point() else v for k, v in c.items()} for c in chunks]
     with torch.no_grad():
