@@ -130,7 +130,7 @@ def test_every_kind_of_a_mixture_fits(tmp_path):
     assert CHUNK < trainer.loader.retain < BATCH
     found = [held(trainer, chunks) for chunks in trainer.loader.batches(0, 6)]
     print({"retain": trainer.loader.retain, "room": room, "held": found})
-    assert room / 3 < max(found) <= room, "texts are shorter than they may be"
+    assert room / 3 < max(found) <= room, "captions are shorter than they may be"
 
 
 def test_what_gradients_will_take_of_a_gpu_is_not_given_to_graphs():
