@@ -50,11 +50,10 @@ def take_over(visual: Any, dropped: float) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     trunk = getattr(visual, "trunk", None)
-    of_timm = isinstance(trunk, VisionTransformer)
     if hasattr(visual, "patch_dropout"):
         visual.patch_dropout = KeptPatches()
-    elif of_timm:
-        trunk.patch_drop = KeptPatches(trunk.num_prefix_tokens)
+    elif isinstance(trunk, VisionTransformer):
+        trunk.patch_drop = KeptPatches(trunk.num_prefix_tokens)  # type: ignore[assignment]
     elif dropped:
         kind = type(visual if trunk is None else trunk).__name__
         raise UserError(f"patch_dropout: {kind} is no ViT of open_clip's or timm's, which alone can drop patches")
