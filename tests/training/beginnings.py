@@ -83,7 +83,7 @@ def first_step(config: TrainConfig, family: Family, sources: list[Source]) -> tu
         weights=config.objective.weights,
         coupled=build_objective(config.objective),
         world=World(),
-        retain=config.loader.retain > 0,
+        retain=config.loader.retain != 0,
     )
     gradients = [p.grad.float() for p in model.parameters() if p.grad is not None]
     return float(metrics["loss"]), float(torch.stack([g.norm() for g in gradients]).norm())
