@@ -159,7 +159,7 @@ def test_rows_of_another_reader_become_what_the_family_makes_of_them():
                   extra=extra)  # fmt: skip
     first, second = list(made.batches(0, 2))
     assert sorted(n for c in first for n in c["n"].tolist()) == [-1, 0, 1, 2, 3, 5, 6, 7, 8]
-    assert made.holes == {"unreadable": 2} and set(first[0]) == {"valid", "groups", "n", "d"}
+    assert made.holes == {"unreadable": 2} and set(first[0]) == {"valid", "groups", "draws", "n", "d"}
     draws = [{int(n): int(d) for c in b for n, d in zip(c["n"], c["d"]) if n >= 0} for b in (first, second)]
     assert draws[0] != draws[1], "another epoch, other draws"
     groups = [g for c in first for g in c["groups"][c["valid"]].tolist()]
