@@ -53,6 +53,8 @@ def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size:
     Mixture(weights, seed=config.seed, unit=config.loader.unit, mixing=config.loader.mixing)
     check_wandb(config.log.wandb)
     computed = {name: value for name, value in as_dict(config).items() if name not in ("log", "deepspeed")}
+    for name in ("max_error_rate", "error_window"):  # what may be missing changes no step, and is raised to go on
+        del computed["loader"][name]
     identity = {"config": computed, "deepspeed": computing(config), "data": fingerprint(config.loader, data)}
     with full_disk_named(run):
         claim(run, identity, overwrite=overwrite)

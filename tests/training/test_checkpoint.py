@@ -74,6 +74,8 @@ def test_a_run_is_what_its_deepspeed_file_says_and_not_where_it_lies(shards, tmp
             goes_on(settings | other)
     with pytest.raises(UserError, match=r"\(different config\)"):
         goes_on(settings, seed=1)
+    loader = tiny_config().loader
+    assert goes_on(settings, loader=dataclasses.replace(loader, max_error_rate=0.5, error_window=7)), "raised, as asked"
     assert goes_on(settings)
 
 
