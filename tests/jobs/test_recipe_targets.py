@@ -13,30 +13,17 @@ beside it rehearses in seconds.
 
 import os
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from evaluation import results
 from evaluation.tasks import TASKS
-from jobs.steps import precision
-from tests.conftest import ROOT, gemsmith
+from tests.conftest import gemsmith
+from tests.jobs.tiny_recipes import RECIPES, SAMPLES, Runs, grade, graded
 
-RECIPES = {path.stem: path for path in sorted((ROOT / "recipes/train").glob("tiny_*.yaml"))}
 LINE = re.compile(r"# target: (minutes|\w+\.[\w@]+) (>=|<=) (\d+(?:\.\d+)?)")
-GRADED = {
-    **dict.fromkeys(("tiny_clip", "tiny_siglip", "tiny_flava"), ("retrieval", "classification")),
-    **dict.fromkeys(("tiny_coca", "tiny_demo"), ("retrieval", "captioning")),
-    "tiny_mmgem": ("retrieval", "classification", "captioning"),
-    **dict.fromkeys(("tiny_limber", "tiny_mapl"), ("captioning",)),
-    "tiny_mmgem_stage2_captioning": ("region_captioning",),
-    "tiny_mmgem_stage2_retrieval": ("region_retrieval", "region_captioning"),
-}
-"""By what a recipe is graded, where it is not by retrieval alone."""
 MEASURE = os.environ.get("GEMSMITH_MEASURE") == "1"
-SAMPLES = os.environ.get("GEMSMITH_SAMPLES")
 
 
 def targets_of(text: str) -> dict[str, tuple[str, float]]:
@@ -72,10 +59,6 @@ def test_a_target_is_read_and_a_miss_is_named() -> None:
             targets_of(line)
 
 
-def graded(name: str) -> tuple[str, ...]:
-    return GRADED.get(name, ("retrieval",))
-
-
 def unstated(name: str, text: str) -> set[str]:
     """Of the tasks that the recipe is graded by, and its minutes, those that no target of its text is about."""
     return {"minutes", *graded(name)} - {target.split(".")[0] for target in targets_of(text)}
@@ -96,41 +79,10 @@ def test_targets_are_of_what_is_graded(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, float]]:
-    """name -> (the recipe's run, minutes that it took); a run that others begin from is made once."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("targets")
-    known: dict[str, tuple[Path, float]] = {}
     gemsmith("synth", "--clean", "--out", folder / "train", "--pairs", 6_000, "--seed", 1)
-
-    def export(name: str) -> Path:
-        return run(name)[0] / "export"
-
-    def bridge() -> list[object]:
-        from training.models.mmgem import MMGem
-
-        if not (language := folder / "lm").exists():
-            MMGem.from_pretrained(export("tiny_mmgem")).llm.save_pretrained(language)
-        words = ["--mmgem.vision.arch", f"local-dir:{export('tiny_clip')}", "--mmgem.language.name_or_path", language]
-        return [*words, "--mmgem.tokenizer.name_or_path", run("tiny_mmgem")[0] / "tokenizer"]
-
-    begins: dict[str, Callable[[], list[object]]] = {
-        "tiny_demo": lambda: ["--mmgem.vision.arch", f"local-dir:{export('tiny_clip')}"],
-        "tiny_limber": bridge,
-        "tiny_mapl": bridge,
-        "tiny_mmgem_stage2_captioning": lambda: ["--mmgem.init", export("tiny_mmgem")],
-        "tiny_mmgem_stage2_retrieval": lambda: ["--mmgem.init", export("tiny_mmgem_stage2_captioning")],
-    }
-
-    def run(name: str) -> tuple[Path, float]:
-        if name not in known:
-            words = ["train", "--config", RECIPES[name], "--data", folder / "train", "--out", folder / name]
-            words += [*begins.get(name, list)(), *(["--samples", SAMPLES] if SAMPLES else [])]
-            begun = time.monotonic()
-            gemsmith(*words, "--ranks", 2, "--precision", precision(), timeout=3600)
-            known[name] = folder / name, (time.monotonic() - begun) / 60
-        return known[name]
-
-    return run
+    return Runs(folder, folder / "train", folder / "train")
 
 
 @pytest.fixture(scope="module")
@@ -145,22 +97,14 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_tiny_recipe_reaches_its_targets(name: str, trained, scenes: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tiny_recipe_reaches_its_targets(name: str, trained: Runs, scenes: dict[str, Path], tmp_path: Path) -> None:
     text = RECIPES[name].read_text()
     held = not (MEASURE or SAMPLES)
     if held:
         assert not (missing := unstated(name, text)), f"no `# target:` of {missing}; measure it (see the top)"
     run, minutes = trained(name)
-    out = tmp_path / "results.jsonl"
-    grading = ["--checkpoint", run / "export", "--tasks", ",".join(graded(name)), "--out", out]
-    grading += [word for task in graded(name) for word in ("--data", f"{task}={scenes[task]}")]
-    gemsmith("evaluate", *grading, "--config", ROOT / "recipes/evaluate/tiny_demo.yaml", timeout=1800)
-    rows = {f"{row['task']}.{row['metric']}": row for row in results.read(out)}
     print(f"\n{name}: {minutes:.2f} minutes")
-    for figure, row in rows.items():
-        low, high = row["ci95"]
-        chance = "" if row["chance"] is None else f", chance {row['chance']:.4g}"
-        print(f"{name}: {figure} {row['value']:.4f}, 95 % [{low:.4f}, {high:.4f}], n {row['n']}{chance}")
+    rows = grade(name, run, scenes, tmp_path / "results.jsonl")
     if not held:
         pytest.skip("measured, and held to nothing")
     figures = {figure: row["value"] for figure, row in rows.items()} | {"minutes": minutes}
