@@ -69,7 +69,7 @@ def test_files_opened_do_not_grow_with_the_square_of_the_pool(tmp_path: Path, mo
     monkeypatch.setattr(shuffle, "MERGED", 8)
     opened: list[Path] = []
     opener = shuffle._opened
-    monkeypatch.setattr(shuffle, "_opened", lambda path: opened.append(path) or opener(path))
+    monkeypatch.setattr(shuffle, "_opened", lambda path, *way: opened.append(path) or opener(path, *way))
     for number in range(60):
         rows = np.arange(100 * number, 100 * number + 100)
         sent = {"key": rows, "value": rows, "row": rows, "bucket": rows * 7919 % 60}
