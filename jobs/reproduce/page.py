@@ -61,7 +61,7 @@ def _section(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         "rehearsal": rehearsal(summary),
         "columns": columns,
         "rows": rows,
-        "tests": [_test(test) for test in summary["tests"]],
+        "tests": [in_words(test) for test in summary["tests"]],
         "figures": [_seeds(summary), _forest(summary)],
         "time": _time(summary),
         "in_time": summary["wall_s"] <= LIMIT_S,
@@ -111,7 +111,8 @@ def _asks(test: Mapping[str, Any]) -> str:
     return f"{_words(h['metric'])} is {how} for {h['arm']} than for {h['against']}"
 
 
-def _test(test: Mapping[str, Any]) -> dict[str, Any]:
+def in_words(test: Mapping[str, Any]) -> dict[str, Any]:
+    """A judged hypothesis with its figures, as they are shown."""
     low, high = test["interval"]
     share = "-" if test["share"] is None else f"{test['share']:+.1%}"
     within = "" if test["within"] is None else "within ±margin" if test["within"] else "not within ±margin"
@@ -133,7 +134,7 @@ def as_text(summary: Mapping[str, Any]) -> str:
     lines = [f"{summary['claim']}: {overall(summary)} ({summary['seeds']} seeds, {_time(summary)})"]
     if how := rehearsal(summary):
         lines[0] += f"; a rehearsal {how}"
-    for test in map(_test, summary["tests"]):
+    for test in map(in_words, summary["tests"]):
         interval = f"{test['difference']} {test['interval']}, bound {test['bound']}"
         lines.append(f"  {test['verdict']:12} {test['asks']}: {interval}, {test['signs']} of {summary['seeds']} seeds")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cost, pages
+from benchmarks import claims, cost, pages
 from benchmarks.case import LATEST
 from benchmarks.run import in_markdown
 
@@ -14,6 +14,7 @@ from benchmarks.run import in_markdown
     ("page", "by", "table"),
     [
         ("speed.md", "benchmarks.run", lambda: in_markdown(json.loads(LATEST.read_text()))),
+        ("reproduce.md", "benchmarks.claims", lambda: claims.table(json.loads(claims.RESULTS.read_text()))),
         ("curation.md", "benchmarks.cost", lambda: cost.table(cost.read(LATEST), cost.PAIRS)),
     ],
 )
