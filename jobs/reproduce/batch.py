@@ -12,7 +12,7 @@ from pathlib import Path
 from jobs.reproduce.claim import Arm, Claim, Hypothesis, Score
 from jobs.reproduce.workshop import HELDOUT, Seed, Workshop, training
 
-SIZES = {"samples": 8_192, "start": 16_384, "train": 4_000, "heldout": 1_000}
+SIZES = {"samples": 8_192, "start": 32_768, "train": 4_000, "heldout": 1_000}
 SMALL, LARGE, WHOLE = "batch 16", "batch 256", "256 at once"
 LR, LR_BATCH = 3.0e-4, 128
 START = 3_000_073

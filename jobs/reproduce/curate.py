@@ -60,7 +60,7 @@ CLAIM = Claim(
         "recipes/curate/tiny_raw.yaml", "jobs/demo.py",
     ),
     sizes={
-        "samples": 12_288, "pool": 8_000, "trusted": 4_000, "reference": 800, "heldout": 2_000,
+        "samples": 20_480, "pool": 8_000, "trusted": 4_000, "reference": 800, "heldout": 2_000,
         "scorer_samples": 16_384,
     },
     overrides=("--loader.batch", "64", "--mmgem.tokenizer.name_or_path", "{shared}/tokenizer"),

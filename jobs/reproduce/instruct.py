@@ -43,7 +43,7 @@ CLAIM = Claim(
     says="A model that is told what to find scores higher, on average over four tasks on the same pictures, than one "
     "that sees the pictures alone.",
     recipe="recipes/train/tiny_vlm2vec.yaml",
-    sizes={"samples": 12_288, "train": 4_000, "heldout": 1_000},
+    sizes={"samples": 20_480, "train": 4_000, "heldout": 1_000},
     overrides=(
         "--loader.batch", "64", "--loader.sources", SOURCES, "--loader.cache_decoded", "false",
         "--vlm2vec.processor", "{data}/processor",
