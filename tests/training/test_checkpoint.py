@@ -1,10 +1,8 @@
 """A save that fails half-way: one line, and the checkpoint before it stays; its remains go with the next one. What
 cannot be gone on from is named."""
 
-import contextlib
 import dataclasses
 import json
-import resource
 from types import SimpleNamespace
 
 import pytest
@@ -14,24 +12,13 @@ from torch import nn
 
 from curation.errors import UserError, full_disk_named
 from tests.conftest import ROOT
-from tests.training.conftest import tiny_config
+from tests.training.conftest import largest_file, tiny_config
 from tests.training.rank_zero import Toy, optim
 from training import checkpoint, zero
 from training.data import named
 from training.distributed import World
 from training.optim import Sharded, parameter_groups
 from training.train import prepare
-
-
-@contextlib.contextmanager
-def largest_file(size: int):
-    """Real writes past `size` bytes fail, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
