@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 from tests.training.conftest import largest_file, tiny_config
 from tests.training.rank_zero import Toy, optim
 from training import checkpoint, zero
+from training.config import as_dict
 from training.data import named
 from training.distributed import World
 from training.optim import Sharded, parameter_groups
@@ -107,6 +108,17 @@ def test_a_checkpoint_of_another_model_is_named(trained, tmp_path):
         checkpoint.resume(*engine_of(other, without), folder)
     with pytest.raises(UserError, match=r"has 0 of .* values of frozen\.\w+; it belongs to another model"):
         checkpoint.resume(*engine_of(Toy(), without), folder)  # trains what had no moments
+
+
+def test_a_checkpoint_that_an_older_gemsmith_saved_is_named(trained, tmp_path):
+    recipe, past = as_dict(tiny_config()), {"retain": 8, "health": {}, "budget": [], "holes": {}}
+    saver = checkpoint.Saver(tmp_path, keep_last=2)
+    saver.save(*trained, 1, {"config": recipe, **past})
+    checkpoint.check_resumable(checkpoint.latest(tmp_path), recipe)
+    del past["budget"], past["holes"]
+    saver.save(*trained, 2, {"config": recipe, **past})
+    with pytest.raises(UserError, match=r"step_00000002: .* has no budget and no holes, .* resume with that one, or"):
+        checkpoint.check_resumable(checkpoint.latest(tmp_path), recipe)
 
 
 def test_a_file_that_is_no_checkpoint_is_named(trained, tmp_path):
