@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,15 @@ def launched(shards: object, run: Path, stage: str, family: str, *overrides: str
     printed."""
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port"]
     command += [str(free_port()), str(ROOT / "tests/training/rank_gradients.py"), str(shards), str(run), stage, family]
-    done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=800)
-    assert (run / "gradients.pt").exists(), done.stdout[-3000:] + done.stderr[-5000:]
-    return torch.load(run / "gradients.pt", weights_only=True)[family], done.stdout
+    command += overrides
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        printed, complained = process.communicate(timeout=800)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)  # the launcher's ranks too, which are of its group
+        process.wait()
+        raise
+    assert (run / "gradients.pt").exists(), printed[-3000:] + complained[-5000:]
+    return torch.load(run / "gradients.pt", weights_only=True)[family], printed
