@@ -39,6 +39,8 @@ from training.optim import MOMENTS, Sharded
 from training.zero import Stretch
 
 WEIGHTS = "weights"
+GOES_ON = ("retain", "health", "budget", "holes")
+"""What the loop adds to a manifest and a resumed run goes on from; checkpoints saved before it did lack some."""
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -219,12 +221,18 @@ def check_resumable(folder: Path, recipe: dict[str, Any]) -> None:
         recipe: of the run that would go on from it.
 
     Raises:
-        UserError: it is cut short, or of another model.
+        UserError: it is cut short, of another model, or saved by a gemsmith that kept less.
     """
     try:
-        theirs = check(folder)["config"]
+        manifest = check(folder)
     except UserError as error:
         raise UserError(f"{error}: delete that folder and the run resumes from the one before") from None
+    if lacking := [name for name in GOES_ON if name not in manifest]:
+        raise UserError(
+            f"--out {folder}: its manifest.json has no {' and no '.join(lacking)}, so an older gemsmith saved it; "
+            "resume with that one, or `gemsmith export` it and begin anew with --overwrite"
+        )
+    theirs = manifest["config"]
     ours = json.loads(json.dumps(recipe, default=str))
     for section in (*LOSSES, "adapter"):
         if ours[section] != theirs[section]:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from curation.errors import UserError
-from curation.manifest import claim, read_manifest, write_json, write_manifest
+from curation.errors import UserError, full_disk_named
+from curation.manifest import claim, differing, read_manifest, write_json, write_manifest
 from training import checkpoint
 from training.config import TrainConfig, as_dict
 from training.families import Family
@@ -40,10 +40,12 @@ def export(
 ) -> None:
     """Write the weights of the checkpoint in `folder` to `out`; a finished export of them is left as it is.
 
+    overwrite: discard what `out` holds; a finished export of other weights only once this one is whole ·
     trust_remote_code: as `training.inference.load` has it.
 
     Raises:
-        UserError: not a whole checkpoint, or `out` holds something else; nothing to merge; code that is not trusted.
+        UserError: not a whole checkpoint, or `out` holds something else; nothing to merge; code that is not trusted;
+            no room.
     """
     if (folder / MARK).exists():
         raise UserError(f"--checkpoint {folder}: is an export already; name the RUN/checkpoints/step_* it came from")
@@ -53,17 +55,35 @@ def export(
         if config.adapter is None:
             raise UserError(f"--merge: {folder} has no adapter; leave it out")
         config = replace(config, adapter=replace(config.adapter, merge=True))
-    claim(
-        out,
-        {"weights": manifest["weights_hash"], "dtype": dtype} | ({"merge": True} if merge else {}),
-        overwrite=overwrite,
-    )
-    if read_manifest(out / MARK) is not None:
+    identity = {"weights": manifest["weights_hash"], "dtype": dtype} | ({"merge": True} if merge else {})
+    with full_disk_named(out):
+        _export(folder, out, manifest, trusting(config, trust_remote_code), dtype, identity, overwrite)
+
+
+def _export(
+    folder: Path,
+    out: Path,
+    manifest: dict[str, Any],
+    config: TrainConfig,
+    dtype: Dtype,
+    identity: dict[str, Any],
+    overwrite: bool,
+) -> None:
+    place = out
+    if overwrite and differing(out, identity) and read_manifest(out / MARK) is not None:
+        place = out.resolve().with_name(f".{out.resolve().name}.new")  # what is there stays until this is whole
+    claim(place, identity, overwrite=overwrite)
+    if read_manifest(place / MARK) is not None:
         print(f"{out} is already complete: step {manifest['step']} in {dtype}")
         return
-    family = rebuild(trusting(config, trust_remote_code), folder.parent.parent / "tokenizer")
+    family = rebuild(config, folder.parent.parent / "tokenizer")
     facts = {"steps": manifest["step"], "samples": manifest["samples"], "config": as_dict(config)}
-    write(family, folder, out, facts, dtype)
+    write(family, folder, place, facts, dtype)
+    if place != out:
+        claim(out, identity, overwrite=True)
+        for file in sorted(place.iterdir(), key=lambda file: file.name == MARK):  # the mark last
+            file.rename(out / file.name)
+        place.rmdir()
     print(f"{out}: step {manifest['step']} in {dtype}")
 
 

@@ -1,6 +1,8 @@
 """Small clean shards and the smallest recipes that take every path of the engine."""
 
+import contextlib
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +131,14 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards"), [40, 25, 35])
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """Real writes past `size` bytes fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

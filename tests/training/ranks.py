@@ -1,8 +1,12 @@
 """Start the ranks of a test: as the launcher would, without its ten seconds; or through the launcher itself."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -11,16 +15,36 @@ from jobs.launch import free_port
 from tests.conftest import ROOT
 
 
-def launch(script: str, ranks: int, *arguments: object) -> list[str]:
-    """What each rank of tests/training/`script` printed; all of them have ended well."""
+def launch(script: str, ranks: int, *arguments: object, timeout: float = 800) -> list[str]:
+    """What each rank of tests/training/`script` printed; all of them have ended well.
+
+    None is left behind: where one fails, its peers would wait for it, so they are ended, as all are after `timeout` s.
+    """
     port, group = str(free_port()), []
-    for rank in range(ranks):
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
-        env = {**os.environ, **{k: str(v) for k, v in numbers.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, str(ROOT / "tests/training" / script), *map(str, arguments)]
-        group.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [process.communicate(timeout=800)[0] for process in group]
-    assert not any(process.returncode for process in group), "\n".join(text[-3000:] for text in outputs)
+    with contextlib.ExitStack() as stack:
+        # A pipe that nobody reads fills up and holds its rank.
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(ranks)]
+        try:
+            for rank, file in enumerate(files):
+                numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
+                env = {**os.environ, **{k: str(v) for k, v in numbers.items()}}
+                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                command = [sys.executable, str(ROOT / "tests/training" / script), *map(str, arguments)]
+                group.append(subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT))
+            deadline = time.monotonic() + timeout
+            while None in (codes := [process.poll() for process in group]) and not any(codes):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+        finally:
+            for process in group:
+                process.kill()
+                process.wait()
+        for file in files:
+            file.seek(0)
+        outputs = [file.read() for file in files]
+    ends = zip(codes, outputs)
+    assert codes == [0] * ranks, "\n".join(f"rank {r} ended with {c}: {o[-3000:]}" for r, (c, o) in enumerate(ends))
     return outputs
 
 
@@ -29,6 +53,15 @@ def launched(shards: object, run: Path, stage: str, family: str, *overrides: str
     printed."""
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port"]
     command += [str(free_port()), str(ROOT / "tests/training/rank_gradients.py"), str(shards), str(run), stage, family]
-    done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=800)
-    assert (run / "gradients.pt").exists(), done.stdout[-3000:] + done.stderr[-5000:]
-    return torch.load(run / "gradients.pt", weights_only=True)[family], done.stdout
+    command += overrides
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        printed, complained = process.communicate(timeout=800)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)  # the launcher's ranks too, which are of its group
+        process.wait()
+        raise
+    assert (run / "gradients.pt").exists(), printed[-3000:] + complained[-5000:]
+    return torch.load(run / "gradients.pt", weights_only=True)[family], printed

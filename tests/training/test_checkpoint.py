@@ -1,10 +1,8 @@
 """A save that fails half-way: one line, and the checkpoint before it stays; its remains go with the next one. What
 cannot be gone on from is named."""
 
-import contextlib
 import dataclasses
 import json
-import resource
 from types import SimpleNamespace
 
 import pytest
@@ -14,24 +12,14 @@ from torch import nn
 
 from curation.errors import UserError, full_disk_named
 from tests.conftest import ROOT
-from tests.training.conftest import tiny_config
+from tests.training.conftest import largest_file, tiny_config
 from tests.training.rank_zero import Toy, optim
 from training import checkpoint, zero
+from training.config import as_dict
 from training.data import named
 from training.distributed import World
 from training.optim import Sharded, parameter_groups
 from training.train import prepare
-
-
-@contextlib.contextmanager
-def largest_file(size: int):
-    """Real writes past `size` bytes fail, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -120,6 +108,17 @@ def test_a_checkpoint_of_another_model_is_named(trained, tmp_path):
         checkpoint.resume(*engine_of(other, without), folder)
     with pytest.raises(UserError, match=r"has 0 of .* values of frozen\.\w+; it belongs to another model"):
         checkpoint.resume(*engine_of(Toy(), without), folder)  # trains what had no moments
+
+
+def test_a_checkpoint_that_an_older_gemsmith_saved_is_named(trained, tmp_path):
+    recipe, past = as_dict(tiny_config()), {"retain": 8, "health": {}, "budget": [], "holes": {}}
+    saver = checkpoint.Saver(tmp_path, keep_last=2)
+    saver.save(*trained, 1, {"config": recipe, **past})
+    checkpoint.check_resumable(checkpoint.latest(tmp_path), recipe)
+    del past["budget"], past["holes"]
+    saver.save(*trained, 2, {"config": recipe, **past})
+    with pytest.raises(UserError, match=r"step_00000002: .* has no budget and no holes, .* resume with that one, or"):
+        checkpoint.check_resumable(checkpoint.latest(tmp_path), recipe)
 
 
 def test_a_file_that_is_no_checkpoint_is_named(trained, tmp_path):

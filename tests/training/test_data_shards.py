@@ -135,11 +135,12 @@ def test_a_broken_line_is_tried_again_and_a_dead_one_is_one_clear_line(remote, t
     assert {p.suffix for p in (tmp_path / "cache").iterdir() if not p.name.startswith(".lock")} == {".tar"}
 
 
-def test_a_remote_shard_that_vanishes_in_mid_run_leaves_counted_holes(remote, tmp_path):
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_a_shard_that_vanishes_in_mid_run_leaves_counted_holes(remote, tmp_path, where):
     expected = numbers(loader(Shards(remote)).batches(0, 5))
-    sources = open_remote(tmp_path)
-    it = loader(sources)
+    it = loader(Shards(remote) if where == "here" else open_remote(tmp_path))
     last = it.orders[0](38)[1]  # a shard of the last window of the first epoch
+    (remote / f"{last:08d}.tar").unlink()
     Counted().rm_file(f"/bucket/{last:08d}.tar")
     found = numbers(it.batches(0, 5))
     gone = [a for a, b in zip(expected, found) if b < 0]

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from curation.errors import UserError
 from tests.conftest import gemsmith
-from tests.training.conftest import TINY
+from tests.training.conftest import TINY, largest_file
 from training import checkpoint
 from training.config import ObjectiveConfig
-from training.export import cast, export
+from training.export import MARK, cast, export
 from training.inference import load
 from training.models.clip import Clip
 from training.models.clip import export as export_clip
@@ -53,6 +53,22 @@ def test_weights_are_rounded_once(run, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             export(source, out, "bf16")
+
+
+def test_a_full_disk_is_one_line_and_the_export_before_it_stays(run, tmp_path):
+    out, no_room = tmp_path / "out", f"--out {tmp_path}/out: .* run the same command again"
+    first, last = (checkpoint.step_folder(run, step) for step in (1, 2))
+    with largest_file(2000), pytest.raises(UserError, match=no_room):
+        export(first, out)
+    assert not (out / MARK).exists(), "nothing that looks complete"
+    export(first, out)
+    with largest_file(2000), pytest.raises(UserError, match=no_room):
+        export(last, out, overwrite=True)
+    assert load(out).step == 1
+    export(last, out, overwrite=True)
+    assert load(out).step == 2 and [file.name for file in tmp_path.iterdir()] == ["out"]
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, run / "export"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_open_clip_opens_a_rounded_export(tmp_path):

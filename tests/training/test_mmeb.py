@@ -6,8 +6,10 @@ import pytest
 
 from curation.errors import UserError
 from tests.training.vlm import picture, tiny
+from training.config import LoaderConfig, SourceConfig
 from training.data import Hole
 from training.data.mmeb import Subset
+from training.data.sources import fingerprint
 from training.models.vlm_inputs import IMAGE
 
 I2T = {
@@ -113,6 +115,20 @@ def test_a_part_of_a_subset(folder):
     assert len(only) == 2 and only.sizes.tolist() == [2] and only.sample(1)["row"].query.text == I2T["qry"][1]
     file = folder / "CIRR" / "original-00000-of-00001.parquet"
     assert Subset(file).images == folder and Subset(file).sample(0)["row"].query.image.size == picture(2).size
+
+
+def test_of_several_splits_only_the_papers_is_read_unless_another_is_named(folder):
+    there = folder / "CIRR"
+    config = LoaderConfig(sources={"CIRR": SourceConfig(kind="rows")})
+    before, alone = fingerprint(config, {"CIRR": str(there)}), Subset(there).texts()
+    (there / "diverse_instruction-00000-of-00001.parquet").write_bytes(b"cut short")
+    assert Subset(there).texts() == alone and fingerprint(config, {"CIRR": str(there)}) == before
+    with pytest.raises(UserError, match="fetch it again"):
+        Subset(there / "diverse_instruction-00000-of-00001.parquet")
+    (there / "original-00000-of-00001.parquet").rename(there / "train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="holds several splits and no 'original'; name a file"):
+        Subset(there)
+    assert Subset(there / "train-00000-of-00001.parquet").texts() == alone
 
 
 def test_what_cannot_be_read_is_one_clear_line(folder, tmp_path):

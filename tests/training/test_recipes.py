@@ -66,25 +66,29 @@ PAPERS = {
     },
     "negclip": {
         "samples": 5 * 113_287, "loader.batch": 256, "optim.lr": 1e-6, "optim.warmup_steps": 50, "clip.negatives": 1,
-        "clip.arch": "ViT-B-32-quickgelu", "clip.pretrained": "openai",
+        "clip.arch": "ViT-B-32-quickgelu", "clip.pretrained": "openai", "optim.weight_decay": 0.2,
+        "optim.betas": (0.9, 0.98), "optim.eps": 1e-6, "optim.schedule": "cosine", "optim.gradient_clipping": 0.0,
     },
     "coca_b32": {
         "samples": 65_536 * 500_000, "loader.batch": 65_536, "optim.lr": 8e-4, "optim.warmup_steps": 10_000,
-        "optim.weight_decay": 0.01, "optim.schedule": "linear", "objective.weights": {"embed": 1.0, "generate": 2.0},
-        "objective.temperature": 0.07, "clip.arch": "coca_ViT-B-32", "clip.pretrained": None,
+        "optim.weight_decay": 0.01, "optim.betas": (0.9, 0.999), "optim.schedule": "linear",
+        "objective.weights": {"embed": 1.0, "generate": 2.0}, "objective.temperature": 0.07,
+        "clip.arch": "coca_ViT-B-32", "clip.pretrained": None,
     },
     "limber": {
         "samples": 2048 * 15_000, "loader.batch": 2048, "optim.lr": 8e-4, "optim.betas": (0.9, 0.95),
-        "optim.weight_decay": 0.0, "mmgem.mapping.kind": "linear", "optim.groups.0.frozen": True,
-        "optim.groups.0.pattern": r"^(vision|llm)\.",
+        "optim.weight_decay": 0.0, "optim.warmup_steps": 100, "optim.gradient_clipping": 1.0,
+        "mmgem.mapping.kind": "linear", "optim.groups.0.frozen": True, "optim.groups.0.pattern": r"^(vision|llm)\.",
     },
     "mapl": {
-        "loader.batch": 128, "optim.lr": 3e-4, "optim.warmup_steps": 1500, "optim.schedule": "constant",
-        "mmgem.mapping.kind": "transformer", "mmgem.mapping.tokens": 32, "mmgem.mapping.width": 256,
-        "mmgem.mapping.layers": 4, "optim.groups.0.frozen": True, "optim.groups.0.pattern": r"^(vision|llm)\.",
+        "samples": 10 * 414_113, "loader.batch": 128, "loader.captions": "random", "optim.lr": 3e-4,
+        "optim.betas": (0.9, 0.95), "optim.weight_decay": 0.01, "optim.warmup_steps": 1500,
+        "optim.schedule": "constant", "optim.gradient_clipping": 0.0, "mmgem.mapping.kind": "transformer",
+        "mmgem.mapping.tokens": 32, "mmgem.mapping.width": 256, "mmgem.mapping.layers": 4, "mmgem.mapping.heads": 8,
+        "optim.groups.0.frozen": True, "optim.groups.0.pattern": r"^(vision|llm)\.",
     },
 }  # fmt: skip
-"""../shared/facts/training.md and the papers and files that the recipes' first lines name."""
+"""../shared/facts/training.md and the papers and files that the recipes name."""
 
 
 def test_vlm2vec_v1_draws_from_all_rows_alike():

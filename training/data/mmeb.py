@@ -1,8 +1,9 @@
 """MMEB-train folders, read as they are published (TIGER-Lab/MMEB-train), for VLM2Vec.
 
     MMEB/
-      MSCOCO_i2t/original-00000-of-00001.parquet   (any *.parquet in the subset's folder, in order of their names)
-      images/...                                   where the rows' image paths lead
+      MSCOCO_i2t/original-00000-of-00001.parquet             the papers' rows
+      MSCOCO_i2t/diverse_instruction-00000-of-00001.parquet  the same in other words, read where it is named
+      images/...                                             where the rows' image paths lead
 
 A row has `qry, qry_image_path, pos_text, pos_image_path` and, in most subsets,
 `neg_text, neg_image_path` (CIRR has none). Instructions are inside `qry`, and
@@ -15,6 +16,7 @@ pictures are read when the row is drawn, in the loader's threads. A row that
 names a picture which is not there, or broken, is a hole.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,22 @@ from training.data.shards import Hole
 from training.models.vlm_inputs import Item, Row
 
 SIDES = ("qry", "pos", "neg")
+SPLIT = "original"
+"""Of a folder that holds several: what both papers train on."""
+
+
+def read_of(names: Sequence[str]) -> list[str]:
+    """Of a folder's parquet files those that are read: all where they are of one split, else those of `SPLIT`. The hub
+    names them SPLIT-00000-of-00001.parquet."""
+    splits = [found[1] if (found := re.fullmatch(r"(.+)-\d+-of-\d+\.parquet", name)) else "" for name in names]
+    return [name for name, split in zip(names, splits) if split == SPLIT or len(set(splits)) == 1]
 
 
 class Subset:
     """One data set of MMEB-train: rows by number.
 
     Args:
-        folder: the subset's own folder of parquet files, or one such file.
+        folder: the subset's own folder of parquet files, or one such file, of whatever split.
         limit: read no more rows than this (the paper takes at most 50,000 to 100,000 of each).
     """
 
@@ -42,20 +53,26 @@ class Subset:
         leads to something from.
 
         Raises:
-            UserError: no parquet files, none with such columns or rows, or pictures that are nowhere near.
+            UserError: no parquet files, none with such columns or rows, none of the split, or pictures that are
+                nowhere near.
         """
         import pyarrow.parquet as pq
 
         self.name = folder.stem if folder.is_file() else folder.name
-        self._files = [folder] if folder.is_file() else sorted(folder.glob("*.parquet"))
+        names = sorted(file.name for file in folder.glob("*.parquet"))
+        self._files = [folder] if folder.is_file() else [folder / name for name in read_of(names)]
+        if not self._files and names:
+            raise UserError(f"--data {folder}: holds several splits and no {SPLIT!r}; name a file, {folder / names[0]}")
         if not self._files:
             there = "holds no *.parquet" if folder.is_dir() else "no such folder"
             raise UserError(f"--data {folder}: {there}; name a subset's folder of MMEB-train")
-        self._columns = _columns(pq.read_schema(self._files[0]).names, self._files[0])
         try:
+            self._columns = _columns(pq.read_schema(self._files[0]).names, self._files[0])
             tables = [
                 pq.read_table(file, columns=list(self._columns.values()), memory_map=True) for file in self._files
             ]
+        except UserError:
+            raise
         except Exception as error:  # pyarrow has many
             raise UserError(f"--data {folder}: {' '.join(str(error).split())[:200]}; fetch it again") from None
         import pyarrow as pa

@@ -18,7 +18,7 @@ from curation import files
 from curation.errors import UserError
 from training.config import Kind, LoaderConfig, SourceConfig
 from training.data.cache import ShardCache
-from training.data.mmeb import Subset
+from training.data.mmeb import Subset, read_of
 from training.data.neighbours import FILE as NEIGHBOURS
 from training.data.shards import Shards
 
@@ -121,10 +121,12 @@ def fingerprint(config: LoaderConfig, paths: Mapping[str, str]) -> list[Any]:
     for name, path in paths.items():
         rows = config.sources.get(name, SourceConfig()).kind == "rows"
         folder, _, only = path.rpartition("/") if path.endswith(".parquet") else (path, "", "")
-        for file in files.listed(folder or ".") or []:
-            near = config.neighbours and file.name.endswith(NEIGHBOURS)
-            if near or file.name.endswith(only or (".parquet" if rows else ".tar")):
-                entry = (file.name.rpartition("/")[2], file.size, file.stamp)
+        there = {file.name.rpartition("/")[2]: file for file in files.listed(folder or ".") or []}
+        read = [only] if only else [file for file in there if file.endswith(".parquet" if rows else ".tar")]
+        read = read_of(read) if rows else read
+        for file, told in there.items():
+            if file in read or (config.neighbours and file.endswith(NEIGHBOURS)):
+                entry = (file, told.size, told.stamp)
                 found.append(entry if len(paths) == 1 else (name, *entry))
     return found
 
