@@ -10,10 +10,15 @@ whole or in parts, on any number of ranks.
 
 (DeepSpeed's own `zero.Init` cuts a module up as soon as its constructor has
 ended; what an enclosing model then draws into it, as all of ours do, is lost.)
+
+What is given back must also reach the system: glibc keeps freed memory of less
+than 32 MiB, and before its 2.38 could not use it again for tensors, which are
+aligned. Building in parts then took more than the whole.
 """
 
+import ctypes
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -31,6 +36,8 @@ OVERWRITES = {aten.normal_, aten.uniform_, aten.zero_, aten.fill_, aten.copy_}
 """What leaves nothing of the values before, when done to the whole of a parameter."""
 SMALL = 4096
 """Parameters of fewer elements keep their memory: biases, norms, scales."""
+KEPT = 16 << 20
+"""Bytes given back after which glibc is told to do so, too; it takes milliseconds."""
 _LASTING: ContextVar[bool] = ContextVar("lasting", default=False)
 
 
@@ -65,9 +72,12 @@ class History:
                 operation(*args, **kwargs)
             torch.set_rng_state(now)
 
-    def forget(self) -> None:
-        if self.steps:
+    def forget(self) -> int:
+        """Bytes that are given back."""
+        freed = self.storage.nbytes() if self.steps else 0
+        if freed:
             self.storage.resize_(0)
+        return freed
 
 
 class Deferred(TorchDispatchMode):
@@ -76,7 +86,7 @@ class Deferred(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.histories: dict[int, History] = {}
-        self.peak = 0
+        self.peak = self._freed = 0
 
     def __enter__(self) -> "Deferred":
         self._hook = register_module_parameter_registration_hook(self._follow)
@@ -98,6 +108,13 @@ class Deferred(TorchDispatchMode):
         if key in self.histories and not self.histories[key].steps:
             del self.histories[key]
 
+    def _forget(self, histories: Iterable[History]) -> None:
+        self._freed += sum(history.forget() for history in histories)
+        if self._freed > KEPT:
+            self._freed = 0
+            if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+                trim(0)
+
     def _of(self, tensor: Any) -> History | None:
         if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu" or tensor.layout != torch.strided:
             return None
@@ -113,8 +130,7 @@ class Deferred(TorchDispatchMode):
             for history in empty:
                 history.storage.resize_(history.size)
             result = func(*args, **kwargs)
-            for history in empty:
-                history.forget()
+            self._forget(empty)
             return result
         changed = [
             value
@@ -133,7 +149,7 @@ class Deferred(TorchDispatchMode):
             step = (torch.get_rng_state() if seeded else None, func, sources, dict(kwargs))
         if step is not None and not seeded and len(met) == 1 and len(changed) == 1 and changed[0] is args[0]:
             written[0].steps = [step] if whole else [*written[0].steps, step]  # nothing is drawn: it can wait
-            written[0].forget()
+            self._forget(written)
             return args[0]
         for history in met.values():
             if whole and history is written[0]:
@@ -144,8 +160,7 @@ class Deferred(TorchDispatchMode):
         result = func(*args, **kwargs)
         if step is not None:
             written[0].steps = [step] if whole else [*written[0].steps, step]
-        for history in met.values():
-            history.forget()
+        self._forget(met.values())
         return result
 
     def _copy(self, source: torch.Tensor) -> torch.Tensor:
@@ -157,7 +172,7 @@ class Deferred(TorchDispatchMode):
             history.make()
         copied = source.clone()
         if history is not None:
-            history.forget()
+            self._forget([history])
         return copied
 
     @contextmanager
@@ -168,7 +183,7 @@ class Deferred(TorchDispatchMode):
             history.make()
         yield parameter
         if history is not None:
-            history.forget()
+            self._forget([history])
 
 
 def _named(func: Any, kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
