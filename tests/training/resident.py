@@ -1,5 +1,5 @@
-"""What this process holds in memory of its own, looked at after every large operation of torch. (A thread that looks now
-and then misses what a busy machine lets it miss; the kernel's peak counts mapped files, and all that was before.)
+"""What this process holds in memory of its own, looked at after every large operation of torch. (A thread that looks
+now and then misses what a busy machine lets it miss; the kernel's peak counts mapped files, and all that was before.)
 """
 
 import gc

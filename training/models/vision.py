@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from curation.errors import UserError
-from curation.preprocess import HUB, LOCAL, check_activation
+from curation.preprocess import HUB, LOCAL
 from training.family_config import VisionConfig
+from training.models.kind import opened_clip
 from training.models.patches import take_over
 
 ARCH = "mmgem.vision.arch"
@@ -74,18 +75,11 @@ def pretrained_tower(vision: VisionConfig) -> tuple[VisionConfig, dict[str, torc
     Raises:
         UserError: as `from_export`; no such weights, or of another activation than the architecture's.
     """
-    import open_clip
-
-    if vision.arch and vision.arch.startswith(LOCAL):
-        return from_export(Path(vision.arch.removeprefix(LOCAL)), vision)
-    if vision.arch is None or not (vision.pretrained or vision.arch.startswith(HUB)):
+    if vision.arch is None or not (vision.pretrained or vision.arch.startswith((HUB, LOCAL))):
         return vision, None
-    check_activation(vision.arch, vision.pretrained, ARCH)
-    try:
-        visual = open_clip.create_model(vision.arch, vision.pretrained).visual
-    except (OSError, RuntimeError, ValueError) as error:
-        raise _unreadable(vision.arch, error) from None
-    return vision, _plain(visual, asdict(vision)).state_dict()
+    if vision.arch.startswith(LOCAL) and not vision.pretrained:
+        return from_export(Path(vision.arch.removeprefix(LOCAL)), vision)
+    return vision, _plain(opened_clip(vision.arch, vision.pretrained, ARCH).visual, asdict(vision)).state_dict()
 
 
 def from_export(folder: Path, vision: VisionConfig) -> tuple[VisionConfig, dict[str, torch.Tensor]]:
