@@ -2,6 +2,7 @@
 now and then misses what a busy machine lets it miss; the kernel's peak counts mapped files, and all that was before.)
 """
 
+import ctypes
 import gc
 import re
 from pathlib import Path
@@ -30,6 +31,8 @@ class Resident(TorchDispatchMode):
 
     def __enter__(self) -> "Resident":
         gc.collect()
+        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+            trim(0)  # what was freed before would be used again unseen
         self._before = anonymous()
         return super().__enter__()
 

@@ -46,7 +46,8 @@ class Clip(nn.Module):
         own = {ours: model_cfg[name] for ours, name in BEGIN.items() if model_cfg.get(name) is not None}
         self.towers = self._towers(model_cfg) if pretrained is None else pretrained
         if pretrained is not None:
-            own |= {ours: s for ours, name in SCALARS.items() if (s := getattr(pretrained, name, None)) is not None}
+            ended = {ours: getattr(pretrained, theirs, None) for ours, theirs in SCALARS.items()}
+            own |= {name: float(scalar.detach()) for name, scalar in ended.items() if scalar is not None}
             self.towers.logit_bias = None
         del self.towers.logit_scale
         self.patch_dropout = float(model_cfg["vision_cfg"].get("patch_dropout", 0.0))

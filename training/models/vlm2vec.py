@@ -291,8 +291,9 @@ def recipe_processor(
         except (OSError, ValueError) as error:
             raise UserError(f"vlm2vec.processor: {where} cannot be read ({_line(error)})") from None
         settings = settings or recipe_config(recipe, processor.tokenizer)
-    if getattr(processor, "tokenizer", None) is not None:
-        processor.tokenizer.padding_side = recipe.padding_side
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None:  # transformers writes down what it was made with alone
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = recipe.padding_side
     return processor, settings
 
 
