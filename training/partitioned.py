@@ -244,7 +244,8 @@ def partition(
         with deferred.values(parameter):
             before = parameter.data.view(-1)
             if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+                mapped = not before.untyped_storage().resizable()  # DeepSpeed writes rank 0's values over the others'
+                parameter.data = parameter.data.to(dtype, copy=mapped)
             init._convert_to_zero_parameters([parameter])
             if not parameter.requires_grad and before.dtype != dtype:
                 size = parameter.partition_numel()

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.training.conftest import tiny_config
@@ -37,7 +38,7 @@ def deep(layers: int = LAYERS, width: int = WIDTH) -> nn.Module:
     return model
 
 
-def memory() -> dict[str, float]:
+def memory(run: Path) -> dict[str, float]:
     from deepspeed.runtime.zero import GatheredParameters
 
     for layers in (1, LAYERS):  # the first time for what is allocated once
@@ -47,11 +48,19 @@ def memory() -> dict[str, float]:
             partition(parts, deferred, SETTINGS, torch.float32)
     with Resident() as built_whole:
         whole = deep()
+    if World.current().rank == 0:
+        save_file(whole.state_dict(), run / "deep.safetensors")
+    torch.distributed.barrier()
+    with torch.device("meta"):
+        mapped = deep()
+    mapped.load_state_dict(load_file(run / "deep.safetensors"), assign=True)
+    with Resident() as taken:
+        partition(mapped, Deferred(), SETTINGS, torch.float32)
     same = True
-    for a, b in zip(parts.parameters(), whole.parameters()):
-        with GatheredParameters([a]):
-            same &= torch.equal(a, b)
-    growth = {"built": built.most, "parts": cut_up.most, "whole": built_whole.most}
+    for a, b, c in zip(parts.parameters(), whole.parameters(), mapped.parameters()):
+        with GatheredParameters([a, c]):
+            same &= torch.equal(a, b) and torch.equal(c, b)
+    growth = {"built": built.most, "parts": cut_up.most, "whole": built_whole.most, "mapped": taken.most}
     return growth | {"tracked": deferred.peak / 2**20, "same": same}
 
 
@@ -91,7 +100,7 @@ def main() -> None:
     open_group()
     rank = World.current().rank
     run.mkdir(parents=True, exist_ok=True)
-    (run / f"memory_{rank}.json").write_text(json.dumps(memory()))
+    (run / f"memory_{rank}.json").write_text(json.dumps(memory(run)))
     begun = {precision: beginning(precision, shards, run) for precision in ("fp32", "bf16")}
     if rank == 0:
         torch.save(begun, run / "beginnings.pt")

@@ -54,13 +54,13 @@ def test_what_is_given_back_reaches_the_system():
 
 def test_no_rank_holds_the_whole(ranks):
     """288 MiB on two ranks: half of it, and what building takes for one parameter of 36 MiB at a time (itself, and as
-    much again for the masks that it is drawn with)."""
+    much again for the masks that it is drawn with). So, too, where the parameters are those of a mapped file."""
     for rank in (0, 1):
         figures = json.loads((ranks / f"memory_{rank}.json").read_text())
         print(figures)
         whole = LAYERS * WIDTH * WIDTH * 4 / 2**20
         assert figures["same"] and figures["tracked"] < 0.15 * whole and figures["built"] < 0.4 * whole
-        assert figures["parts"] < 0.85 * whole
+        assert figures["parts"] < 0.85 * whole and figures["mapped"] < 0.85 * whole
 
 
 def test_no_rank_holds_the_whole_of_what_is_loaded(ranks):

@@ -48,7 +48,7 @@ def vision_tower(settings: dict[str, Any]) -> Any:
         sizes, width, quick = CLIPVisionCfg(**known["vision_cfg"]), known["embed_dim"], known.get("quick_gelu", False)
     else:
         own = {k: v for k, v in settings.items() if k in CLIPVisionCfg.__dataclass_fields__}
-        sizes, width, quick = CLIPVisionCfg(**own), settings["width"], False
+        sizes, width, quick = CLIPVisionCfg(**own), settings["width"], settings.get("quick_gelu", False)
     return _plain(_build_vision_tower(width, sizes, quick), settings)
 
 
@@ -95,8 +95,9 @@ def from_export(folder: Path, vision: VisionConfig) -> tuple[VisionConfig, dict[
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{ARCH}: {LOCAL}{folder} is no export of a CLIP ({error!r})") from None
     known = {name: value for name, value in sizes.items() if name in VisionConfig.__dataclass_fields__}
-    if known.keys() != sizes.keys() or not isinstance(sizes["layers"], int) or record["model_cfg"].get("quick_gelu"):
-        raise UserError(f"{ARCH}: {folder} has a tower that is no plain ViT with GELU; take a CLIP's")
+    if known.keys() != sizes.keys() or not isinstance(sizes["layers"], int):
+        raise UserError(f"{ARCH}: {folder} has a tower that is no plain ViT; take a CLIP's")
+    quick = bool(record["model_cfg"].get("quick_gelu"))
     weights = {n.removeprefix("visual."): x for n, x in tensors.items() if n.startswith("visual.")}
     weights.pop("proj")
-    return VisionConfig(**{**known, "patch_dropout": vision.patch_dropout}), weights
+    return VisionConfig(**{**known, "quick_gelu": quick, "patch_dropout": vision.patch_dropout}), weights
