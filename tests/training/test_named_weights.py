@@ -24,7 +24,7 @@ from training.models.coca import Coca
 from training.models.flava import Flava
 from training.models.vision import pretrained_tower, vision_tower
 from training.models.vlm2vec import Vlm2Vec, recipe_config
-from training.partitioned import Deferred
+from training.partitioned import THREADS, Deferred
 
 WIDE = {"width": 512, "layers": 4, "head_width": 64, "image_size": 32, "patch_size": 8}
 WORDS = {"context_length": 16, "vocab_size": 1024, "width": 512, "heads": 8, "layers": 1}
@@ -119,7 +119,8 @@ def test_weights_are_made_a_parameter_at_a_time_with_the_bits_of_the_ordinary_lo
     monkeypatch.setattr("training.partitioned.KEPT", 4 << 20)
     load = written(tmp_path)
     torch.manual_seed(0)
-    with Resident() as at_once:
+    with Resident() as at_once, monkeypatch.context() as here:
+        here.setenv(THREADS, "1")  # threads keep memory of their own, which would be used again unseen
         whole = load()
     after, size = torch.get_rng_state(), sum(p.nbytes for p in whole.parameters()) / 2**20
     torch.manual_seed(0)

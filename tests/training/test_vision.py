@@ -58,14 +58,14 @@ def test_an_export_whose_tower_is_an_architecture_opens(kind, backbones, tmp_pat
         assert begun.keys() == state.keys() and torch.equal(begun["vision.conv1.weight"], state["vision.conv1.weight"])
 
 
-@pytest.mark.parametrize("named", ["file", "export"])
-def test_the_tower_is_that_of_open_clip_s_own_model(named, tmp_path):
+@pytest.mark.parametrize("source", ["file", "export"])
+def test_the_tower_is_that_of_open_clip_s_own_model(source, tmp_path):
     """Its activation, too: the architecture here has QuickGELU."""
     theirs = open_clip.create_model(NAME).eval()
     save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG}))
     recipe = VisionConfig(arch=NAME, pretrained=str(tmp_path / "open_clip_model.safetensors"))
-    vision, weights = pretrained_tower(recipe if named == "file" else VisionConfig(arch=f"local-dir:{tmp_path}"))
+    vision, weights = pretrained_tower(recipe if source == "file" else VisionConfig(arch=f"local-dir:{tmp_path}"))
     ours = vision_tower(asdict(vision)).eval()
     ours.load_state_dict(weights)
     theirs.visual.proj, theirs.visual.output_tokens = None, True
