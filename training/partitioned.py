@@ -177,8 +177,8 @@ class Deferred(TorchDispatchMode):
             sources = tree_map_only(torch.Tensor, lambda t: t if self._of(t) is written[0] else self._copy(t), args)
             kept = [h for h in others if lasting and h is not written[0]]
             step = (torch.get_rng_state() if seeded else None, func, sources, dict(kwargs), kept)
-        waits = step is not None and not seeded and (lasting or len(met) == 1)
-        if waits and len(changed) == 1 and changed[0] is args[0]:
+        waits = not seeded and (lasting or len(met) == 1) and len(changed) == 1 and changed[0] is args[0]
+        if step is not None and waits:
             written[0].steps = [step] if whole else [*written[0].steps, step]  # nothing is drawn: it can wait
             self._forget(written)
             return args[0]

@@ -62,7 +62,7 @@ def opened_clip(arch: str, pretrained: str | None, field: str) -> Any:
     from torch.utils.serialization import config
 
     def made(mapped: bool) -> Any:
-        with lasting_sources(), config.patch("load.mmap", mapped):
+        with lasting_sources(), config.patch("load.mmap", mapped):  # type: ignore[attr-defined]
             return open_clip.create_model(arch, pretrained, force_patch_dropout=0.0, require_pretrained=True)
 
     if pretrained and arch.startswith((HUB, LOCAL)):
