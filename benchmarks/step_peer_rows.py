@@ -134,7 +134,7 @@ def _ours(subject: Subject) -> Side:
     from training.objectives import build
 
     objective = ObjectiveConfig(coupled="infonce", reduction="mean", temperature=TEMPERATURE)
-    model = Clip(subject.model_cfg, objective, subject.weights)
+    model = Clip(subject.model_cfg, objective, subject.towers())
     coupled, world = build(objective), World()
     valid = subject.texts[:, 0] > 0  # every row
     split = zip(*(x.split(subject.chunk) for x in (subject.images, subject.texts, valid)))

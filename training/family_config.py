@@ -31,6 +31,7 @@ class VisionConfig:
     """A ViT: an open_clip architecture by name (with weights), or sizes for one from scratch.
 
     arch: also local-dir:FOLDER, the export of a CLIP, whose sizes are then the tower's ·
+    quick_gelu: of sizes from scratch: whether its activation is the one of OpenAI's CLIPs ·
     patch_dropout: share of patches left out while training (FLIP, arXiv 2212.00794).
     """
 
@@ -42,6 +43,7 @@ class VisionConfig:
     layers: int = 12
     head_width: int = 64
     mlp_ratio: float = 4.0
+    quick_gelu: bool = False
     patch_dropout: float = 0.0
 
 

@@ -10,10 +10,16 @@ whole or in parts, on any number of ranks.
 
 (DeepSpeed's own `zero.Init` cuts a module up as soon as its constructor has
 ended; what an enclosing model then draws into it, as all of ours do, is lost.)
+
+What is given back must also reach the system: glibc keeps freed memory of less
+than 32 MiB, and before its 2.38 could not use it again for tensors, which are
+aligned. Building in parts then took more than the whole.
 """
 
+import ctypes
+import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -31,13 +37,18 @@ OVERWRITES = {aten.normal_, aten.uniform_, aten.zero_, aten.fill_, aten.copy_}
 """What leaves nothing of the values before, when done to the whole of a parameter."""
 SMALL = 4096
 """Parameters of fewer elements keep their memory: biases, norms, scales."""
+KEPT = 16 << 20
+"""Bytes given back after which glibc is told to do so, too; it takes milliseconds."""
+THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+"""Has transformers load in one thread, this one: a mode of torch's does not see what other threads do."""
 _LASTING: ContextVar[bool] = ContextVar("lasting", default=False)
 
 
 @contextmanager
 def lasting_sources() -> Iterator[None]:
-    """What is copied into parameters here comes from tensors that nobody changes any more, so they are kept in place of
-    copies. A safetensors file is mapped, not read: its weights take no memory until their parameter is made."""
+    """What parameters are copied or cast from here are tensors that nobody changes any more, so they are kept in place
+    of copies. Those of a file that is mapped, not read, take no memory until their parameter is made: safetensors, and
+    what torch has saved since 1.6. (Held whole are older pickles, numpy's files, and what transformers fuses.)"""
     before = _LASTING.set(True)
     try:
         yield
@@ -47,27 +58,35 @@ def lasting_sources() -> Iterator[None]:
 
 @dataclass(slots=True)
 class History:
-    """What a parameter's values come from: (generator's state or None, operation, its arguments) since they were last
-    set as a whole. Empty: it still has its memory."""
+    """What a parameter's values come from: (generator's state or None, operation, its arguments, other parameters among
+    them) since they were last set as a whole. Empty: it still has its memory."""
 
     storage: torch.UntypedStorage
     size: int
-    steps: list[tuple[torch.Tensor | None, Any, Any, Any]] = field(default_factory=list)
+    steps: list[tuple[torch.Tensor | None, Any, Any, Any, "list[History]"]] = field(default_factory=list)
 
     @torch.no_grad()
     def make(self) -> None:
         if self.steps and self.storage.nbytes() == 0:
             self.storage.resize_(self.size)
             now = torch.get_rng_state()
-            for state, operation, args, kwargs in self.steps:
+            for state, operation, args, kwargs, others in self.steps:
+                empty = [other for other in others if other.steps and other.storage.nbytes() == 0]
+                for other in empty:
+                    other.make()
                 if state is not None:
                     torch.set_rng_state(state)
                 operation(*args, **kwargs)
+                for other in empty:
+                    other.forget()
             torch.set_rng_state(now)
 
-    def forget(self) -> None:
-        if self.steps:
+    def forget(self) -> int:
+        """Bytes that are given back."""
+        freed = self.storage.nbytes() if self.steps else 0
+        if freed:
             self.storage.resize_(0)
+        return freed
 
 
 class Deferred(TorchDispatchMode):
@@ -76,27 +95,51 @@ class Deferred(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.histories: dict[int, History] = {}
-        self.peak = 0
+        self.peak = self._freed = 0
+        self._cast: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __enter__(self) -> "Deferred":
         self._hook = register_module_parameter_registration_hook(self._follow)
+        self._threads = os.environ.get(THREADS)
+        os.environ[THREADS] = "1"
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._hook.remove()
+        self._cast = None
+        del os.environ[THREADS]
+        if self._threads is not None:
+            os.environ[THREADS] = self._threads
         super().__exit__(*error)
 
     def _follow(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.numel() >= SMALL and parameter.device.type == "cpu":
             storage = parameter.untyped_storage()
             if storage.resizable() and storage._cdata not in self.histories:
-                self.histories[storage._cdata] = History(storage, storage.nbytes())
+                history = self.histories[storage._cdata] = History(storage, storage.nbytes())
                 weakref.finalize(parameter, self._gone, storage._cdata)
+                self._count()
+                if self._cast is not None and self._cast[0].untyped_storage()._cdata == storage._cdata:
+                    values, source = self._cast
+                    if values.shape == parameter.shape:  # and not a part of it
+                        history.steps = [(None, aten.copy_.default, (values, source), {}, [])]
+                        self._cast = None
+                        self._forget([history])
+
+    def _count(self) -> None:
+        self.peak = max(self.peak, sum(history.storage.nbytes() for history in self.histories.values()))
 
     def _gone(self, key: int) -> None:
         """A parameter that was replaced, or only read: what still has its memory need not be kept."""
         if key in self.histories and not self.histories[key].steps:
             del self.histories[key]
+
+    def _forget(self, histories: Iterable[History]) -> None:
+        self._freed += sum(history.forget() for history in histories)
+        if self._freed > KEPT:
+            self._freed = 0
+            if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+                trim(0)
 
     def _of(self, tensor: Any) -> History | None:
         if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu" or tensor.layout != torch.strided:
@@ -107,14 +150,16 @@ class Deferred(TorchDispatchMode):
         kwargs = kwargs or {}
         met = {id(h): h for t in tree_leaves((args, kwargs)) if (h := self._of(t)) is not None}
         if not met:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if func is aten._to_copy.default and _LASTING.get() and result.layout == torch.strided:
+                self._cast = (result, args[0])  # which may be registered next
+            return result
         if func.is_view:  # values do not matter, but torch wants the memory to be there
             empty = [h for h in met.values() if h.storage.nbytes() == 0]
             for history in empty:
                 history.storage.resize_(history.size)
             result = func(*args, **kwargs)
-            for history in empty:
-                history.forget()
+            self._forget(empty)
             return result
         changed = [
             value
@@ -126,38 +171,39 @@ class Deferred(TorchDispatchMode):
         others = [h for t in tree_leaves((args[1:], kwargs)) if (h := self._of(t)) is not None]
         whole = written and func.overloadpacket in OVERWRITES and args[0].nbytes == written[0].size
         whole = whole and all(h is not written[0] for h in others)
-        step, seeded = None, torch.Tag.nondeterministic_seeded in func.tags
+        step, seeded, lasting = None, torch.Tag.nondeterministic_seeded in func.tags, _LASTING.get()
         if written and (whole or written[0].steps):
             assert kwargs.get("generator") is None, f"{func} draws from a generator of its own"
             sources = tree_map_only(torch.Tensor, lambda t: t if self._of(t) is written[0] else self._copy(t), args)
-            step = (torch.get_rng_state() if seeded else None, func, sources, dict(kwargs))
-        if step is not None and not seeded and len(met) == 1 and len(changed) == 1 and changed[0] is args[0]:
+            kept = [h for h in others if lasting and h is not written[0]]
+            step = (torch.get_rng_state() if seeded else None, func, sources, dict(kwargs), kept)
+        waits = not seeded and (lasting or len(met) == 1) and len(changed) == 1 and changed[0] is args[0]
+        if step is not None and waits:
             written[0].steps = [step] if whole else [*written[0].steps, step]  # nothing is drawn: it can wait
-            written[0].forget()
+            self._forget(written)
             return args[0]
         for history in met.values():
             if whole and history is written[0]:
                 history.storage.resize_(history.size)
             else:
                 history.make()
-        self.peak = max(self.peak, sum(h.storage.nbytes() for h in self.histories.values()))
+        self._count()
         result = func(*args, **kwargs)
         if step is not None:
             written[0].steps = [step] if whole else [*written[0].steps, step]
-        for history in met.values():
-            history.forget()
+        self._forget(met.values())
         return result
 
     def _copy(self, source: torch.Tensor) -> torch.Tensor:
         """The values that are copied now, whatever becomes of their tensor."""
-        history = self._of(source)
-        if _LASTING.get() and (history is None or not history.steps):
+        if _LASTING.get():
             return source
+        history = self._of(source)
         if history is not None:
             history.make()
         copied = source.clone()
         if history is not None:
-            history.forget()
+            self._forget([history])
         return copied
 
     @contextmanager
@@ -168,7 +214,7 @@ class Deferred(TorchDispatchMode):
             history.make()
         yield parameter
         if history is not None:
-            history.forget()
+            self._forget([history])
 
 
 def _named(func: Any, kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
@@ -198,7 +244,8 @@ def partition(
         with deferred.values(parameter):
             before = parameter.data.view(-1)
             if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+                mapped = not before.untyped_storage().resizable()  # DeepSpeed writes rank 0's values over the others'
+                parameter.data = parameter.data.to(dtype, copy=mapped)
             init._convert_to_zero_parameters([parameter])
             if not parameter.requires_grad and before.dtype != dtype:
                 size = parameter.partition_numel()

@@ -6,18 +6,18 @@ the weights that a ZeRO-3 run begins from; and an LLM of 300 MiB that a recipe n
 
 import json
 import os
-import re
 import sys
-import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.training.conftest import tiny_config
+from tests.training.resident import Resident
 from training import zero
 from training.data import Shards
 from training.distributed import World, open_group
@@ -26,47 +26,41 @@ from training.loop import make_trainer
 from training.partitioned import Deferred, partition
 
 LAYERS, WIDTH = 8, 3072
-"""Layers of 36 MiB: what is freed of less than 32, glibc may keep."""
 SETTINGS = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 
 
-def deep(layers: int = LAYERS) -> nn.Module:
+def deep(layers: int = LAYERS, width: int = WIDTH) -> nn.Module:
     """288 MiB, drawn twice as transformers' models are: by the layers' constructors, and then by the model's."""
     torch.manual_seed(5)
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
     for layer in model:
         nn.init.trunc_normal_(layer.weight, std=0.02)
     return model
 
 
-def resident(field: str) -> float:
-    """A field of this process's status, MiB."""
-    found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) / 1024
-
-
-def peak() -> float:
-    """MiB that this process has had resident at most (getrusage would count what its parent had, too)."""
-    return resident("VmHWM")
-
-
-def memory() -> dict[str, float]:
+def memory(run: Path) -> dict[str, float]:
     from deepspeed.runtime.zero import GatheredParameters
 
-    for layers in (2, LAYERS):  # the first time for what is allocated once
-        start = peak()
-        with Deferred() as deferred:
+    for layers in (1, LAYERS):  # the first time for what is allocated once
+        with Resident() as built, (deferred := Deferred()):
             parts = deep(layers)
-        built = peak()
-        partition(parts, deferred, SETTINGS, torch.float32)
-    in_parts = peak()
-    whole = deep()
+        with Resident() as cut_up:
+            partition(parts, deferred, SETTINGS, torch.float32)
+    with Resident() as built_whole:
+        whole = deep()
+    if World.current().rank == 0:
+        save_file(whole.state_dict(), run / "deep.safetensors")
+    torch.distributed.barrier()
+    with torch.device("meta"):
+        mapped = deep()
+    mapped.load_state_dict(load_file(run / "deep.safetensors"), assign=True)
+    with Resident() as taken:
+        partition(mapped, Deferred(), SETTINGS, torch.float32)
     same = True
-    for a, b in zip(parts.parameters(), whole.parameters()):
-        with GatheredParameters([a]):
-            same &= torch.equal(a, b)
-    growth = {"built": built - start, "parts": in_parts - start, "whole": peak() - in_parts}
+    for a, b, c in zip(parts.parameters(), whole.parameters(), mapped.parameters()):
+        with GatheredParameters([a, c]):
+            same &= torch.equal(a, b) and torch.equal(c, b)
+    growth = {"built": built.most, "parts": cut_up.most, "whole": built_whole.most, "mapped": taken.most}
     return growth | {"tracked": deferred.peak / 2**20, "same": same}
 
 
@@ -82,39 +76,18 @@ def beginning(precision: str, shards: Path, run: Path) -> dict[str, torch.Tensor
     return {name: trainer.world.sum(flat).view(shapes[name]) for name, flat in found.items()}
 
 
-class Anonymous(threading.Thread):
-    """MiB that this process holds at most beyond files mapped into memory, while the thread is not `stop`ped."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.start_at, self.most, self.done = resident("RssAnon"), 0.0, threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        while not self.done.wait(0.002):
-            self.most = max(self.most, resident("RssAnon"))
-
-    def stop(self) -> float:
-        self.done.set()
-        self.join()
-        return max(self.most, resident("RssAnon")) - self.start_at
-
-
 def named(llm: Path, shards: Path, run: Path) -> dict[str, float]:
     """A model around an LLM that is loaded, in parts and then whole."""
     from deepspeed.runtime.zero import GatheredParameters
 
     config, captions = tiny_config("--mmgem.language.name_or_path", str(llm)), Shards(shards).every_caption
-    seen = Anonymous()
-    with Deferred() as deferred:
+    with Resident() as built, (deferred := Deferred()):
         parts = build(config, run / "tokenizer", captions).model
-    built = seen.stop()
-    seen = Anonymous()
-    partition(parts, deferred, SETTINGS, torch.float32)
-    cut_up = seen.stop()
-    seen = Anonymous()
-    whole = build(config, run / "tokenizer", captions).model
-    growth = {"built": built, "cut_up": cut_up, "whole": seen.stop()}
+    with Resident() as cut_up:
+        partition(parts, deferred, SETTINGS, torch.float32)
+    with Resident() as built_whole:
+        whole = build(config, run / "tokenizer", captions).model
+    growth = {"built": built.most, "cut_up": cut_up.most, "whole": built_whole.most}
     same = True
     for (name, a), (other, b) in zip(parts.named_parameters(), whole.named_parameters()):
         with GatheredParameters([a]):
@@ -127,7 +100,7 @@ def main() -> None:
     open_group()
     rank = World.current().rank
     run.mkdir(parents=True, exist_ok=True)
-    (run / f"memory_{rank}.json").write_text(json.dumps(memory()))
+    (run / f"memory_{rank}.json").write_text(json.dumps(memory(run)))
     begun = {precision: beginning(precision, shards, run) for precision in ("fp32", "bf16")}
     if rank == 0:
         torch.save(begun, run / "beginnings.pt")

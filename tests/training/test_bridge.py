@@ -133,8 +133,9 @@ def test_bad_mappings_and_towers_are_one_line(backbones, tmp_path):
         from_export(tmp_path, VisionConfig())
     file = shutil.copytree(backbones / "clip", tmp_path / "clip") / "open_clip_config.json"
     record = json.loads(file.read_text())
-    file.write_text(json.dumps({**record, "model_cfg": {**record["model_cfg"], "quick_gelu": True}}))
-    with pytest.raises(UserError, match=r"mmgem\.vision\.arch: .* no plain ViT with GELU"):
+    resnet = {**record["model_cfg"]["vision_cfg"], "layers": [1, 1, 1, 1]}
+    file.write_text(json.dumps({**record, "model_cfg": {**record["model_cfg"], "vision_cfg": resnet}}))
+    with pytest.raises(UserError, match=r"mmgem\.vision\.arch: .* no plain ViT"):
         from_export(file.parent, VisionConfig())
     file.write_text(json.dumps({**record, "preprocess_cfg": {"resize_mode": "shortest"}}))
     with pytest.raises(UserError, match=r"loader\.resize_mode: .* was trained with shortest"):

@@ -1,8 +1,12 @@
 """Towers that a recipe names by architecture: what is exported with one opens again, and what cannot be is one line."""
 
+import json
+from dataclasses import asdict
+
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from curation.errors import UserError
 from curation.manifest import write_manifest
@@ -54,12 +58,15 @@ def test_an_export_whose_tower_is_an_architecture_opens(kind, backbones, tmp_pat
         assert begun.keys() == state.keys() and torch.equal(begun["vision.conv1.weight"], state["vision.conv1.weight"])
 
 
-def test_the_tower_is_that_of_open_clip_s_own_model(tmp_path):
+@pytest.mark.parametrize("source", ["file", "export"])
+def test_the_tower_is_that_of_open_clip_s_own_model(source, tmp_path):
     """Its activation, too: the architecture here has QuickGELU."""
     theirs = open_clip.create_model(NAME).eval()
-    torch.save(theirs.state_dict(), tmp_path / "weights.pt")
-    ours = vision_tower({"arch": NAME}).eval()
-    _, weights = pretrained_tower(VisionConfig(arch=NAME, pretrained=str(tmp_path / "weights.pt")))
+    save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG}))
+    recipe = VisionConfig(arch=NAME, pretrained=str(tmp_path / "open_clip_model.safetensors"))
+    vision, weights = pretrained_tower(recipe if source == "file" else VisionConfig(arch=f"local-dir:{tmp_path}"))
+    ours = vision_tower(asdict(vision)).eval()
     ours.load_state_dict(weights)
     theirs.visual.proj, theirs.visual.output_tokens = None, True
     pixels = torch.randn(2, 3, 32, 32)

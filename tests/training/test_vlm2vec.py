@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 from curation.errors import UserError
 from curation.manifest import write_manifest
 from tests.training.plain import differences, patched_float
-from tests.training.vlm import BACKBONES, RECIPE, assert_alone_as_padded, mixed_rows, picture, tiny
+from tests.training.vlm import BACKBONES, CAPTIONS, RECIPE, assert_alone_as_padded, mixed_rows, picture, tiny
 from training.auto import AutoModel, AutoProcessor
 from training.config import ObjectiveConfig, as_dict
 from training.distributed import World
@@ -169,6 +170,23 @@ def test_saved_and_loaded_it_is_the_same_model(kind, tmp_path):
     written = again.generate(**row, max_new_tokens=4, min_new_tokens=4)
     expected = model.backbone.generate(**row, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert torch.equal(written, expected[:, row["input_ids"].shape[1] :]) and written.shape == (1, 4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_processor_opened_again_pads_as_the_recipe_says(side, tmp_path):
+    """So that texts of several lengths are written on as each alone; embeddings are the same for either side."""
+    words = ["--vlm2vec.backbone", str(BACKBONES["qwen2_vl"]), "--vlm2vec.padding_side", side]
+    config = parse([*RECIPE, *words])[0]
+    family, export = build(config, tmp_path / "tokenizer", lambda: CAPTIONS), tmp_path / "export"
+    save(config, family, family.model.state_dict(), export)
+    for opened in (AutoProcessor.from_pretrained(export), transformers.AutoProcessor.from_pretrained(export)):
+        assert opened.tokenizer.padding_side == side
+    reading, texts = AutoProcessor.from_pretrained(export), [CAPTIONS[0], "a"]
+    inputs, alone = reading(text=texts), reading(text=texts[1:])
+    assert inputs["attention_mask"][1, 0 if side == "left" else -1] == 0
+    if side == "left":
+        model, length = family.model.eval(), {"max_new_tokens": 4, "min_new_tokens": 4}
+        assert torch.equal(model.generate(**inputs, **length)[1:], model.generate(**alone, **length))
 
 
 @KINDS

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from curation.errors import UserError
-from curation.preprocess import check_activation
+from curation.preprocess import HUB, LOCAL
 from training.config import ObjectiveConfig
 from training.family_config import ClipRecipe
+from training.models.kind import opened_clip
 from training.models.patches import only, take_over
 from training.models.scalars import START, add_scalars, read_scalars
 
@@ -27,8 +28,8 @@ BEGIN = {"log_scale": "init_logit_scale", "logit_bias": "init_logit_bias"}
 
 
 def plain(model_cfg: dict[str, Any]) -> dict[str, Any]:
-    """What open_clip's classes are built with: no class, no scalars, no weights from elsewhere for a picture tower, and
-    no dropping of patches, which is ours (training/models/patches.py)."""
+    """What open_clip's classes are built with from scratch: no class, no scalars, no weights from elsewhere for a
+    picture tower, and no dropping of patches, which is ours (training/models/patches.py)."""
     vision = {**model_cfg["vision_cfg"], "timm_model_pretrained": False, "patch_dropout": 0.0}
     return {k: v for k, v in model_cfg.items() if k not in ("custom_text", *BEGIN.values())} | {"vision_cfg": vision}
 
@@ -40,15 +41,15 @@ class Clip(nn.Module):
     blocks = frozenset({"ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block"})  # the last is timm's
 
     def __init__(self, model_cfg: dict[str, Any], objective: ObjectiveConfig, pretrained: Any = None) -> None:
-        """pretrained: state of open_clip's model of this kind, or None."""
+        """pretrained: open_clip's model of this kind with weights, which becomes the towers; None: from scratch."""
         super().__init__()
         own = {ours: model_cfg[name] for ours, name in BEGIN.items() if model_cfg.get(name) is not None}
-        self.towers = self._towers(model_cfg)
-        del self.towers.logit_scale
+        self.towers = self._towers(model_cfg) if pretrained is None else pretrained
         if pretrained is not None:
-            weights = dict(pretrained)
-            own |= {ours: weights.pop(theirs) for ours, theirs in SCALARS.items() if theirs in weights}
-            self.towers.load_state_dict(weights)
+            ended = {ours: getattr(pretrained, theirs, None) for ours, theirs in SCALARS.items()}
+            own |= {name: float(scalar.detach()) for name, scalar in ended.items() if scalar is not None}
+            self.towers.logit_bias = None
+        del self.towers.logit_scale
         self.patch_dropout = float(model_cfg["vision_cfg"].get("patch_dropout", 0.0))
         take_over(self.towers.visual, self.patch_dropout)
         self.scalars = add_scalars(self, objective, own)
@@ -79,15 +80,15 @@ class Clip(nn.Module):
 
         if (recipe.arch is None) == (recipe.model_cfg is None):
             raise UserError("clip: exactly one of `arch` (an open_clip name) and `model_cfg` is needed")
-        model_cfg, weights = recipe.model_cfg, None
+        model_cfg, pretrained = recipe.model_cfg, None
         if recipe.arch is not None:
-            check_activation(recipe.arch, recipe.pretrained, "clip.arch")
+            name = recipe.arch if ":" in recipe.arch else recipe.arch.replace("/", "-")
             try:
-                model_cfg = open_clip.get_model_config(recipe.arch)
-                if recipe.pretrained or recipe.arch.startswith("local-dir:"):
-                    weights = open_clip.create_model(recipe.arch, recipe.pretrained).state_dict()
+                model_cfg = open_clip.get_model_config(name)
             except (OSError, RuntimeError, ValueError) as error:
                 raise UserError(f"clip.arch: {recipe.arch}: {' '.join(str(error).split())[:200]}") from None
+            if recipe.pretrained or recipe.arch.startswith((HUB, LOCAL)):
+                pretrained = opened_clip(recipe.arch, recipe.pretrained, "clip.arch")
         if model_cfg is None:
             raise UserError(f"clip.arch: open_clip knows no {recipe.arch!r}; open_clip.list_models() names them")
         if recipe.patch_dropout is not None:
@@ -96,10 +97,10 @@ class Clip(nn.Module):
         if "multimodal_cfg" in model_cfg:
             if model_cfg["text_cfg"].get("hf_tokenizer_name"):
                 raise UserError("clip.arch: a CoCa writes by open_clip's own tokenizer alone; take coca_ViT-*")
-            return Coca(model_cfg, objective, weights)
+            return Coca(model_cfg, objective, pretrained)
         if "generate" in objective.weights:
             raise UserError("objective.weights: generate needs an architecture with a text decoder (coca_*); remove it")
-        return Clip(model_cfg, objective, weights)
+        return Clip(model_cfg, objective, pretrained)
 
     def checkpoint_activations(self) -> None:
         """Keep the blocks' inputs alone, and compute the rest again in the backward pass."""

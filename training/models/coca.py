@@ -22,6 +22,7 @@ from training.config import ObjectiveConfig
 from training.models.clip import Clip, plain
 from training.models.clip_words import EOT, PAD, SOT
 from training.models.head import Head
+from training.partitioned import lasting_sources
 
 OURS, THEIRS = "towers.text_decoder.head.weight", "text_decoder.text_projection"
 
@@ -37,7 +38,7 @@ class Coca(Clip):
         decoder = self.towers.text_decoder
         width, vocabulary = decoder.text_projection.shape
         decoder.head = Head(width, vocabulary, bias=False)
-        with torch.no_grad():
+        with torch.no_grad(), lasting_sources():
             if pretrained is None:  # open_clip would begin with whatever its memory holds
                 nn.init.normal_(decoder.head.weight, std=width**-0.5)
             else:

@@ -38,7 +38,7 @@ from training.config import ObjectiveConfig
 from training.family_config import LOSSES, FlavaRecipe
 from training.models.dropout import stacked
 from training.models.head import Head
-from training.models.kind import check_kind
+from training.models.kind import check_kind, opened
 from training.models.mmgem import MEAN, STD
 from training.models.patches import KeptPatches, only
 from training.models.scalars import add_scalars, read_scalars
@@ -158,7 +158,7 @@ class Flava(PreTrainedModel):
         from transformers import FlavaForPreTraining
 
         check_kind(name_or_path, "flava", "flava.name_or_path")
-        published = FlavaForPreTraining.from_pretrained(name_or_path).state_dict()
+        published = opened(FlavaForPreTraining, name_or_path, "flava.name_or_path").state_dict()
         published = {name.removeprefix("flava."): tensor for name, tensor in published.items()}
         published["log_scale"] = published.pop("logit_scale").reshape(1)
         own = {name: tensor for name, tensor in self.state_dict().items() if name != "logit_bias"}

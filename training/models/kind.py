@@ -1,14 +1,21 @@
 """Whose folder this is: transformers warns where a folder holds another kind of model, and draws its weights at random.
 
 Code that a folder brings is never run unless the recipe says so (`vlm2vec.trust_remote_code`).
+
+What a recipe names is loaded here, by its own library, from files that are mapped where they can be: a ZeRO-3 run makes
+one parameter of them after the other (training/partitioned.py).
 """
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from curation.errors import UserError
+from curation.preprocess import HUB, LOCAL, check_activation
+from training.partitioned import lasting_sources
 
 
 def check_kind(folder: Any, expected: str, field: str) -> None:
@@ -27,15 +34,50 @@ def check_kind(folder: Any, expected: str, field: str) -> None:
         raise UserError(f"{field}: {folder} holds a {kind!r}, not a {expected!r}; name another than {where}")
 
 
-def opened(auto: Any, name: str, field: str) -> Any:
-    """`auto.from_pretrained(name)`, without code that the folder brings.
+def opened(auto: Any, name: str, field: str, trust_remote_code: bool = False, **settings: Any) -> Any:
+    """`auto.from_pretrained(name)`, without code that the folder brings unless it is trusted.
 
     Raises:
         UserError: nothing there that this class opens.
     """
     try:
-        return auto.from_pretrained(name, trust_remote_code=False)
+        with lasting_sources():
+            return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **settings)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(f"{field}: {name} brings code of its own, which is not run here; name another") from None
-        raise UserError(f"{field}: {name} cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{field}: {name} cannot be read ({_line(error)})") from None
+
+
+def opened_clip(arch: str, pretrained: str | None, field: str) -> Any:
+    """open_clip's model with weights: `pretrained` (a tag or a file), or those of a hf-hub: or local-dir: name.
+
+    Patches are not dropped by it: that is ours (training/models/patches.py).
+
+    Raises:
+        UserError: no such model or weights (open_clip would only warn, and draw them at random), or weights of another
+            activation than the architecture's.
+    """
+    import open_clip
+    from torch.utils.serialization import config
+
+    def made(mapped: bool) -> Any:
+        with lasting_sources(), config.patch("load.mmap", mapped):  # type: ignore[attr-defined]
+            return open_clip.create_model(arch, pretrained, force_patch_dropout=0.0, require_pretrained=True)
+
+    if pretrained and arch.startswith((HUB, LOCAL)):
+        raise UserError(f"{field}: {arch} brings its own weights; remove `pretrained`")
+    check_activation(arch, pretrained, field)
+    try:
+        try:
+            return made(mapped=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return made(mapped=False)  # a pickle as torch wrote them before 1.6
+    except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
+        raise UserError(f"{field}: {arch}: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

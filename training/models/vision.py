@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from curation.errors import UserError
-from curation.preprocess import HUB, LOCAL, check_activation
+from curation.preprocess import HUB, LOCAL
 from training.family_config import VisionConfig
+from training.models.kind import opened_clip
 from training.models.patches import take_over
 
 ARCH = "mmgem.vision.arch"
@@ -47,7 +48,7 @@ def vision_tower(settings: dict[str, Any]) -> Any:
         sizes, width, quick = CLIPVisionCfg(**known["vision_cfg"]), known["embed_dim"], known.get("quick_gelu", False)
     else:
         own = {k: v for k, v in settings.items() if k in CLIPVisionCfg.__dataclass_fields__}
-        sizes, width, quick = CLIPVisionCfg(**own), settings["width"], False
+        sizes, width, quick = CLIPVisionCfg(**own), settings["width"], settings.get("quick_gelu", False)
     return _plain(_build_vision_tower(width, sizes, quick), settings)
 
 
@@ -74,18 +75,11 @@ def pretrained_tower(vision: VisionConfig) -> tuple[VisionConfig, dict[str, torc
     Raises:
         UserError: as `from_export`; no such weights, or of another activation than the architecture's.
     """
-    import open_clip
-
-    if vision.arch and vision.arch.startswith(LOCAL):
-        return from_export(Path(vision.arch.removeprefix(LOCAL)), vision)
-    if vision.arch is None or not (vision.pretrained or vision.arch.startswith(HUB)):
+    if vision.arch is None or not (vision.pretrained or vision.arch.startswith((HUB, LOCAL))):
         return vision, None
-    check_activation(vision.arch, vision.pretrained, ARCH)
-    try:
-        visual = open_clip.create_model(vision.arch, vision.pretrained).visual
-    except (OSError, RuntimeError, ValueError) as error:
-        raise _unreadable(vision.arch, error) from None
-    return vision, _plain(visual, asdict(vision)).state_dict()
+    if vision.arch.startswith(LOCAL) and not vision.pretrained:
+        return from_export(Path(vision.arch.removeprefix(LOCAL)), vision)
+    return vision, _plain(opened_clip(vision.arch, vision.pretrained, ARCH).visual, asdict(vision)).state_dict()
 
 
 def from_export(folder: Path, vision: VisionConfig) -> tuple[VisionConfig, dict[str, torch.Tensor]]:
@@ -101,8 +95,9 @@ def from_export(folder: Path, vision: VisionConfig) -> tuple[VisionConfig, dict[
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{ARCH}: {LOCAL}{folder} is no export of a CLIP ({error!r})") from None
     known = {name: value for name, value in sizes.items() if name in VisionConfig.__dataclass_fields__}
-    if known.keys() != sizes.keys() or not isinstance(sizes["layers"], int) or record["model_cfg"].get("quick_gelu"):
-        raise UserError(f"{ARCH}: {folder} has a tower that is no plain ViT with GELU; take a CLIP's")
+    if known.keys() != sizes.keys() or not isinstance(sizes["layers"], int):
+        raise UserError(f"{ARCH}: {folder} has a tower that is no plain ViT; take a CLIP's")
+    quick = bool(record["model_cfg"].get("quick_gelu"))
     weights = {n.removeprefix("visual."): x for n, x in tensors.items() if n.startswith("visual.")}
     weights.pop("proj")
-    return VisionConfig(**{**known, "patch_dropout": vision.patch_dropout}), weights
+    return VisionConfig(**{**known, "quick_gelu": quick, "patch_dropout": vision.patch_dropout}), weights

@@ -31,7 +31,7 @@ from transformers.utils.generic import can_return_tuple
 from curation.errors import UserError
 from training.config import ObjectiveConfig
 from training.family_config import Vlm2VecRecipe
-from training.models.kind import check_kind
+from training.models.kind import check_kind, opened
 from training.models.scalars import add_scalars, read_scalars
 from training.models.vlm_inputs import build_processor, build_tokenizer, of_side
 
@@ -140,7 +140,8 @@ class Vlm2Vec(PreTrainedModel):
         if name is None:
             return cls(config)
         auto = _loader(settings, remote)
-        return cls(config, auto.from_pretrained(name, trust_remote_code=remote, dtype=torch.float32))
+        field, dtype = "vlm2vec.name_or_path", torch.float32
+        return cls(config, opened(auto, name, field, trust_remote_code=remote, dtype=dtype))
 
     def checkpoint_activations(self) -> None:
         """Keep the blocks' inputs alone, and compute the rest again in the backward pass.
@@ -290,8 +291,9 @@ def recipe_processor(
         except (OSError, ValueError) as error:
             raise UserError(f"vlm2vec.processor: {where} cannot be read ({_line(error)})") from None
         settings = settings or recipe_config(recipe, processor.tokenizer)
-    if getattr(processor, "tokenizer", None) is not None:
-        processor.tokenizer.padding_side = recipe.padding_side
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None:  # transformers writes down what it was made with alone
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = recipe.padding_side
     return processor, settings
 
 
