@@ -1,4 +1,4 @@
-"""Lists of uids as numbers: DataComp's subset files, looked up where they lie, and any other list, sorted in memory.
+"""Lists of uids as numbers, as DataComp's subset files have them, looked up where they lie.
 
 A uid of 32 hex digits, in either case, is the number that it spells; of any
 other uid, which DataComp's never are, it is the md5. The build names its samples
@@ -46,27 +46,18 @@ def paired(high: np.ndarray, low: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Subset:
-    """A sorted list: the file of a subset, or, where that is no sorted subset, `held`: u8,u8 [n]."""
+    """The file of a subset; of one that is not sorted only `blocks` and `sizes` mean something."""
 
     path: Path
-    held: np.ndarray | None = None
 
-    @classmethod
-    def of(cls, path: Path, uids: Pairs) -> "Subset":
-        """Of uids in any order, held in memory."""
-        order = np.lexsort((uids[1], uids[0]))
-        return cls(path, paired(uids[0][order], uids[1][order]))
-
-    def opened(self) -> np.ndarray:
+    def opened(self) -> np.memmap:
         """u8,u8 [n]
 
         Raises:
             UserError: the file is no subset.
         """
-        if self.held is not None:
-            return self.held
         try:
-            pairs = np.load(self.path, mmap_mode="r")
+            pairs: np.memmap = np.load(self.path, mmap_mode="r")
         except (OSError, ValueError) as reason:
             raise UserError(f"uids: {self.path}: cannot be read as a list of uids ({reason})") from None
         if pairs.dtype != PAIR or pairs.ndim != 1:
@@ -77,9 +68,6 @@ class Subset:
         """The uids of these places, BLOCK at a time; read, since the pages of a map would count as memory."""
         pairs = self.opened()
         end = len(pairs) if end is None else end
-        if not isinstance(pairs, np.memmap):
-            yield from ((b["f0"], b["f1"]) for s in range(start, end, BLOCK) for b in [pairs[s : min(s + BLOCK, end)]])
-            return
         with open(self.path, "rb") as file:
             file.seek(pairs.offset + PAIR.itemsize * start)
             while start < end:
