@@ -98,8 +98,16 @@ class Subset:
         return pa.table({"high": asked[0], "low": asked[1], "row": table["row"], "bucket": bucket})
 
     def counted(self, pieces: Iterator[pa.Table]) -> tuple[pa.Table, int]:
-        """(of each row of a range that the list names: `row`, and `often`, how many times; how many uids these are)"""
-        table = pa.concat_tables(pieces)
+        """(of each row of a range that the list names: `row`, and `often`, how many times; how many uids these are)
+
+        Piece by piece, since of a short list a range may hold much of the pool, and hardly any of it is named.
+        """
+        found = [self._named(table) for table in pieces]
+        high, low, rows, often = (np.concatenate(values) for values in zip(*found, strict=True))
+        return pa.table({"row": rows, "often": often}), len(np.unique(paired(high, low)))
+
+    def _named(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of the rows that the list names: the halves of their uids, the rows, and how often."""
         high, low, rows = (table[name].to_numpy() for name in ("high", "low", "row"))
         order = np.lexsort((low, high))
         asked, rows = (high[order], low[order]), rows[order]
@@ -113,9 +121,7 @@ class Subset:
                 last = int(places(asked, (block[0][-1:], block[1][-1:]), after=True)[0])
                 often[first:last] += times(block, (asked[0][first:last], asked[1][first:last]))
         named = often > 0
-        high, low = asked[0][named], asked[1][named]
-        found = int(before((high[:-1], low[:-1]), (high[1:], low[1:])).sum()) + bool(len(high))
-        return pa.table({"row": rows[named], "often": often[named]}), found
+        return asked[0][named], asked[1][named], rows[named], often[named]
 
 
 def before(one: Pairs, other: Pairs) -> np.ndarray:

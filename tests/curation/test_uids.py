@@ -170,3 +170,19 @@ def test_one_worker_sorts_a_list_and_holds_a_part_of_it(
     assert np.array_equal(np.load(found.path)["f1"], np.sort(listed)) and not np.load(found.path)["f0"].any()
     assert max(held) <= 20_000 / 8 and sorted(held)[-2] < 2 * 20_000 / listing.PARTS, "the sample, and each part"
     assert [path.name for path in found.path.parent.iterdir()] == ["uids.npy"]
+
+
+def test_a_short_list_holds_no_more_of_the_pool_than_any_other(
+    table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its two uids cut the pool into three ranges, whatever it holds."""
+    numbered, valid = [number(uid) for uid in table["uid"].to_pylist()], valid_of(table)
+    held: list[int] = []
+    sort = subset.np.lexsort
+    monkeypatch.setattr(subset.np, "lexsort", lambda keys: (held.append(len(keys[0])), sort(keys))[1])
+    listed = sorted(numbered[i] for i in np.flatnonzero(valid)[[100, 9_000]])
+    parts = write_parts(tmp_path, table, [*range(250, ROWS, 250)])
+    found = select({"it": Uids(file=save(tmp_path / "two.npy", listed))}, parts, 100, bucket_bytes=2_400)
+    expected = np.array([n not in listed for n in numbered])
+    np.testing.assert_array_equal(found.failed[valid, 0], expected[valid])
+    assert found.stages[0]["found"] == 2 and max(held) <= 400, "a hundred make a piece, and a batch comes whole"
