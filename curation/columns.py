@@ -89,7 +89,7 @@ class Gathering:
                     )
             return made
         except Exception as reason:
-            _raise_unless_of_a_sample(name, reason)
+            raise_unless_of_a_sample(name, reason)
             if len(rows) == 1:
                 self._failed(name, rows[0], reason)
                 return {column: pa.nulls(1, kind) for column, kind in schema.items()}
@@ -98,8 +98,8 @@ class Gathering:
         return {column: pa.concat_arrays([part[column] for part in parts]) for column in schema}
 
     def _failed(self, name: str, row: int, reason: Exception) -> None:
-        _raise_unless_of_a_sample(name, reason)
-        self._failing(row, SIGNAL_FAILED, f"signal {name}: {type(reason).__name__}: {_line(reason)}")
+        raise_unless_of_a_sample(name, reason)
+        self._failing(row, SIGNAL_FAILED, f"signal {name}: {type(reason).__name__}: {one_line(reason)}")
 
     def _failing(self, row: int, reason: str, cause: str) -> None:
         if reason == SIGNAL_FAILED or row not in self.errors:  # in whatever order the recipe has its signals
@@ -107,17 +107,19 @@ class Gathering:
         self.causes.setdefault(reason, (row, cause))
 
 
-def _raise_unless_of_a_sample(name: str, reason: Exception) -> None:
-    """A library that finds a picture broken raises OSError without a number, a disk one with it."""
+def raise_unless_of_a_sample(name: str, reason: Exception) -> None:
+    """Raise what is not the fault of one sample. A library that finds a picture broken raises OSError without a number,
+    a disk one with it."""
     if type(reason).__name__ in OF_A_GPU:
         raise UserError(
-            f"signal {name}: the GPU has failed ({_line(reason)}); run again with fewer --workers, or device: cpu"
+            f"signal {name}: the GPU has failed ({one_line(reason)}); run again with fewer --workers, or device: cpu"
         ) from reason
     if isinstance(reason, UserError | MemoryError) or (isinstance(reason, OSError) and reason.errno is not None):
         raise reason
 
 
-def _line(reason: Exception) -> str:
+def one_line(reason: Exception) -> str:
+    """What happened, cut to 300 characters."""
     return " ".join(str(reason).split())[:300]
 
 

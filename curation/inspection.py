@@ -31,8 +31,9 @@ def inspect(uid: str, out: Path) -> list[dict[str, Any]]:
     Returns:
         For each: {"uid", "shard", "key", "index", "members": {extension: bytes}, "caption", "url", "error",
         "signals": {column: value}, "verdict", "reason", "selectors": [{"name", "passes", "thresholds"}],
-        "went": [{"shard", "key"}], "picture": path or None}. A selector that looks at survivors alone was not
-        asked of a sample that was out already: its "passes" is None. The picture is copied to OUT/inspect.
+        "went": [{"shard", "key"}], "picture": path or None, "no_picture": why there is none, or None}. A selector
+        that looks at survivors alone was not asked of a sample that was out already: its "passes" is None. The
+        picture is copied to OUT/inspect, if its shard is what was measured: in another, its place may be another's.
 
     Raises:
         UserError: OUT holds no finished selection, or the pool has no such uid.
@@ -79,6 +80,7 @@ def _sample(
     members = dict(
         zip(record["extensions"] or (), zip(record["offsets"] or (), record["sizes"] or (), strict=True), strict=True)
     )
+    picture, no_picture = _picture(part, record, part.first + row, members, out)
     return {
         **{name: record[name] for name in ("uid", "shard", "key", "index", "caption", "url", "error")},
         "members": {extension: size for extension, (_, size) in members.items()},
@@ -87,7 +89,8 @@ def _sample(
         "reason": judged["reason"],
         "selectors": [] if record["error"] else _verdicts(selected, set(judged["failed"])),
         "went": went.get(part.first + row, []),
-        "picture": _picture(record, part.first + row, members, out),
+        "picture": picture,
+        "no_picture": no_picture,
     }
 
 
@@ -104,21 +107,24 @@ def _verdicts(selected: dict[str, Any], failed: set[str]) -> list[dict[str, Any]
     return verdicts
 
 
-def _picture(record: dict[str, Any], row: int, members: dict[str, tuple[int, int]], out: Path) -> Path | None:
-    """The image's own bytes, as a file to look at. It has its row in its name: keys may be too long for one."""
+def _picture(
+    part: Part, record: dict[str, Any], row: int, members: dict[str, tuple[int, int]], out: Path
+) -> tuple[Path | None, str | None]:
+    """The image's own bytes, as a file to look at, or why there are none. It has its row in its name: keys may be too
+    long for one."""
     extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
     if extension is None:
-        return None
+        return None, "the sample has none"
     offset, size = members[extension]
     path = out / "inspect" / f"{record['uid']}-{row}.{extension}"
     try:
-        with open_shard(record["shard"]) as data:
+        with open_shard(record["shard"], part.path.name.rpartition("-")[0]) as data:
             picture = data[offset : offset + size]
-    except (OSError, UserError):  # the pool is no longer there
-        return None
+    except (OSError, UserError) as reason:
+        return None, " ".join(str(reason).split())
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(picture)
-    return path
+    return path, None
 
 
 def as_text(sample: dict[str, Any]) -> str:
@@ -127,7 +133,7 @@ def as_text(sample: dict[str, Any]) -> str:
     lines = [
         f"uid      {sample['uid']}",
         f"in       {sample['shard']}, sample {sample['index']}, key {sample['key']} ({members})",
-        f"picture  {sample['picture'] or 'none'}",
+        f"picture  {sample['picture'] or 'none: ' + sample['no_picture']}",
         f"caption  {sample['caption']!r}",
         f"url      {sample['url'] or ''}",
         "signals",

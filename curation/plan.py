@@ -25,7 +25,7 @@ from curation.selection.subset import places as ranges_of
 from curation.shuffle import MapParts, RowFiles, buckets_for, gather, hash_buckets, scatter, write_npy
 from curation.tar import BLOCK, END
 
-SAMPLED = 4_096  # uids from which the ranges of uids are guessed
+SAMPLED, OF_EACH = 4_096, 64  # rows of the pool from whose uids the ranges are guessed: so many, and of each range
 ROW_BYTES = 36
 
 
@@ -168,22 +168,20 @@ def _kept(listed: Sequence[pa.Table], partition: Partition) -> tuple[pa.Table, n
 
 def _splitters(pool: Sequence[Partition], ledger: Path, buckets: int, map_parts: MapParts) -> np.ndarray:
     """What divides the uids into so many ranges of about equally many: PAIR [buckets - 1]."""
-    sample, weights = np.zeros(0, PAIR), np.zeros(0, np.uint64)
-    for hashes, uids in map_parts(partial(_sample, ledger), pool) if buckets > 1 else ():
-        weights, sample = np.concatenate([weights, hashes]), np.concatenate([sample, uids])
-        lowest = np.argsort(weights, kind="stable")[:SAMPLED]
-        weights, sample = weights[lowest], sample[lowest]
-    return np.sort(sample)[len(sample) * np.arange(1, buckets) // buckets]
+    if buckets == 1:
+        return np.zeros(0, PAIR)
+    share = max(SAMPLED, OF_EACH * buckets) / sum(partition.rows for partition in pool)
+    sample = np.concatenate(list(map_parts(partial(_sample, ledger, share), pool)))
+    sample = sample[np.lexsort((sample["f1"], sample["f0"]))]  # many times as fast as to sort pairs
+    return sample[len(sample) * np.arange(1, buckets) // buckets] if len(sample) else np.zeros(buckets - 1, PAIR)
 
 
-def _sample(ledger: Path, partition: Partition) -> tuple[np.ndarray, np.ndarray]:
-    """Of at most SAMPLED uids with the lowest hashes: the hashes, the uids as PAIR."""
+def _sample(ledger: Path, share: float, partition: Partition) -> np.ndarray:
+    """The kept uids below this share of all hashes: PAIR [n]."""
     table, _, _ = _kept(_listed(partition, ledger, ["uid", "copies"]), partition)
     uids = table["uid"].to_pylist()
-    hashes = hash64_many("uid sample", uids)
-    lowest = np.argsort(hashes, kind="stable")[:SAMPLED]
-    high, low = numbers([uids[i] for i in lowest])
-    return hashes[lowest], paired(high, low)
+    here = np.flatnonzero(hash64_many("uid sample", uids) < min(share, 1.0) * 2.0**64)
+    return paired(*numbers([uids[i] for i in here]))
 
 
 def _send_uids(ledger: Path, folder: Path, splitters: np.ndarray, partition: Partition) -> list[tuple[str, int]]:

@@ -5,8 +5,9 @@ clip-retrieval: img_emb/img_emb_N.npy and text_emb/text_emb_N.npy (float16 [n, D
 datacomp: N.parquet, and N.npz with its rows' l14_img, l14_txt, ...; of all that is readable, for DataComp's baselines
 semdedup: removed.parquet, whose column `id` names what selectors of kind semantic_duplicates drop
 
-A file holds a partition of the pool, so no process holds more. Text embeddings are there where the recipe's signal has
-`text_embedding: true`.
+A file holds a partition of the pool, so no process holds more. A row whose signal gave it no vector has NaN in its
+place; clip-retrieval, whose vectors are indexed, has no row without a picture's. Text embeddings are there where the
+recipe's signal has `text_embedding: true`.
 """
 
 import re
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 from curation.errors import UserError
 from curation.manifest import read_manifest
 from curation.phases import recorded_parts
-from curation.selection.clustering import embeddings
+from curation.selection.clustering import embeddings, having
 from curation.selection.engine import Partition, partitions
 from curation.signals.clip import embedding_column, text_column
 
@@ -78,6 +79,8 @@ def share(out: Path, to: Path, layout: str, signal: str | None = None) -> int:
             verdict = "kept" if layout == "clip-retrieval" else "error"
             chosen = pc.equal(ledger["verdict"], verdict)
             table = table.filter(chosen if verdict == "kept" else pc.invert(chosen))
+            if layout == "clip-retrieval":  # an index holds no vector that is missing
+                table = having(table, embedding_column(clips[0]))
             rows = Rows(table, partition.number, len(str(len(pool))))
             if layout == "clip-retrieval":
                 _clip_retrieval(temporary, rows, clips[0])

@@ -10,13 +10,14 @@ scipy's Hungarian solver gives the same sums as the Jonker-Volgenant one of thei
 code; with equal sums it may choose another of the best assignments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from curation.columns import one_line, raise_unless_of_a_sample
 from curation.signals.clip import Clip
 
 BATCH = 64
@@ -56,32 +57,62 @@ def match(similarity: np.ndarray, min_similarity: float) -> Matched:
     return Matched(sentence=sentence, similarity=reached)
 
 
+class EncodingFailed(Exception):
+    """The model failed on a batch of one document; what happened, in one line."""
+
+
 class SentenceMeter:
     """Cosines of a document's pictures and sentences, fp32, in batches that begin with the document, so that the
-    values are the same on any worker. Pictures are held only until their batch is full."""
+    values are the same on any worker. Pictures are held only until their batch is full.
+
+    What is not the document's fault (`curation.columns`) is raised as it is.
+    """
 
     def __init__(self, clip: Clip) -> None:
         self._meter = clip.load("clip_score")
         self._waiting: list[Any] = []
         self._done: list[np.ndarray] = []
 
-    def see(self, image: Image.Image) -> None:
-        """Take the next picture of the document."""
-        self._waiting.append(self._meter.pixels(image))
+    def begin(self) -> None:
+        """A document begins; of one before it nothing is left, whatever became of it."""
+        self._waiting, self._done = [], []
+
+    def pixels(self, image: Image.Image) -> Any:
+        """The picture as the model wants it; what fails here is the picture's fault."""
+        return self._meter.pixels(image)
+
+    def see(self, pixels: Any) -> None:
+        """Take the next picture of the document.
+
+        Raises:
+            EncodingFailed: the model fails on the batch that it fills.
+        """
+        self._waiting.append(pixels)
         if len(self._waiting) == BATCH:
             self._flush()
 
     def similarities(self, sentences: Sequence[str]) -> np.ndarray:
-        """float32 [pictures seen since the last call, sentences]."""
+        """float32 [pictures of the document, sentences].
+
+        Raises:
+            EncodingFailed: the model fails on a batch.
+        """
         self._flush()
-        images, self._done = self._done, []
-        if not images or not sentences:
-            return np.zeros((sum(map(len, images)), len(sentences)), np.float32)
+        if not self._done or not sentences:
+            return np.zeros((sum(map(len, self._done)), len(sentences)), np.float32)
         parts = [sentences[i : i + BATCH] for i in range(0, len(sentences), BATCH)]
-        texts_sd = np.concatenate([self._meter.texts(part).numpy() for part in parts])
-        return np.concatenate(images) @ texts_sd.T
+        texts_sd = np.concatenate([self._encoded(self._meter.texts, part) for part in parts])
+        return np.concatenate(self._done) @ texts_sd.T
 
     def _flush(self) -> None:
         if self._waiting:
-            self._done.append(self._meter.images(self._waiting).numpy())
+            self._done.append(self._encoded(self._meter.images, self._waiting))
             self._waiting = []
+
+    def _encoded(self, encoder: Callable[[Any], Any], batch: Sequence[Any]) -> np.ndarray:
+        try:
+            values: np.ndarray = encoder(batch).numpy()
+        except Exception as reason:
+            raise_unless_of_a_sample("assign.clip", reason)
+            raise EncodingFailed(f"{type(reason).__name__}: {one_line(reason)}") from reason
+        return values

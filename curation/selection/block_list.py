@@ -23,12 +23,11 @@ from curation.hashing import file_hash
 from curation.selection.interface import Apart, Fold, Program
 from curation.selection.listed import Listed, write_listed
 from curation.selection.subset import PAIR, numbers, paired
-from curation.selection.uids import uid_blocks
+from curation.selection.uids import line_blocks, uid_blocks
 
 # What urllib calls the hostname: after the last @ of what stands before the path, and before the port.
 HOST = r"^[\x00-\x20]*(?:[A-Za-z][A-Za-z0-9+.\-]*:)?//(?:[^/?#]*@)?(?P<host>\[[^\]/?#]*|[^/?#:]*)"
 NOT_IN_DOMAINS = set("/@?:* ")
-BLOCK = 1 << 17  # lines of a list in memory at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,16 +138,14 @@ def _either(a: pa.DataType, b: pa.DataType) -> pa.DataType:
 
 
 def entry_blocks(path: Path) -> Iterator[list[str]]:
-    """The entries of a list, in its order, at most BLOCK at a time.
+    """The entries of a list, in its order, those of some lines at a time.
 
     Raises:
         UserError: the file is not text.
     """
     try:
-        with path.open(encoding="utf-8-sig") as file:  # some editors begin with a mark of the order of bytes
-            lines = (line for text in file for line in text.splitlines())
-            while block := list(itertools.islice(lines, BLOCK)):
-                yield [entry for line in block if (entry := re.sub(r"(^|\s)#.*", "", line).strip())]
+        for lines in line_blocks(path):
+            yield [entry for line in lines if (entry := re.sub(r"(^|\s)#.*", "", line).strip())]
     except (OSError, UnicodeDecodeError) as reason:
         raise UserError(f"block_list: {path}: cannot be read as a list ({reason}); save it as UTF-8 text") from None
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from curation.errors import UserError
 from curation.hashing import hash64_many
 from curation.selection import clustering
-from curation.selection.interface import Fold, Leaving, Program, Shuffle, row_table
+from curation.selection.interface import Fold, Program, Shuffle, row_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,8 @@ class ClusterBalance:
         centroids = yield from clustering.trained(self.column, clusters=self.clusters, size=self.sample, seed=self.seed)
         if centroids is None:
             return {"dropped": [], "cap": 0, "before": [], "after": []}
-        sizes = yield Fold(partial(self._assign, centroids), np.add, columns=(self.column,))
+        assign = partial(clustering.assigned, self.column, centroids)
+        sizes = yield Fold(assign, np.add, columns=(self.column,))
         cap = self._cap(sizes)
         gone = yield Shuffle(
             partial(self._rows, centroids.count), partial(_beyond, cap), row_bytes=20, columns=("uid", "cluster")
@@ -69,10 +70,6 @@ class ClusterBalance:
             "after": np.minimum(sizes, cap).tolist(),
         }
 
-    def _assign(self, centroids: clustering.Centroids, table: pa.Table) -> Leaving:
-        cluster = clustering.nearest(clustering.embeddings(table, self.column), centroids())
-        return Leaving(np.bincount(cluster, minlength=centroids.count), {"cluster": cluster})
-
     def _cap(self, sizes: np.ndarray) -> int:
         if self.cap is not None:
             return self.cap
@@ -81,6 +78,7 @@ class ClusterBalance:
         return int(np.ceil(sizes.sum() * (self.max_share or 0.0)))
 
     def _rows(self, clusters: int, table: pa.Table, buckets: int) -> pa.Table:
+        table = clustering.in_clusters(table)
         cluster = table["cluster"].to_numpy()
         hashes = hash64_many(f"{self.seed}/cluster choice", table["uid"].to_pylist())
         bucket = cluster.astype(np.int64) * buckets // clusters

@@ -38,7 +38,8 @@ Identities = set[tuple[bytes, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Decontamination:
-    """Drop what equals a picture of `reference` in `image_sha256`, or is near to one by either measure.
+    """Drop what equals a picture of `reference` in `image_sha256`, or is near to one by either measure. A missing value
+    is near to nothing.
 
     `reference`: an OUT folder with a finished measure of the evaluation pictures by the same recipe.
     `phash_bits`: drop at a Hamming distance of at most this (0 to 15) in `phash`; null: do not compare.
@@ -84,10 +85,11 @@ class Decontamination:
         there = decision["there"]
         keep = ~pc.is_in(table["image_sha256"], value_set=there.digests).to_numpy()
         if self.phash_bits is not None:
-            keep &= ~within_bits(table["phash"].to_numpy(), there.bands, self.phash_bits)
+            asked = table["phash"].is_valid().to_numpy()
+            keep[asked] &= ~within_bits(table["phash"].drop_null().to_numpy(), there.bands, self.phash_bits)
         if self.cosine is not None:
-            points = clustering.embeddings(table, self.column)[keep]
-            keep[keep] = ~within_cosine(points, there.points, self.cosine)
+            asked = keep & table[self.column].is_valid().to_numpy()
+            keep[asked] = ~within_cosine(clustering.embeddings(table, self.column)[asked], there.points, self.cosine)
         return keep
 
     def describe(self, decision: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,8 @@ BLOCK = 65_536  # reference rows that are searched at once
 
 @dataclass(frozen=True, kw_only=True)
 class ImageBased:
-    """Keep survivors whose nearest centroid in `column` is the nearest of any row of `reference`.
+    """Keep survivors whose nearest centroid in `column` is the nearest of any row of `reference`; a row without an
+    embedding is near to none.
 
     `reference`: an .npy [n, D], or an OUT folder with a finished measure of the same recipe.
     Set one: `centroids`, an .npy [K, D] or DataComp's torch-pickled array; or `clusters`, to train so
@@ -123,8 +124,11 @@ class ImageBased:
     def apply(self, table: pa.Table, decision: dict[str, Any]) -> np.ndarray:
         if not table.num_rows:
             return np.zeros(0, bool)
-        points = clustering.embeddings(table, self.column)
-        return decision["touched"][self._nearest(points, decision["nearest"], f"column {self.column}")]
+        keep = table[self.column].is_valid().to_numpy()
+        points = clustering.embeddings(clustering.having(table, self.column), self.column)
+        if len(points):
+            keep[keep] = decision["touched"][self._nearest(points, decision["nearest"], f"column {self.column}")]
+        return keep
 
     def describe(self, decision: dict[str, Any]) -> dict[str, Any]:
         return {"centroids": len(decision["touched"]), "centroids_touched": int(decision["touched"].sum())}

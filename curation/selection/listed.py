@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-PART_BITS = 6  # of each hash; what they have in common is sorted at once
+from curation.selection.subset import Pairs, places
+
+PARTS = 64  # that a list is cut into; each is sorted at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +50,11 @@ def write_listed(folder: Path, blocks: Iterable[Iterable[bytes]]) -> Listed:
     """The values of all blocks, repeated or not, in a new folder inside this one."""
     folder = folder / f"listed-{uuid.uuid4().hex}"
     folder.mkdir(parents=True)
-    paths = [folder / f"part-{number}" for number in range(1 << PART_BITS)]
-    with ExitStack() as stack:
-        files = [stack.enter_context(open(path, "wb")) for path in paths]
-        for block in blocks:
-            hashes = _hashes(block)
-            part = hashes[:, 0] >> np.uint64(64 - PART_BITS)
-            order = np.argsort(part, kind="stable")
-            ends = np.searchsorted(part[order], np.arange(len(files) + 1, dtype=np.uint64)).tolist()
-            for file, (start, end) in zip(files, pairwise(ends), strict=True):
-                file.write(hashes[order[start:end]].tobytes())
+    cuts = np.arange(1, PARTS, dtype=np.uint64) * np.uint64(2**64 // PARTS), np.zeros(PARTS - 1, np.uint64)
     count = 0
     with open(folder / "high", "wb") as high, open(folder / "low", "wb") as low:
-        for path in paths:
+        for path in sorted_parts(folder, map(_hashes, blocks), cuts):
             hashes = np.fromfile(path, np.uint64).reshape(-1, 2)
-            hashes = hashes[np.lexsort((hashes[:, 1], hashes[:, 0]))]
             new = np.ones(len(hashes), bool)
             new[1:] = (hashes[1:] != hashes[:-1]).any(axis=1)
             high.write(hashes[new, 0].tobytes())
@@ -70,6 +62,28 @@ def write_listed(folder: Path, blocks: Iterable[Iterable[bytes]]) -> Listed:
             count += int(np.count_nonzero(new))
             path.unlink()
     return Listed(folder=folder, count=count)
+
+
+def sorted_parts(folder: Path, blocks: Iterable[np.ndarray], cuts: Pairs) -> list[Path]:
+    """Files in this folder that are, one after the other, all numbers of 128 bits of the blocks in their order.
+
+    Args:
+        blocks: the upper and lower halves: uint64 [n, 2].
+        cuts: sorted numbers; a file begins with each. What lies between two is in memory at once.
+    """
+    paths = [folder / f"part-{number}" for number in range(len(cuts[0]) + 1)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(path, "wb")) for path in paths]
+        for block in blocks:
+            part = places(cuts, (block[:, 0], block[:, 1]), after=True)
+            order = np.argsort(part, kind="stable")
+            ends = np.searchsorted(part[order], np.arange(len(files) + 1)).tolist()
+            for file, (start, end) in zip(files, pairwise(ends), strict=True):
+                file.write(block[order[start:end]].tobytes())
+    for path in paths:
+        numbers = np.fromfile(path, np.uint64).reshape(-1, 2)
+        numbers[np.lexsort((numbers[:, 1], numbers[:, 0]))].tofile(path)
+    return paths
 
 
 def _hashes(values: Iterable[bytes]) -> np.ndarray:

@@ -65,12 +65,18 @@ class NearDuplicates:
         gone = yield Apart(lambda folder: greedy(near))
         return {"dropped": [equal, gone]}
 
+    def _hashed(self, table: pa.Table) -> pa.Table:
+        """The rows that have a hash; one without looks like nothing."""
+        return table.select([self.column, "row"]).drop_null()
+
     def _hashes(self, table: pa.Table, buckets: int) -> pa.Table:
+        table = self._hashed(table)
         hashes = table[self.column].to_numpy()
         bucket = hash_buckets(hashes * MIX, buckets)
         return pa.table({"hash": hashes, "row": table["row"], "bucket": bucket})
 
     def _keyed(self, equal: RowFiles, keys: list[np.uint64], table: pa.Table, buckets: int) -> pa.Table:
+        table = self._hashed(table)
         rows = table["row"].to_numpy()
         first = ~among(rows, [equal])
         rows, hashes = rows[first], table[self.column].to_numpy()[first]

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from curation.errors import UserError
 from curation.selection import clustering
-from curation.selection.interface import Fold, Leaving, Program, Shuffle, row_table
+from curation.selection.interface import Fold, Program, Shuffle, row_table
 
 BLOCK = 1024  # rows that are compared at once ...
 TILE = 8192  # ... with so many earlier ones: 32 MiB of cosines
@@ -67,7 +67,8 @@ class SemanticDuplicates:
         )
         if centroids is None:
             return {"dropped": [], "before": np.zeros(0, np.int64), "after": np.zeros(0, np.int64)}
-        sizes = yield Fold(partial(self._assign, centroids), np.add, columns=(self.column,))
+        assign = partial(clustering.assigned, self.column, centroids)
+        sizes = yield Fold(assign, np.add, columns=(self.column,))
         before = np.concatenate([[0], np.cumsum(sizes)])  # rows of earlier clusters: buckets hold about equally many
         gone = yield Shuffle(
             partial(self._rows, before), partial(self._compare, centroids), row_bytes=2 * centroids.width + 64
@@ -77,11 +78,8 @@ class SemanticDuplicates:
             after[clusters] -= counts
         return {"dropped": [gone], "before": sizes, "after": after}
 
-    def _assign(self, centroids: clustering.Centroids, table: pa.Table) -> Leaving:
-        cluster = clustering.nearest(clustering.embeddings(table, self.column), centroids())
-        return Leaving(np.bincount(cluster, minlength=centroids.count), {"cluster": cluster})
-
     def _rows(self, before: np.ndarray, table: pa.Table, buckets: int) -> pa.Table:
+        table = clustering.in_clusters(table)
         cluster = table["cluster"].to_numpy()
         bucket = before[cluster] * buckets // max(before[-1], 1)
         return table.select(["cluster", "row", "uid", self.column]).append_column("bucket", pa.array(bucket))

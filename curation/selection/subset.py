@@ -1,4 +1,4 @@
-"""Lists of uids as numbers: DataComp's subset files, looked up where they lie, and any other list, sorted in memory.
+"""Lists of uids as numbers, as DataComp's subset files have them, looked up where they lie.
 
 A uid of 32 hex digits, in either case, is the number that it spells; of any
 other uid, which DataComp's never are, it is the md5. The build names its samples
@@ -46,27 +46,18 @@ def paired(high: np.ndarray, low: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Subset:
-    """A sorted list: the file of a subset, or, where that is no sorted subset, `held`: u8,u8 [n]."""
+    """The file of a subset; of one that is not sorted only `blocks` and `sizes` mean something."""
 
     path: Path
-    held: np.ndarray | None = None
 
-    @classmethod
-    def of(cls, path: Path, uids: Pairs) -> "Subset":
-        """Of uids in any order, held in memory."""
-        order = np.lexsort((uids[1], uids[0]))
-        return cls(path, paired(uids[0][order], uids[1][order]))
-
-    def opened(self) -> np.ndarray:
+    def opened(self) -> np.memmap:
         """u8,u8 [n]
 
         Raises:
             UserError: the file is no subset.
         """
-        if self.held is not None:
-            return self.held
         try:
-            pairs = np.load(self.path, mmap_mode="r")
+            pairs: np.memmap = np.load(self.path, mmap_mode="r")
         except (OSError, ValueError) as reason:
             raise UserError(f"uids: {self.path}: cannot be read as a list of uids ({reason})") from None
         if pairs.dtype != PAIR or pairs.ndim != 1:
@@ -77,9 +68,6 @@ class Subset:
         """The uids of these places, BLOCK at a time; read, since the pages of a map would count as memory."""
         pairs = self.opened()
         end = len(pairs) if end is None else end
-        if not isinstance(pairs, np.memmap):
-            yield from ((b["f0"], b["f1"]) for s in range(start, end, BLOCK) for b in [pairs[s : min(s + BLOCK, end)]])
-            return
         with open(self.path, "rb") as file:
             file.seek(pairs.offset + PAIR.itemsize * start)
             while start < end:
@@ -110,8 +98,16 @@ class Subset:
         return pa.table({"high": asked[0], "low": asked[1], "row": table["row"], "bucket": bucket})
 
     def counted(self, pieces: Iterator[pa.Table]) -> tuple[pa.Table, int]:
-        """(of each row of a range that the list names: `row`, and `often`, how many times; how many uids these are)"""
-        table = pa.concat_tables(pieces)
+        """(of each row of a range that the list names: `row`, and `often`, how many times; how many uids these are)
+
+        Piece by piece, since of a short list a range may hold much of the pool, and hardly any of it is named.
+        """
+        found = [self._named(table) for table in pieces]
+        high, low, rows, often = (np.concatenate(values) for values in zip(*found, strict=True))
+        return pa.table({"row": rows, "often": often}), len(np.unique(paired(high, low)))
+
+    def _named(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of the rows that the list names: the halves of their uids, the rows, and how often."""
         high, low, rows = (table[name].to_numpy() for name in ("high", "low", "row"))
         order = np.lexsort((low, high))
         asked, rows = (high[order], low[order]), rows[order]
@@ -125,9 +121,7 @@ class Subset:
                 last = int(places(asked, (block[0][-1:], block[1][-1:]), after=True)[0])
                 often[first:last] += times(block, (asked[0][first:last], asked[1][first:last]))
         named = often > 0
-        high, low = asked[0][named], asked[1][named]
-        found = int(before((high[:-1], low[:-1]), (high[1:], low[1:])).sum()) + bool(len(high))
-        return pa.table({"row": rows[named], "often": often[named]}), found
+        return asked[0][named], asked[1][named], rows[named], often[named]
 
 
 def before(one: Pairs, other: Pairs) -> np.ndarray:

@@ -4,11 +4,15 @@ A list may name a uid more than once, as DataComp's subsets may: then its sample
 is in the shards as often, its copies spread by their own hashes. Uids are
 compared as numbers (`curation.selection.subset`), so that case means nothing and
 a build's own `sample_ids.npy` names what was built. A sorted subset, as DataComp
-writes them, stays in its file; any other list is held in memory.
+writes them, is read where it lies; of any other list one worker makes such a file
+(`curation.selection.listed`), so no process holds a list.
 """
 
+import itertools
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,8 +22,13 @@ import pyarrow.parquet as pq
 
 from curation.errors import UserError
 from curation.hashing import file_hash
-from curation.selection.interface import Program, Shuffle
-from curation.selection.subset import Subset, numbers
+from curation.selection.interface import Apart, Program, Shuffle
+from curation.selection.listed import PARTS, sorted_parts
+from curation.selection.subset import PAIR, Subset, numbers
+from curation.shuffle import write_npy
+
+BLOCK = 1 << 17  # lines of a list in memory at once
+STRIDE = 1024  # of so many uids one says where a list is cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +37,7 @@ class Uids:
 
     `repeats`: "n" keeps a sample as often as the list names it, as DataComp's resharder does; "once" keeps it once.
 
-    Memory: of a sorted .npy a block at a time; of any other list 16 bytes a uid, in every process.
+    Memory: of a list a block at a time; of one that is no sorted .npy in one worker, once, a 64th part.
     """
 
     file: str
@@ -48,11 +57,7 @@ class Uids:
 
     def decide(self) -> Program:
         """{"often": the rows that are named, and how often; "listed", "found": distinct uids; "copies"}"""
-        subset = Subset(Path(self.file))
-        listed, copies, ordered = subset.sizes() if subset.path.suffix == ".npy" else (0, 0, False)
-        if not ordered:
-            subset = Subset.of(subset.path, numbers(read_uids(subset.path).to_pylist()))
-            listed, copies, _ = subset.sizes()
+        subset, listed, copies = yield Apart(partial(in_order, Path(self.file)))
         often = yield Shuffle(subset.sent, subset.counted, row_bytes=24)
         found = sum(often.summaries)  # equal uids are in one bucket
         return {"often": often, "listed": listed, "found": found, "copies": copies}
@@ -70,14 +75,40 @@ class Uids:
         return {"listed": listed, "found": decision["found"], "copies": copies}
 
 
-def read_uids(path: Path) -> pa.Array:
-    """All of `uid_blocks`."""
-    blocks = list(uid_blocks(path))
-    return pa.concat_arrays(blocks) if blocks else pa.array([], pa.string())
+def in_order(path: Path, folder: Path) -> tuple[Subset, int, int]:
+    """(a list as a subset, which is in this folder where the list itself is none; its distinct uids, all of them)"""
+    subset = Subset(path)
+    distinct, total, ordered = subset.sizes() if path.suffix == ".npy" else (0, 0, False)
+    if not ordered:
+        folder = folder / f"uids-{uuid.uuid4().hex}"
+        folder.mkdir(parents=True)
+        # Cut where a sample says that parts are equal: uids may be counters, of which all have the same first bits.
+        sample = np.concatenate([np.zeros((0, 2), np.uint64), *(block[::STRIDE] for block in _halves(path))])
+        order = np.lexsort((sample[:, 1], sample[:, 0]))
+        cuts = sample[order[len(order) * np.arange(1, PARTS) // PARTS]] if len(order) else sample
+        subset = Subset(folder / "uids.npy")
+        write_npy(subset.path, PAIR, (), sorted_parts(folder, _halves(path), (cuts[:, 0], cuts[:, 1])))
+        distinct, total, _ = subset.sizes()
+    return subset, distinct, total
+
+
+def _halves(path: Path) -> Iterator[np.ndarray]:
+    """The uids of a list as numbers, some at a time: uint64 [n, 2]."""
+    npy = path.suffix == ".npy"
+    pairs = Subset(path).blocks() if npy else (numbers(block.to_pylist()) for block in uid_blocks(path))
+    return (np.stack(pair, axis=1) for pair in pairs)
+
+
+def line_blocks(path: Path) -> Iterator[list[str]]:
+    """The lines of a text in UTF-8, BLOCK at a time."""
+    with path.open(encoding="utf-8-sig") as file:  # some editors begin with a mark of the order of bytes
+        lines = (line for text in file for line in text.splitlines())
+        while block := list(itertools.islice(lines, BLOCK)):
+            yield block
 
 
 def uid_blocks(path: Path) -> Iterator[pa.Array]:
-    """The uids of a list, repeats and all; some at a time where it is no text.
+    """The uids of a list, repeats and all, some at a time.
 
     Raises:
         UserError: the file is none of the three forms.
@@ -93,8 +124,8 @@ def uid_blocks(path: Path) -> Iterator[pa.Array]:
                 for batch in file.iter_batches(columns=["uid"]):
                     yield batch.column(0).drop_null()
         else:
-            lines = path.read_text("utf-8-sig").splitlines()
-            yield pa.array([line.strip() for line in lines if line.strip()], pa.string())
+            for lines in line_blocks(path):
+                yield pa.array([line.strip() for line in lines if line.strip()], pa.string())
     except (OSError, ValueError, pa.ArrowInvalid) as reason:
         if isinstance(reason, UserError):
             raise

@@ -62,6 +62,24 @@ def whole_shard(name: str, expected: str) -> Source:
     Raises:
         UserError: the shard has changed or is gone.
     """
+    return _same_shard(name, expected, whole=True)
+
+
+def open_shard(name: str, expected: str | None = None) -> Source:
+    """The tape of a shard of which a few ranges will be read, as the page and `inspect` do.
+
+    Args:
+        expected: the fingerprint that it had, for which each file of a range is looked at; None: it was listed now.
+
+    Raises:
+        UserError: the shard is not what was expected.
+    """
+    if expected is not None:
+        return _same_shard(name, expected, whole=False)
+    return FolderSource(name) if is_range(name) else _of_file(name, whole=False)
+
+
+def _same_shard(name: str, expected: str, *, whole: bool) -> Source:
     wanted = expected.partition(".")[0]
     try:
         if is_range(name):
@@ -70,20 +88,18 @@ def whole_shard(name: str, expected: str) -> Source:
                 forget_names()
                 folder = FolderSource(name)
             if folder.fingerprint() == wanted:
-                folder.fetch()
+                if whole:
+                    folder.fetch()
                 return folder
         else:
             file = files.look(name)
             if file is not None and file_fingerprint(file) == wanted:
-                return _of_file(name, whole=True)
+                return _of_file(name, whole=whole)
     except OSError as reason:
         raise UserError(f"--pool: {name} cannot be read ({reason}); mend it, or curate into a new --out") from None
-    raise UserError(f"--pool: {name} has changed since it was measured or listed; curate into a new --out")
-
-
-def open_shard(name: str) -> Source:
-    """The tape of a shard of which a few ranges will be read, as the page and `inspect` do."""
-    return FolderSource(name) if is_range(name) else _of_file(name, whole=False)
+    raise UserError(
+        f"--pool: {name} has changed since it was measured or listed; put it back as it was, or curate into a new --out"
+    )
 
 
 def _of_file(name: str, *, whole: bool) -> Source:

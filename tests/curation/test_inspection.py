@@ -1,6 +1,9 @@
 """`gemsmith inspect` against the ledger and the tars themselves."""
 
+import os
+import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +14,8 @@ from curation.config import parse_config
 from curation.errors import UserError
 from curation.inspection import as_text, inspect
 from curation.pipeline import curate
-from tests.curation.conftest import sample
+from curation.sources.folder import forget_names
+from tests.curation.conftest import picture, sample, write_tar
 from tests.curation.test_kill import in_this_process
 
 
@@ -70,3 +74,83 @@ def test_a_key_may_be_longer_than_the_name_of_a_file(tmp_path: Path, monkeypatch
     curate(config, pools=[str(tmp_path / "pool")], out=tmp_path / "out")
     told = inspect("the_same", tmp_path / "out")
     assert [Path(one["picture"]).read_bytes() for one in told] == [sample(n)["jpg"] for n in range(2)]
+
+
+def as_files(pool: Path) -> None:
+    for n in range(4):
+        for extension, payload in sample(n).items():
+            (pool / f"{n}.{extension}").write_bytes(payload)
+
+
+def as_list(pool: Path) -> None:
+    for n in range(4):
+        (pool / f"{n}.jpg").write_bytes(picture(n))
+    rows = "".join(f"{n}.jpg,a caption with number {n},{n:032x}\n" for n in range(4))
+    (pool / "metadata.csv").write_text("file_name,text,uid\n" + rows)
+
+
+def as_tar(pool: Path) -> None:
+    write_tar(pool / "0.tar", {str(n): sample(n) for n in range(4)})
+
+
+def laid(layout: Callable[[Path], None], pool: Path) -> None:
+    """The same files, as old as ever."""
+    shutil.rmtree(pool, ignore_errors=True)
+    pool.mkdir()
+    layout(pool)
+    for path in pool.iterdir():
+        os.utime(path, ns=(0, 7))
+
+
+def at_the_end(pool: Path) -> None:
+    if (table := pool / "metadata.csv").exists():
+        table.write_text(table.read_text() + "more.jpg,one more,more\n")
+    (pool / "more.jpg").write_bytes(picture(9))
+
+
+def before(pool: Path) -> None:
+    if (table := pool / "metadata.csv").exists():
+        table.write_text(table.read_text().replace("uid\n", "uid\nmore.jpg,one more,more\n"))
+    (pool / "00.jpg").write_bytes(picture(9))
+    (pool / "00.txt").write_bytes(b"one more")
+
+
+def in_its_place(pool: Path) -> None:
+    """Another picture of as many bytes, or as many in a tar."""
+    path = next(path for path in (pool / "2.jpg", pool / "0.tar") if path.exists())
+    path.write_bytes(path.read_bytes().replace(picture(2), picture(9).ljust(len(picture(2)), b"\0")[: len(picture(2))]))
+    os.utime(path, ns=(0, 1))
+
+
+@pytest.mark.parametrize("layout", [as_files, as_list, as_tar])
+def test_a_pool_that_changed_shows_the_right_picture_or_says_so(
+    layout: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
+    pool, out = tmp_path / "pool", tmp_path / "out"
+    laid(layout, pool)
+    curate(parse_config({"signals": {"text": {"kind": "text"}}}), pools=[str(pool)], out=out)
+
+    def shown() -> tuple[bytes | None, str | None]:
+        forget_names()  # as another process knows none
+        (told,) = inspect(f"{2:032x}", out)
+        path = told["picture"]
+        assert f"picture  {path or 'none: '}" in as_text(told)
+        return path and path.read_bytes(), told["no_picture"]
+
+    assert shown() == (picture(2), None)
+    at_the_end(pool)
+    assert shown() == (picture(2), None)
+    laid(layout, pool)
+    assert shown() == (picture(2), None)
+    for change in (before, in_its_place):
+        if layout is as_tar and change is before:
+            continue  # a file beside the tar is no part of it
+        laid(layout, pool)
+        change(pool)
+        found, why = shown()
+        assert found is None and why is not None and str(pool) in why
+        assert "has changed since it was measured" in why and "put it back" in why
+    shutil.rmtree(pool)
+    found, why = shown()
+    assert found is None and why is not None and str(pool) in why and "\n" not in why

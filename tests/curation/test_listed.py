@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation.selection import block_list, listed
+from curation.selection import block_list, listed, uids
 from curation.selection.block_list import BlockList
 from curation.selection.interface import Apart, Fold
 from curation.selection.listed import Listed, write_listed
@@ -55,7 +55,7 @@ def test_a_set_in_files_is_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_long_list_is_read_in_a_worker_and_some_lines_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, match: str
 ) -> None:
-    monkeypatch.setattr(block_list, "BLOCK", 100)
+    monkeypatch.setattr(uids, "BLOCK", 100)
     file = tmp_path / "list.txt"
     file.write_text("".join(f"host{n}.org  # why\n" for n in range(2_500)))
     assert max(map(len, block_list.entry_blocks(file))) == 100
@@ -70,13 +70,13 @@ def test_a_long_list_is_read_in_a_worker_and_some_lines_at_a_time(
 
 @pytest.mark.parametrize("kind", ["npy", "txt"])
 def test_uids_are_the_numbers_that_a_build_has(tmp_path: Path, kind: str) -> None:
-    uids = ["AB" * 16, "not-hex", "cd" * 16, "other"]
+    named = ["AB" * 16, "not-hex", "cd" * 16, "other"]
     file = tmp_path / f"taken-down.{kind}"
     if kind == "npy":
-        np.save(file, np.sort(paired(*numbers(uids[:3]))))
+        np.save(file, np.sort(paired(*numbers(named[:3]))))
     else:
         file.write_text("\n".join(["ab" * 16, "not-hex", "CD" * 16]), "utf-8-sig")
     selector = BlockList(column="uid", file=str(file))
     decision = driven(selector, tmp_path)
-    table = pa.table({"uid": [*uids, "AB" * 15 + "AC"]})
+    table = pa.table({"uid": [*named, "AB" * 15 + "AC"]})
     assert selector.apply(table, decision).tolist() == [False, False, False, True, True]

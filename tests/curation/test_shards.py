@@ -4,6 +4,8 @@ import hashlib
 import json
 import tarfile
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
+from curation import plan as planning
 from curation import shards, shuffle
 from curation.errors import UserError
 from curation.hashing import hash64
@@ -22,6 +25,7 @@ from curation.plan import plan
 from curation.pool import list_shards
 from curation.selection import engine
 from curation.selection.engine import Part
+from curation.selection.subset import paired
 from curation.shards import Copying
 from curation.store import Unit, open_set
 from tests.curation.conftest import sample, write_tar
@@ -200,3 +204,37 @@ def test_many_members_and_an_empty_one(tmp_path: Path) -> None:
     with tarfile.open(folder / "00000000.tar") as tar:
         found = {i.name.partition(".")[2]: tar.extractfile(i).read() for i in tar if i.name.startswith(f"{1:032x}")}  # type: ignore[union-attr]
     assert found == members
+
+
+@pytest.mark.parametrize("buckets", [2, 10_000])
+def test_ranges_are_even_however_many(buckets: int) -> None:
+    """Over uids that are uniform, a range holds what lies between its ends. 10,000 buckets are 4.7 billion rows."""
+    rows = buckets * shuffle.BUCKET_BYTES // planning.ROW_BYTES
+    pool = [engine.Partition(number=0, parts=(engine.Part(path=Path("none"), first=0, rows=rows),))]
+    rng, sampled = np.random.default_rng(0), []
+
+    def drawn(sample: partial[np.ndarray], pool: Sequence[engine.Partition]) -> list[np.ndarray]:
+        sampled.append(rng.binomial(rows, sample.args[1]))
+        return [paired(*rng.integers(0, 2**64, (2, sampled[-1]), dtype=np.uint64))]
+
+    cuts = planning._splitters(pool, Path("none"), buckets, drawn)
+    sizes = buckets * np.diff(np.concatenate([[0], cuts["f0"] / 2**64, [1]]))
+    assert len(sizes) == buckets and sizes.min() > 0.4 and sizes.max() < 1.7
+    assert sampled[0] < 5_000 + 70 * buckets, "all of it is in one process"
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3])
+def test_ranges_of_a_pool_that_is_there(tmp_path: Path, kept: float) -> None:
+    """Counters, of which all have the same first bits; and a pool of which nothing is kept, which ends as any other."""
+    rng, pool, wanted = np.random.default_rng(0), [], []
+    for number in range(6):
+        uids = [f"{n:032x}" for n in range(3_000 * number, 3_000 * number + 3_000)]
+        copies = (rng.random(3_000) < kept).astype(np.int32)
+        wanted += [int(uid, 16) for uid, n in zip(uids, copies, strict=True) if n]
+        pq.write_table(pa.table({"uid": uids, "copies": copies}), tmp_path / f"{number}.parquet")
+        part = engine.Part(path=tmp_path / f"{number}.parquet", first=3_000 * number, rows=3_000)
+        pool.append(engine.Partition(number=number, parts=(part,)))
+    cuts = planning._splitters(pool, tmp_path, 20, map)
+    sizes = np.histogram(wanted, [0, *cuts["f1"].tolist(), 2**63])[0]
+    assert len(cuts) == 19 and not cuts["f0"].any() and sizes.sum() == len(wanted)
+    assert sizes.max() <= 1.6 * len(wanted) / 20

@@ -1,12 +1,14 @@
 """What `gemsmith share` writes, read as clip-retrieval's and DataComp's own code read it: by file names, pandas and
 NumPy alone; and DataComp's filters, written down once more over those files, keep what ours kept."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -22,6 +24,7 @@ from tests.curation.conftest import picture, sample, write_tar
 from tests.curation.test_kill import here
 
 L14 = "clip_l14_similarity_score"
+IMAGE = "clip_l14_similarity_image_embedding"
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +43,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, tiny_clip: tuple[Path, Path]) 
             "selectors": {
                 "best": {"kind": "fraction", "column": L14, "fraction": 0.8},
                 "like": {
-                    "kind": "semantic_duplicates", "column": "clip_l14_similarity_image_embedding",
-                    "clusters": 2, "eps": 1e-6,
+                    "kind": "semantic_duplicates", "column": IMAGE, "clusters": 2, "eps": 1e-6,
                 },
             },
             "unit_samples": 20,
@@ -101,6 +103,33 @@ def test_datacomps_layout_and_its_filters_over_it(out: Path, tmp_path: Path) -> 
         assert set(arrays) == {"l14_img", "l14_txt"}
         scores = (arrays["l14_img"].astype(np.float32) * arrays["l14_txt"].astype(np.float32)).sum(axis=1)
         np.testing.assert_allclose(scores, rows[L14], atol=2e-3)
+
+
+def test_vectors_that_a_signal_did_not_give(out: Path, tmp_path: Path) -> None:
+    """Two kept samples without the picture's: clip-retrieval has no row of them, DataComp's arrays a row of NaN."""
+    there = tmp_path / "out"
+    shutil.copytree(out, there, ignore=shutil.ignore_patterns("shards"))
+    missing = [row["uid"] for row in ledger(out) if row["verdict"] == "kept"][7:20:12]
+    for path in (there / "signals").rglob("*.parquet"):
+        table = pq.read_table(path)
+        if IMAGE in table.schema.names:
+            holed = pc.if_else(pc.is_in(table["uid"], pa.array(missing)), pa.scalar(None), table[IMAGE])
+            place = table.schema.get_field_index(IMAGE)
+            pq.write_table(table.set_column(place, table.schema.field(IMAGE), holed), path)
+    kept = [row["uid"] for row in ledger(out) if row["verdict"] == "kept"]
+    assert share(there, tmp_path / "index", "clip-retrieval") == len(kept) - 2
+    for path in sorted((tmp_path / "index" / "metadata").iterdir()):
+        rows = pd.read_parquet(path)
+        image, text = (np.load(tmp_path / "index" / k / f"{k}_{path.stem[-1]}.npy") for k in ("img_emb", "text_emb"))
+        assert not set(missing) & set(rows["uid"])
+        np.testing.assert_allclose((image.astype(np.float32) * text).sum(axis=1), rows[L14], atol=2e-3)
+    share(there, tmp_path / "metadata", "datacomp")
+    for path in (tmp_path / "metadata").glob("*.parquet"):
+        rows, arrays = pd.read_parquet(path), np.load(path.with_suffix(".npz"))
+        gone = np.isnan(arrays["l14_img"]).all(axis=1)
+        assert rows["uid"][gone].tolist() == [uid for uid in rows["uid"] if uid in missing]
+        scores = (arrays["l14_img"].astype(np.float32) * arrays["l14_txt"]).sum(axis=1)
+        np.testing.assert_allclose(scores[~gone], rows[L14][~gone], atol=2e-3)
 
 
 def test_semdedups_removals(out: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Lists of uids in every form against Python's own integers, over a pool whose uids are of all kinds."""
 
 import hashlib
+import pickle
 import string
 from collections import Counter
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 from curation.errors import UserError
 from curation.ledger import write_ledger
 from curation.plan import plan
-from curation.selection import engine, subset
+from curation.selection import engine, subset, uids
+from curation.selection import listed as listing
 from curation.selection.engine import Part
 from curation.selection.fraction import Fraction
+from curation.selection.interface import Apart
 from curation.selection.uids import Uids
 from tests.curation.selecting import select
 from tests.curation.test_selection import valid_of, write_parts
@@ -138,3 +141,48 @@ def test_what_is_no_list_is_refused(parts: list[Part], tmp_path: Path) -> None:
         "text.npy", "list.txt", "text.parquet"))):  # fmt: skip
         with pytest.raises(UserError, match=f"{name}: .*{message}"):
             select({"uids": Uids(file=str(tmp_path / name))}, parts)
+
+
+@pytest.mark.parametrize("form", ["npy", "txt", "parquet"])
+def test_one_worker_sorts_a_list_and_holds_a_part_of_it(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counters, which differ in their last bits alone, some of them twice; the list itself goes to no other process."""
+    monkeypatch.setattr(uids, "STRIDE", 8)
+    monkeypatch.setattr(uids, "BLOCK", 400)
+    monkeypatch.setattr(subset, "BLOCK", 400)
+    listed = np.random.default_rng(1).permutation(20_000) % 15_000
+    named, file = [f"{n:032x}" for n in listed.tolist()], tmp_path / f"list.{form}"
+    if form == "npy":
+        save(file, listed.tolist())
+    elif form == "parquet":
+        pq.write_table(pa.table({"uid": named}), file)
+    else:
+        file.write_text("\n".join(named))
+    held: list[int] = []
+    sort = listing.np.lexsort
+    monkeypatch.setattr(listing.np, "lexsort", lambda keys: (held.append(len(keys[0])), sort(keys))[1])
+    program = Uids(file=str(file)).decide()
+    apart = program.send(None)
+    assert isinstance(apart, Apart)
+    found, distinct, total = apart.work(tmp_path / "made")
+    assert (distinct, total) == (15_000, 20_000) and len(pickle.dumps(found)) < 500
+    assert np.array_equal(np.load(found.path)["f1"], np.sort(listed)) and not np.load(found.path)["f0"].any()
+    assert max(held) <= 20_000 / 8 and sorted(held)[-2] < 2 * 20_000 / listing.PARTS, "the sample, and each part"
+    assert [path.name for path in found.path.parent.iterdir()] == ["uids.npy"]
+
+
+def test_a_short_list_holds_no_more_of_the_pool_than_any_other(
+    table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its two uids cut the pool into three ranges, whatever it holds."""
+    numbered, valid = [number(uid) for uid in table["uid"].to_pylist()], valid_of(table)
+    held: list[int] = []
+    sort = subset.np.lexsort
+    monkeypatch.setattr(subset.np, "lexsort", lambda keys: (held.append(len(keys[0])), sort(keys))[1])
+    listed = sorted(numbered[i] for i in np.flatnonzero(valid)[[100, 9_000]])
+    parts = write_parts(tmp_path, table, [*range(250, ROWS, 250)])
+    found = select({"it": Uids(file=save(tmp_path / "two.npy", listed))}, parts, 100, bucket_bytes=2_400)
+    expected = np.array([n not in listed for n in numbered])
+    np.testing.assert_array_equal(found.failed[valid, 0], expected[valid])
+    assert found.stages[0]["found"] == 2 and max(held) <= 400, "a hundred make a piece, and a batch comes whole"

@@ -1,10 +1,15 @@
 """The assignment against all permutations, and the cosines against open_clip called by hand."""
 
+import errno
 import io
 import itertools
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,10 +18,12 @@ from PIL import Image
 
 from curation.documents.assign import SentenceMeter, assign, match
 from curation.documents.config import parse_config
-from curation.documents.measure import Measuring
+from curation.documents.measure import Measuring, documents_file, items_file
 from curation.documents.source import list_documents
-from curation.signals.clip import Clip
-from tests.curation.conftest import picture
+from curation.errors import UserError
+from curation.signals.clip import Clip, ClipMeter
+from tests.curation.conftest import picture, write_tar
+from tests.curation.documents.conftest import sentence_document
 
 COSINES = st.tuples(st.integers(1, 5), st.integers(1, 5)).flatmap(
     lambda shape: arrays(np.float32, shape, elements=st.floats(-1, 1, width=16))
@@ -74,9 +81,10 @@ def test_cosines_are_open_clips(tiny_clip: tuple[Path, Path]) -> None:
     sentences = [f"the sentence with number {n}" for n in range(70)]
     meter = SentenceMeter(Clip(model=str(tiny_clip[0]), pretrained=str(tiny_clip[1])))
     for image in images:
-        meter.see(image)
+        meter.see(meter.pixels(image))
     found = meter.similarities(sentences)
-    meter.see(images[0])
+    meter.begin()
+    meter.see(meter.pixels(images[0]))
     again = meter.similarities(sentences[:2])
 
     model, _, transform = open_clip.create_model_and_transforms(tiny_clip[0].stem, pretrained=str(tiny_clip[1]))
@@ -99,4 +107,79 @@ def test_cosines_that_are_no_numbers_are_an_error_of_their_document(
     clip = {"model": str(tiny_clip[0]), "pretrained": str(tmp_path / "diverged.pt")}
     config = parse_config({"assign": {"clip": clip}})
     shard = list_documents([str(sentence_pool)], config.unit_documents)[0]
-    assert Measuring(config=config, store=tmp_path / "store")()(shard) == {"documents": 6, "errors": {"not_finite": 6}}
+    found = Measuring(config=config, store=tmp_path / "store")()(shard)
+    assert (found["documents"], found["errors"]) == (6, {"not_finite": 6})
+    assert found["causes"] == [f"{shard.path} 0000: not_finite: assign.clip: a cosine is NaN or infinite"]
+
+
+@pytest.fixture
+def breaking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder that fails on a whole batch of pictures, and on a text that asks for it."""
+    images, texts = ClipMeter.images, ClipMeter.texts
+
+    def of_images(self: ClipMeter, pixels: Sequence[Any]) -> Any:
+        if len(pixels) == 64:
+            raise RuntimeError("a tensor\n is odd")
+        return images(self, pixels)
+
+    def of_texts(self: ClipMeter, captions: Sequence[str]) -> Any:
+        if any("shatter" in caption for caption in captions):
+            raise FAULTS[next(word for word in FAULTS if any(word in caption for caption in captions))]
+        return texts(self, captions)
+
+    monkeypatch.setattr(ClipMeter, "images", of_images)
+    monkeypatch.setattr(ClipMeter, "texts", of_texts)
+
+
+FAULTS = {
+    "shatter in memory": MemoryError(),
+    "shatter on disk": OSError(errno.EIO, "input/output error"),
+    "shatter on the card": type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"),
+    "shatter": ValueError("no such token"),
+}
+
+
+def documents_of(folder: Path, documents: dict[str, dict[str, bytes]], tiny_clip: tuple[Path, Path]) -> dict[str, Any]:
+    """What measuring them in one tar gives, with the parquet files of documents and items."""
+    config = parse_config({"assign": {"clip": {"model": str(tiny_clip[0]), "pretrained": str(tiny_clip[1])}}})
+    write_tar(folder / "pool" / "0.tar", documents)
+    (shard,) = list_documents([str(folder / "pool")], config.unit_documents)
+    found = Measuring(config=config, store=folder / "store")()(shard)
+    path = documents_file(folder / "store", shard)
+    return {**found, "rows": pq.read_table(path).to_pylist(), "items": pq.read_table(items_file(path)).to_pylist()}
+
+
+def said(n: int, text: str) -> dict[str, bytes]:
+    members = sentence_document(n)
+    meta = json.loads(members["json"])
+    return {**members, "json": json.dumps({**meta, "text_list": [*meta["text_list"], text]}).encode()}
+
+
+def test_a_failing_encoder_costs_its_document(tmp_path: Path, tiny_clip: tuple[Path, Path], breaking: None) -> None:
+    sound = {f"{n}": sentence_document(n) for n in range(4)}
+    broken = {"1b": sentence_document(5, pictures=66), "2b": said(6, "Here is a shatter.")}
+    alone = documents_of(tmp_path / "alone", sound, tiny_clip)
+    found = documents_of(tmp_path / "all", dict(sorted({**sound, **broken}.items())), tiny_clip)
+    assert (alone["documents"], alone["errors"], alone["causes"]) == (4, {}, [])
+    assert (found["documents"], found["errors"]) == (6, {"signal_failed": 2})
+    pool = tmp_path / "all" / "pool" / "0.tar"
+    assert found["causes"] == [f"{pool} 1b: signal_failed: assign.clip: RuntimeError: a tensor is odd"]
+    assert [(row["key"], row["items"]) for row in found["rows"] if row["error"]] == [("1b", 0), ("2b", 0)]
+
+    def kept(of: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{**row, "path": None, "offset": None, "fingerprint": None} for row in of["items"]]
+
+    assert kept(found) == kept(alone) and sum(row["similarity"] is not None for row in found["items"]) == 8
+
+
+@pytest.mark.parametrize("word", [word for word in FAULTS if word != "shatter"])
+def test_what_is_no_documents_fault_is_raised(
+    word: str, tmp_path: Path, tiny_clip: tuple[Path, Path], breaking: None
+) -> None:
+    """Or a full card would make a pool of errors, under any budget."""
+    with pytest.raises((MemoryError, OSError, UserError)) as raised:
+        documents_of(tmp_path, {"0": said(0, f"A {word}.")}, tiny_clip)
+    if word == "shatter on the card":
+        assert "assign.clip: the GPU has failed (CUDA out of memory); run again with fewer" in str(raised.value)
+    else:
+        assert raised.value is FAULTS[word]
