@@ -22,7 +22,7 @@ from PIL import Image
 
 from curation.device import Device, torch_device
 from curation.dotted import function_content, load_function
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.hashing import file_hash, hash64
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def huggingface(model: str, device: Device = "cpu") -> Captioner:
         network = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval().to(there)
         processor, tokenizer = AutoImageProcessor.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     except Exception as reason:  # of the hub, of the network, of files
-        line = " ".join(str(reason).split())[:300]
+        line = one_line(reason)
         raise UserError(f"captioner model {model}: cannot be loaded ({line}); check name and network") from None
 
     def pixels(image: Image.Image) -> "Tensor":

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.signals.interface import Decoded, Meter, Signal
 from curation.store import NOT_FINITE, SIGNAL_FAILED
 
@@ -116,11 +116,6 @@ def raise_unless_of_a_sample(name: str, reason: Exception) -> None:
         ) from reason
     if isinstance(reason, UserError | MemoryError) or (isinstance(reason, OSError) and reason.errno is not None):
         raise reason
-
-
-def one_line(reason: Exception) -> str:
-    """What happened, cut to 300 characters."""
-    return " ".join(str(reason).split())[:300]
 
 
 def not_finite(values: pa.Array) -> np.ndarray:

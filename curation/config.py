@@ -35,7 +35,7 @@ from pyarrow.types import (
 )
 
 from curation import store
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.pool import MAX_EXTENSION, Modality
 from curation.selection import SELECTORS
 from curation.selection.cluster_balance import ClusterBalance
@@ -104,7 +104,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             f"--config {path}: cannot be read as text; name a recipe such as recipes/curate/tiny_raw.yaml"
         ) from None
     except yaml.YAMLError as reason:
-        raise UserError(f"--config {path}: not YAML ({' '.join(str(reason).split())})") from None
+        raise UserError(f"--config {path}: not YAML ({one_line(reason, None)})") from None
     if not isinstance(raw, dict):
         raise UserError(f"--config {path}: not a mapping of settings")
     for dotted, value in _pairs(overrides):
@@ -178,7 +178,7 @@ def _typed(cls: type, settings: Mapping[str, Any], where: str) -> Any:
     try:
         return cls(**vars(parser.parse_object(dict(settings))))
     except jsonargparse.ArgumentError as reason:
-        raise UserError(f"{where}: {' '.join(str(reason).split())}") from None
+        raise UserError(f"{where}: {one_line(reason, None)}") from None
 
 
 def _check_columns(config: CurateConfig) -> None:
@@ -281,7 +281,7 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
         try:
             pairs.append((dotted, yaml.safe_load(value)))
         except yaml.YAMLError as reason:
-            raise UserError(f"--{dotted} {value}: not YAML ({' '.join(str(reason).split())})") from None
+            raise UserError(f"--{dotted} {value}: not YAML ({one_line(reason, None)})") from None
     return pairs
 
 

@@ -22,6 +22,11 @@ class UserError(ValueError):
     """Names the field, the value and the mend."""
 
 
+def one_line(reason: object, most: int | None = 300) -> str:
+    """What an exception says, in one line of at most so many characters."""
+    return " ".join(str(reason).split())[:most]
+
+
 def exit_code(main: Callable[[], int]) -> int:
     """What a command ends with: its own code, or 2 and one line on stderr for a user's error."""
     try:

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 
 NOWHERE = 0  # the stamp of a link that leads nowhere
 ATTEMPTS = 5
@@ -226,7 +226,7 @@ def retrying(name: str, action: Callable[[], T]) -> T:
             if isinstance(failure, OSError) and failure.errno == errno.ENOSPC:
                 full = tempfile.gettempdir()
                 raise UserError(f"--pool {name}: no space in {full} for a copy; set TMPDIR to where there is") from None
-            reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+            reason = f"{type(failure).__name__}: {one_line(failure, 200)}"
             status = getattr(failure, "status", None)
             refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
             if refused or attempt == ATTEMPTS - 1:
@@ -243,7 +243,7 @@ def _address(url: str) -> tuple[Any, str, str]:
     try:
         fs, path = url_to_fs(url)
     except (ImportError, ValueError) as reason:
-        line = " ".join(str(reason).split())
+        line = one_line(reason, None)
         raise UserError(f"--pool {url}: {line}; install what reads it, such as s3fs or gcsfs") from None
     return fs, path, fs.unstrip_protocol(path).rstrip("/")
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation import shards, store
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.manifest import read_manifest
 from curation.phases import recorded_parts
 from curation.plan import plan
@@ -121,7 +121,7 @@ def _picture(
         with open_shard(record["shard"], part.path.name.rpartition("-")[0]) as data:
             picture = data[offset : offset + size]
     except (OSError, UserError) as reason:
-        return None, " ".join(str(reason).split())
+        return None, one_line(reason, None)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(picture)
     return path, None

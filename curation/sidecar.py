@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation import files
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.hashing import config_hash, hash64, hash64_many
 from curation.pool import Shard
 from curation.shuffle import MapParts, buckets_for, gather, hash_buckets, scatter, write_npy
@@ -51,7 +51,7 @@ class Sidecar:
             try:
                 rows = list(plain_rows(_table(shard.sidecar)))
             except (OSError, pa.ArrowException) as reason:
-                self.damage = f"sidecar_damaged: {' '.join(str(reason).split())[:200]}"
+                self.damage = f"sidecar_damaged: {one_line(reason, 200)}"
             else:
                 self._by_key = {row["key"]: row for row in rows if isinstance(row.get("key"), str)}
                 self._by_uid = {row["uid"]: row for row in rows if isinstance(row.get("uid"), str)}
@@ -182,7 +182,7 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as reason:
-        line = " ".join(str(reason).split())[:200]
+        line = one_line(reason, 200)
         raise UserError(f"--pool {name}: metadata that cannot be read ({line}); mend it or leave it out") from None
 
 

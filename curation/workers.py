@@ -181,7 +181,7 @@ def _deadly(item: Any) -> str:
 
 def _processors() -> int:
     """Those that this process may use, which in a container or a batch job are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 class _Actor:

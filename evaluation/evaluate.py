@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.hashing import config_hash, file_hash
 from curation.manifest import SCHEMA_VERSION
 from evaluation import encode, results
@@ -55,7 +55,7 @@ def load_config(overrides: Sequence[str]) -> EvaluateConfig:
     try:
         parsed = parser.instantiate(parser.parse_args(list(overrides)))
     except (ArgumentError, TypeError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(one_line(error, None)) from None
     return EvaluateConfig(**{name: getattr(parsed, name) for name in EvaluateConfig.__dataclass_fields__})
 
 

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.hashing import config_hash, hash64
 from training.config import AdapterConfig, GroupConfig
 from training.models import dropout
@@ -58,7 +58,7 @@ def apply(model: nn.Module, config: AdapterConfig) -> None:
             # The tuner works in place. (`inject_adapter_in_model` does just this, but refuses VeRA.)
             PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](module, settings, adapter_name="default")
         except ValueError as error:
-            raise UserError(f"adapter.target_modules: {' '.join(str(error).split())[:300]}") from None
+            raise UserError(f"adapter.target_modules: {one_line(error)}") from None
         if name := next((n for n, x in _unreached(module).items() if not isinstance(x, nn.Linear)), None):
             raise UserError(
                 f"adapter.target_modules: {name} is part of torch's attention, which passes an adapter by; leave it out"
@@ -160,7 +160,7 @@ def _quantise(module: Any, config: AdapterConfig) -> None:
         except Exception as error:  # whatever a build without this device raises
             raise UserError(
                 f"adapter.kind: bitsandbytes cannot pack weights on this {device.type} "
-                f"({' '.join(str(error).split())[:120]}); "
+                f"({one_line(error, 120)}); "
                 "take kind: lora"
             ) from None
         packed.register_load_state_dict_pre_hook(_keep_packed)

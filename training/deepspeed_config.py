@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from training.config import ROOT, TrainConfig
 
 SCALARS: dict[str, tuple[type, ...]] = {
@@ -171,7 +171,7 @@ def _parsed(path: Path, name: str, section: dict[str, Any], kind: Any) -> Any:
         what = "DeepSpeed has no such key" if first["type"] == "extra_forbidden" else first["msg"]
         raise UserError(f"deepspeed: {path}: {where}: {what}; mend or remove it") from None
     except (AssertionError, TypeError, ValueError) as error:  # of deprecated keys beside those that replace them
-        raise UserError(f"deepspeed: {path}: {name}: {' '.join(str(error).split())}; mend it") from None
+        raise UserError(f"deepspeed: {path}: {name}: {one_line(error, None)}; mend it") from None
 
 
 def refusals(zero: Any, settings: Mapping[str, Any], config: TrainConfig) -> dict[str, bool]:

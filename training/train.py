@@ -15,7 +15,7 @@ from typing import Any
 # A script's own folder comes first on the path, where data.py or config.py would hide packages of those names.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-from curation.errors import UserError, exit_code, full_disk_named
+from curation.errors import UserError, exit_code, full_disk_named, one_line
 from curation.manifest import claim, read_manifest
 from training import begin, checkpoint
 from training.config import TrainConfig, as_dict, make_parser
@@ -37,7 +37,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, str], Path, bool
     try:
         parsed = parser.instantiate(parser.parse_args(kept))
     except (ArgumentError, TypeError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(one_line(error, None)) from None
     names = TrainConfig.__dataclass_fields__
     config = begin.resolved(TrainConfig(**{name: getattr(parsed, name) for name in names}))
     return config, named(config.loader, parsed.data), Path(parsed.out), parsed.overwrite

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from curation.columns import one_line, raise_unless_of_a_sample
+from curation.columns import raise_unless_of_a_sample
+from curation.errors import one_line
 from curation.signals.clip import Clip
 
 BATCH = 64

@@ -20,7 +20,7 @@ import jsonargparse
 
 from curation.config import read_recipe
 from curation.documents.filters import ImageRules, ListFiles, TextRules
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.signals.clip import Clip
 
 
@@ -125,7 +125,7 @@ def parse_config(raw: Mapping[str, Any]) -> DocumentsConfig:
     try:
         config = DocumentsConfig(**vars(parser.instantiate_classes(parser.parse_object(dict(raw)))))
     except jsonargparse.ArgumentError as reason:
-        raise UserError(f"recipe: {' '.join(str(reason).split())}") from None
+        raise UserError(f"recipe: {one_line(reason, None)}") from None
     for name in ("unit_documents", "shard_documents", "max_html_bytes", "max_image_bytes", "max_items"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}: {getattr(config, name)} is not at least 1")

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.hashing import file_hash
 from curation.signals.grammar import parse
 from curation.signals.interface import Decoded
@@ -117,7 +117,7 @@ def load_pipeline(model: str) -> Any:
     try:
         return spacy.load(model, exclude=["ner", "lemmatizer"])
     except (OSError, ValueError) as reason:
-        raise _not_loaded(model, " ".join(str(reason).split())[:200]) from None
+        raise _not_loaded(model, one_line(reason, 200)) from None
 
 
 def _not_installed(model: str) -> UserError:

@@ -26,7 +26,7 @@ import pyarrow as pa
 from PIL import Image
 
 from curation.device import Device, device_content, torch_device
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.hashing import file_hash
 from curation.preprocess import HUB, LOCAL, check_activation, preprocess_of
 from curation.signals.interface import Decoded
@@ -122,7 +122,7 @@ class Clip:
         try:
             known = open_clip.get_model_config(self.model)
         except Exception as reason:  # of the hub and of the network
-            line = " ".join(str(reason).split())[:300]
+            line = one_line(reason)
             raise UserError(
                 f"clip model {self.model}: cannot be read from the hub ({line}); check name and network"
             ) from None
@@ -184,7 +184,7 @@ def _affine(head: str, file: str, width: int) -> tuple[Any, float]:
             weight, bias = w @ weight, w @ bias + b
         (row,), (offset,) = weight, bias
     except Exception as reason:  # of unpickling, of shapes
-        line = " ".join(str(reason).split())[:200]
+        line = one_line(reason, 200)
         raise UserError(
             f"clip heads.{head} {file}: no chain of linear layers {width} -> ... -> 1 ({line}); "
             "name a head that was trained on this model's embeddings"
@@ -215,7 +215,7 @@ class ClipMeter:
             said = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
             self._tokenizer = open_clip.get_tokenizer(architecture, **said)
         except Exception as reason:
-            line = " ".join(str(reason).split())[:300]
+            line = one_line(reason)
             raise UserError(
                 f"clip {settings.model} with pretrained={settings.pretrained}: cannot load the weights ({line}); "
                 "check the pair, or give a checkpoint file where there is no network"

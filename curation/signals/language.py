@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.hashing import file_hash
 from curation.signals.interface import Decoded
 
@@ -77,7 +77,7 @@ def _fasttext(model: str | None) -> Callable[[str], tuple[str, float]]:
     try:
         detect("a text")
     except Exception as reason:  # whatever the library says of a file that is no model
-        raise UserError(f"language: model {model}: fastText cannot read it ({' '.join(str(reason).split())})") from None
+        raise UserError(f"language: model {model}: fastText cannot read it ({one_line(reason, None)})") from None
     return detect
 
 

@@ -35,7 +35,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pyarrow as pa
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.hashing import file_hash
 from curation.signals.fields import TYPES, Type, typed
 from curation.signals.interface import Decoded
@@ -188,7 +188,7 @@ def _function(path: str) -> Callable[[Items], Answers]:
         try:
             return list(function(items))
         except Exception as reason:  # whatever somebody else's code raises is an answer that did not come
-            raise Unanswered(f"{type(reason).__name__}: {' '.join(str(reason).split())}") from reason
+            raise Unanswered(f"{type(reason).__name__}: {one_line(reason, None)}") from reason
 
     return ask
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 
 from curation.device import Device, torch_device
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.hashing import file_hash
 from curation.signals.captions import Captions, CaptionsMeter
 from curation.signals.interface import Decoded
@@ -75,7 +75,7 @@ class SentenceEncoder:
             self._tokenizer = AutoTokenizer.from_pretrained(model)
             self._model = AutoModel.from_pretrained(model, dtype=torch.float32).eval().to(self._device)
         except Exception as reason:  # of the hub, of the network, of files
-            line = " ".join(str(reason).split())[:300]
+            line = one_line(reason)
             raise UserError(f"sieve encoder {model}: cannot be loaded ({line}); check name and network") from None
 
     def __call__(self, sentences: Sequence[str]) -> Any:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation import files
+from curation.errors import one_line
 from curation.sources.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, first_of, image_extension, record_of, record_text
 from curation.tar import Member, Sample
 
@@ -49,7 +50,7 @@ class ParquetSource:
         try:
             self._parquet = pq.ParquetFile(self._file)
         except (OSError, pa.ArrowException) as reason:
-            self._damage = f"parquet_damaged: {' '.join(str(reason).split())[:200]}"
+            self._damage = f"parquet_damaged: {one_line(reason, 200)}"
 
     def __enter__(self) -> Self:
         return self

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from curation.errors import UserError, exit_code
+from curation.errors import UserError, exit_code, one_line
 
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 300.0  # for a head that does not answer: it may be starting its dashboard again
@@ -65,7 +65,7 @@ async def follow(client: Any, job: str, log: Log) -> Any:
             except (RuntimeError, OSError) as reason:
                 if time.monotonic() - answered > PATIENCE_SECONDS:
                     raise UserError(
-                        f"--address: the head has not answered for {PATIENCE_SECONDS:.0f} s ({_line(reason)}); "
+                        f"--address: the head has not answered for {PATIENCE_SECONDS:.0f} s ({one_line(reason)}); "
                         f"job {job} may go on: `ray job status {job}`"
                     ) from None
             if tail.done():
@@ -128,13 +128,13 @@ def submit(address: str, arguments: Sequence[str], working_dir: str | None = Non
             "head's token is not in ~/.ray/auth_token"
         ) from None
     except (ConnectionError, RuntimeError) as reason:
-        raise UserError(f"--address {address}: no Ray job server answers ({_line(reason)}); start a head") from None
+        raise UserError(f"--address {address}: no Ray job server answers ({one_line(reason)}); start a head") from None
     runtime_env = {"working_dir": working_dir} if working_dir else None
     try:
         job = client.submit_job(entrypoint=entrypoint(arguments, shared=not working_dir), runtime_env=runtime_env)
     except RuntimeError as reason:
         raise UserError(
-            f"--address {address}: the head takes no job ({_line(reason)}); look at its dashboard"
+            f"--address {address}: the head takes no job ({one_line(reason)}); look at its dashboard"
         ) from None
     print(f"job {job} at {address}", flush=True)
     log = Log()
@@ -145,7 +145,7 @@ def submit(address: str, arguments: Sequence[str], working_dir: str | None = Non
         errors = [line for line in client.get_job_logs(job).splitlines() if line.startswith("error: ")]
         if errors:
             raise UserError(errors[-1].removeprefix("error: "))
-        print(f"job {job}: {details.status} ({_line(details.message)})", file=sys.stderr)
+        print(f"job {job}: {details.status} ({one_line(details.message)})", file=sys.stderr)
         return details.driver_exit_code or 1
     manifest = None if working_dir else _manifest(arguments)
     if manifest is not None and not manifest.is_file():
@@ -188,10 +188,6 @@ def _manifest(arguments: Sequence[str]) -> Path | None:
     if known.part or known.dry_run or known.out is None:
         return None
     return known.out / ("manifest.json" if known.phase == "all" else f"{known.phase}.manifest.json")
-
-
-def _line(text: object) -> str:
-    return " ".join(str(text).split())[:300]
 
 
 def main(arguments: Sequence[str]) -> int:

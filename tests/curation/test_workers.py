@@ -18,7 +18,6 @@ from tests.curation.conftest import picture, sample, write_tar
 from tests.curation.test_pipeline import digests
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to processors")
 def test_no_more_than_the_processors_that_this_process_may_use() -> None:
     before = os.sched_getaffinity(0)
     try:

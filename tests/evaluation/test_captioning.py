@@ -1,7 +1,5 @@
 """Caption scores against pycocoevalcap called directly, and a golden row on real captions."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from pycocoevalcap.bleu.bleu import Bleu
@@ -11,8 +9,6 @@ from curation.errors import UserError
 from evaluation.data import open_retrieval
 from evaluation.tasks import captioning
 from evaluation.tasks.captioning import CaptioningSettings, grade
-
-FLICKR = Path(__file__).resolve().parents[3] / "shared" / "data" / "flickr8k" / "dev"
 
 
 def test_tokeniser():
@@ -55,13 +51,12 @@ def test_bleu_of_a_resample_is_bleu_of_those_images(texts):
     assert captioning.bleu4(counts[chosen].sum(0)[None])[0] == pytest.approx(bleu[3])
 
 
-@pytest.mark.skipif(not FLICKR.is_dir(), reason=f"the Flickr8k photographs are not at {FLICKR}")
-def test_golden_row_on_flickr8k_dev():
+def test_golden_row_on_flickr8k_dev(photographs):
     """Caption #0 against #1-4, computed once with pycocoevalcap alone after lower() and dropping " ." and " ,".
 
     With its Java tokeniser the row is CIDEr-D 0.80366, BLEU-4 0.21160.
     """
-    data = open_retrieval(FLICKR)
+    data = open_retrieval(photographs / "flickr8k/dev")
     captions, references = [c[0] for c in data.captions], [c[1:] for c in data.captions]
     assert len(captions) == 1000
     assert captioning.cider_d(captions, references).mean() == pytest.approx(0.8032635571447331, abs=1e-9)

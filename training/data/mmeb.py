@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from training.data.shards import Hole
 from training.models.vlm_inputs import Item, Row
 
@@ -74,7 +74,7 @@ class Subset:
         except UserError:
             raise
         except Exception as error:  # pyarrow has many
-            raise UserError(f"--data {folder}: {' '.join(str(error).split())[:200]}; fetch it again") from None
+            raise UserError(f"--data {folder}: {one_line(error, 200)}; fetch it again") from None
         import pyarrow as pa
 
         table = pa.concat_tables(tables)

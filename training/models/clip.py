@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.preprocess import HUB, LOCAL
 from training.config import ObjectiveConfig
 from training.family_config import ClipRecipe
@@ -86,7 +86,7 @@ class Clip(nn.Module):
             try:
                 model_cfg = open_clip.get_model_config(name)
             except (OSError, RuntimeError, ValueError) as error:
-                raise UserError(f"clip.arch: {recipe.arch}: {' '.join(str(error).split())[:200]}") from None
+                raise UserError(f"clip.arch: {recipe.arch}: {one_line(error, 200)}") from None
             if recipe.pretrained or recipe.arch.startswith((HUB, LOCAL)):
                 pretrained = opened_clip(recipe.arch, recipe.pretrained, "clip.arch")
         if model_cfg is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 
 PAD, SOT, EOT = 0, 49406, 49407
 """Of open_clip's own, whose padding is also its "!"."""
@@ -53,7 +53,7 @@ def words_of(text_cfg: dict[str, Any], folder: Path | None = None) -> Any:
             **settings,
         )
     except (OSError, ValueError) as error:
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error, 200)
         raise UserError(
             f"clip: the tokenizer {where} cannot be read ({line}); name a folder as text_cfg.hf_tokenizer_name"
         ) from None

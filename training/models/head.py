@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 
 OPTIONS = LinearCrossEntropyOptions()
 PIECE = 2**24
@@ -95,7 +95,7 @@ def finish_of(llm: Any) -> tuple[float, float | None]:
         head.forward = logits
         found = llm(inputs_embeds=states[None, None], use_cache=False).logits.double().flatten()
     except Exception as error:  # whatever a forward of this kind asks for
-        raise _unknown(llm, " ".join(str(error).split())[:120]) from None
+        raise _unknown(llm, one_line(error, 120)) from None
     finally:
         for part in [*stood_in, head]:
             part.__dict__.pop("forward", None)

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.preprocess import HUB, LOCAL, check_activation
 from training.partitioned import lasting_sources
 
@@ -46,7 +46,7 @@ def opened(auto: Any, name: str, field: str, trust_remote_code: bool = False, **
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(f"{field}: {name} brings code of its own, which is not run here; name another") from None
-        raise UserError(f"{field}: {name} cannot be read ({_line(error)})") from None
+        raise UserError(f"{field}: {name} cannot be read ({one_line(error, 200)})") from None
 
 
 def opened_clip(arch: str, pretrained: str | None, field: str) -> Any:
@@ -76,8 +76,4 @@ def opened_clip(arch: str, pretrained: str | None, field: str) -> Any:
                 raise
             return made(mapped=False)  # a pickle as torch wrote them before 1.6
     except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
-        raise UserError(f"{field}: {arch}: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise UserError(f"{field}: {arch}: {one_line(error, 200)}") from None

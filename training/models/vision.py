@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.preprocess import HUB, LOCAL
 from training.family_config import VisionConfig
 from training.models.kind import opened_clip
@@ -66,7 +66,7 @@ def _no_vit(arch: str | None) -> UserError:
 
 
 def _unreadable(arch: str, error: Exception) -> UserError:
-    return UserError(f"{ARCH}: {arch}: {' '.join(str(error).split())[:200]}")
+    return UserError(f"{ARCH}: {arch}: {one_line(error, 200)}")
 
 
 def pretrained_tower(vision: VisionConfig) -> tuple[VisionConfig, dict[str, torch.Tensor] | None]:

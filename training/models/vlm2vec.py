@@ -28,7 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from training.config import ObjectiveConfig
 from training.family_config import Vlm2VecRecipe
 from training.models.kind import check_kind, opened
@@ -152,7 +152,7 @@ class Vlm2Vec(PreTrainedModel):
         try:
             self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
-            raise UserError(f"activation_checkpointing: {_line(error)}; set it to false") from None
+            raise UserError(f"activation_checkpointing: {one_line(error, 200)}; set it to false") from None
 
     def embed(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Embeddings, fp32 [n, D], of rows as `Inputs.side` makes them, padded on either side."""
@@ -289,7 +289,7 @@ def recipe_processor(
                 where, trust_remote_code=recipe.trust_remote_code, **recipe.processor_settings
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"vlm2vec.processor: {where} cannot be read ({_line(error)})") from None
+            raise UserError(f"vlm2vec.processor: {where} cannot be read ({one_line(error, 200)})") from None
         settings = settings or recipe_config(recipe, processor.tokenizer)
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is not None:  # transformers writes down what it was made with alone
@@ -301,12 +301,12 @@ def _config_from(name: str, trust: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust)
     except OSError as error:
-        raise UserError(f"vlm2vec.name_or_path: {name} cannot be read ({_line(error)})") from None
+        raise UserError(f"vlm2vec.name_or_path: {name} cannot be read ({one_line(error, 200)})") from None
     except ValueError as error:
         raise (
             _untrusted(name)
             if "trust_remote_code" in str(error)
-            else UserError(f"vlm2vec.name_or_path: {name}: {_line(error)}")
+            else UserError(f"vlm2vec.name_or_path: {name}: {one_line(error, 200)}")
         ) from None
 
 
@@ -331,7 +331,3 @@ def _untrusted(name: str) -> UserError:
         f"vlm2vec.trust_remote_code: {name} brings code of its own; read it, and set this to true if you trust it "
         "(of a trained model: --trust-remote-code, or trust_remote_code=True of from_pretrained)"
     )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
