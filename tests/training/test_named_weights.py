@@ -51,10 +51,13 @@ def named(monkeypatch):
 
 
 def clip(folder, suffix, name="wide", dtype=torch.float32):
-    """The recipe's model with open_clip's weights, which lie in a file of this kind."""
+    """The recipe's model with open_clip's weights, which lie in a file of this kind.
+
+    Drawn here: open_clip leaves CoCa's head as memory was, numbers or not.
+    """
     file = folder / f"weights{suffix}"
     torch.manual_seed(7)
-    state = {n: x.to(dtype) for n, x in open_clip.create_model(name).state_dict().items()}
+    state = {n: torch.randn(x.shape).to(dtype) for n, x in open_clip.create_model(name).state_dict().items()}
     save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
     return lambda: Clip.from_recipe(ClipRecipe(arch=name, pretrained=str(file)), ObjectiveConfig())
 
