@@ -55,7 +55,7 @@ CLAIM = Claim(
     recipe="recipes/train/tiny_mmgem_stage2_retrieval.yaml",
     recipes=("recipes/train/tiny_mmgem.yaml", "recipes/train/tiny_mmgem_stage2_captioning.yaml"),
     sizes={
-        "samples": 12_288, "stage1": 12_288, "captioning": 6_144, "train": 4_000, "heldout": 600, "captioned": 400,
+        "samples": 12_288, "stage1": 20_480, "captioning": 6_144, "train": 4_000, "heldout": 600, "captioned": 400,
     },
     overrides=("--mmgem.init", "{data}/captioning/export"),
     arms={
