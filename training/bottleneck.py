@@ -13,9 +13,8 @@ from contextlib import contextmanager
 
 MENDS = {
     "read": "the disk or network is slow: copy the shards to a local disk, or lower loader.window_shards",
-    "decode": "decoding is slow: raise loader.threads (now {threads}), or set loader.cache_decoded, "
-    "or store smaller pictures",
-    "augment": "cropping and resizing are slow: raise loader.threads (now {threads}), or lower loader.decode_size",
+    "decode": "decoding, cropping and resizing are slow: raise loader.threads (now {threads}), or set "
+    "loader.cache_decoded, or lower loader.decode_size, or store smaller pictures",
     "tokenise": "tokenisation is slow: lower loader.max_tokens, or use a fast tokenizer",
     "collate": "stacking and normalising pictures is slow: raise loader.threads (now {threads})",
 }

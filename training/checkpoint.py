@@ -16,7 +16,9 @@ of the step, so nothing else has to be kept. Without a device, `consolidated`
 puts the whole weights together.
 """
 
+import hashlib
 import json
+import math
 import shutil
 import threading
 import time
@@ -30,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from curation.errors import UserError
-from curation.hashing import file_hash
+from curation.hashing import config_hash
 from curation.manifest import read_manifest, write_manifest
 from training import zero
 from training.distributed import World
@@ -39,6 +41,8 @@ from training.optim import MOMENTS, Sharded
 from training.zero import Stretch
 
 WEIGHTS = "weights"
+APPEARS_S = 60.0
+"""Until a network's file system shows a host what another has written (NFS: `acdirmax`)."""
 GOES_ON = ("retain", "health", "budget", "holes")
 """What the loop adds to a manifest and a resumed run goes on from; checkpoints saved before it did lack some."""
 
@@ -67,6 +71,7 @@ class Saver:
         self.run, self.keep_last, self.background = run, keep_last, background
         self._writing: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._written = math.inf  # when every rank had written its file
 
     def save(self, engine: Any, optimizer: Sharded, step: int, facts: dict[str, Any]) -> None:
         """Write the checkpoint of `step`, its manifest last; then drop all but the last and the best ones.
@@ -76,6 +81,7 @@ class Saver:
         """
         self.wait()
         world, folder = World.current(), step_folder(self.run, step)
+        self._written = math.inf
         if world.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # the remains of a save that was cut short
         world.barrier()
@@ -87,11 +93,9 @@ class Saver:
             part = file.with_suffix(".part")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                save_file(tensors, part, metadata={"table": json.dumps(table)})
+                save_file(tensors, part, metadata={"table": json.dumps(table), "weights": _weights_hash(tensors)})
                 part.rename(file)
                 if world.rank == 0 and self.background:
-                    while len(list(folder.glob("rank_*.safetensors"))) < world.size:
-                        time.sleep(0.1)
                     self._close(folder, facts)
             except (OSError, SafetensorError) as error:  # a full disk comes as either
                 self._failure = error
@@ -103,6 +107,7 @@ class Saver:
             return
         write()
         self._agree(world)
+        self._written = time.monotonic()
         if world.rank == 0:
             try:
                 self._close(folder, facts)
@@ -122,6 +127,7 @@ class Saver:
                 self._writing.join()
             # Rank 0 waits for every rank's file, so it must know first that none of them failed.
             failed = world.any(self._failure is not None)
+            self._written = time.monotonic()
             if not failed:
                 self._writing.join()
             self._writing = None
@@ -131,20 +137,44 @@ class Saver:
         if world.any(self._failure is not None):
             why = self._failure or "another rank could not write its part"
             raise UserError(
-                f"--out {self.run}: the checkpoint could not be written ({why}); make room: "
-                "the one before is whole and the run resumes from it"
+                f"--out {self.run}: the checkpoint could not be written ({why}); make room on a disk that all hosts "
+                "share: the one before is whole and the run resumes from it"
             )
 
     def _close(self, folder: Path, facts: dict[str, Any]) -> None:
-        files = sorted(folder.glob("rank_*.safetensors"))
+        """The manifest, once the files of all ranks are seen; older checkpoints go.
+
+        Raises:
+            OSError: one is written, and not seen here.
+        """
+        files = [rank_file(folder, rank) for rank in range(facts["world_size"])]
+        while missing := [file for file in files if not file.exists()]:
+            if time.monotonic() > self._written + APPEARS_S:
+                raise OSError(f"{missing[0].name} was written, and is not seen on rank 0's host")
+            time.sleep(0.1)
         sizes = {f.name: f.stat().st_size for f in files}
-        write_manifest(folder / "manifest.json", {"weights_hash": file_hash(files), "files": sizes, **facts})
+        hashes = []
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                hashes.append(opened.metadata()["weights"])
+        named = config_hash([hashes, facts["shapes"]])
+        write_manifest(folder / "manifest.json", {"weights_hash": named, "files": sizes, **facts})
         for remains in set(folder.parent.glob("step_*")) - set(complete(self.run)):
             shutil.rmtree(remains)  # of saves and removals that were cut short
         for old in complete(self.run)[: -self.keep_last]:
             if old.name != best(self.run):
                 (old / "manifest.json").unlink()  # first, so that no reader takes the rest for complete
                 shutil.rmtree(old)
+
+
+def _weights_hash(tensors: dict[str, torch.Tensor]) -> str:
+    """16 hex digits that name a rank's weights and buffers. Every rank makes its own, so that none reads another's."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in tensors.items():
+        if name.startswith((WEIGHTS, "buffer.")):
+            digest.update(f"{name} ".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def best(run: Path) -> str | None:

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation import tar
-from curation.errors import UserError
-from tests.training.conftest import write_shards
+from curation.errors import UserError, full_disk_named
+from tests.training.conftest import largest_file, write_shards
 from training.config import LoaderConfig
 from training.data import ImageSpec, Loader, Order, Shards
+from training.data.decoded import Decoded
 
 SPEC = ImageSpec(size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 CONFIG = LoaderConfig(batch=12, chunk=4, window_shards=2)
@@ -75,6 +76,28 @@ def test_pixels_are_the_normalised_picture_with_and_without_the_cache(shards, tm
     red = chunk["number"] * 37 % 256
     back = chunk["pixel_values"][:, 0].mean((1, 2)) * 0.2 + 0.5
     torch.testing.assert_close(back * 255, red.float(), atol=3.0, rtol=0)  # JPEG moves a flat colour a little
+
+
+def test_kept_pictures_are_those_written_whole(tmp_path):
+    """A hole of the file, a record that was cut, and one with a part of another are decoded again."""
+    draws = np.random.default_rng(0)
+    first, second = draws.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    kept = Decoded(tmp_path / "kept", side=8)
+    kept.write(5, first)
+    assert np.array_equal(Decoded(tmp_path / "kept", side=8).read(5), first), "another rank's"
+    kept.write(6, second)
+    whole = (tmp_path / "kept").read_bytes()
+    assert [kept.read(i) for i in (0, 4, 7)] == [None] * 3
+    (tmp_path / "kept").write_bytes(whole[:-1])
+    assert kept.read(6) is None and np.array_equal(kept.read(5), first)
+    (tmp_path / "kept").write_bytes(whole[: len(whole) // 7 * 6 - 40] + bytes(30) + whole[len(whole) // 7 * 6 - 10 :])
+    assert kept.read(5) is None and np.array_equal(kept.read(6), second)
+
+
+def test_no_room_for_kept_pictures_is_no_broken_picture(shards, tmp_path):
+    limit = rf"--out {tmp_path}: a file grows beyond the limit .*make room"
+    with largest_file(5 * 16 * 16 * 3), pytest.raises(UserError, match=limit), full_disk_named(tmp_path):
+        list(loader(shards, cache=tmp_path / "decoded").batches(0, 9))
 
 
 def test_one_of_the_captions_is_drawn_by_seed_epoch_and_sample(tmp_path):

@@ -22,7 +22,7 @@ HALF = 300_000
 """Elements of a rank: enough that a file is being written while the ranks go on."""
 
 
-def rank_main(rank, folder, fails):
+def rank_main(rank, folder, fails, background=True, own_disk=False):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(2 * HALF))})
     optimizer = Sharded([{"params": [model["weight"]], "lr": 0.1}], optim("adamw"))
@@ -30,7 +30,8 @@ def rank_main(rank, folder, fails):
     flat = torch.zeros(HALF)
     shard = Shard(flat, ("weight",), [Stretch("weight", rank * HALF, 0, HALF)], True)
     optimizer.states, optimizer.world = {id(flat): State.fresh(shard)}, World.current()
-    saver = checkpoint.Saver(folder, keep_last=2, background=True)
+    checkpoint.APPEARS_S = 0.5
+    saver = checkpoint.Saver(folder / str(rank) if own_disk else folder, keep_last=2, background=background)
     said = ""
     try:
         for step in (1, 2, 3):
@@ -81,3 +82,12 @@ def test_one_rank_without_room_ends_both_and_leaves_the_one_before(tmp_path, fai
     last = checkpoint.latest(tmp_path)
     assert last is not None and last.name == "step_00000002"
     assert torch.equal(weights_of(last), expected(2))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_hosts_with_disks_of_their_own_are_told_and_nothing_is_called_complete(tmp_path, background):
+    mp.spawn(rank_main, (tmp_path, None, background, True), nprocs=2)
+    said = [(tmp_path / f"said_{rank}").read_text() for rank in (0, 1)]
+    assert "rank_00001.safetensors was written, and is not seen on rank 0's host" in said[0]
+    assert all("make room on a disk that all hosts share" in line for line in said)
+    assert not checkpoint.complete(tmp_path / "0") and not checkpoint.complete(tmp_path / "1")

@@ -31,14 +31,14 @@ def test_bounds_hold_without_a_graph():
 
 
 def test_schedules_begin_and_end_where_they_should():
-    assert scheduled(ObjectiveConfig(temperature=0.1, temperature_schedule="constant"), 70, 101) == 0.1
+    assert scheduled(ObjectiveConfig(temperature_schedule="constant"), 0.1, 70, 101) == 0.1
     moving = {
         kind: ObjectiveConfig(temperature=0.1, temperature_end=0.02, temperature_schedule=kind)
         for kind in ("linear", "cosine")
     }
     for config in moving.values():
-        assert [round(scheduled(config, step, 101), 9) for step in (0, 50, 100)] == [0.1, 0.06, 0.02]
-    assert scheduled(moving["cosine"], 10, 101) > scheduled(moving["linear"], 10, 101)
+        assert [round(scheduled(config, 0.1, step, 101), 9) for step in (0, 50, 100)] == [0.1, 0.06, 0.02]
+    assert scheduled(moving["cosine"], 0.1, 10, 101) > scheduled(moving["linear"], 0.1, 10, 101)
 
 
 def test_a_scheduled_temperature_leaves_its_parameter_alone():
@@ -48,6 +48,13 @@ def test_a_scheduled_temperature_leaves_its_parameter_alone():
     torch.testing.assert_close(log_scale.detach(), torch.tensor([-math.log(0.05)]))
     log_scale.sum().backward()
     assert parameter.grad.tolist() == [0.0]
+
+
+@pytest.mark.parametrize(("kind", "end", "used"), [("constant", None, 0.01), ("linear", 0.05, 0.03)])
+def test_without_a_temperature_a_schedule_begins_at_the_model_s_own(kind, end, used):
+    config = ObjectiveConfig(temperature=None, temperature_end=end, temperature_schedule=kind)
+    pretrained = torch.tensor([math.log(100)])
+    torch.testing.assert_close(log_scale_at(pretrained, config, 5, 11), torch.tensor([-math.log(used)]))
 
 
 def test_settings_reach_the_loss():

@@ -273,9 +273,6 @@ def stopped(finished, tmp_path) -> Path:
     run = tmp_path / "stopped"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("step_00000024", "export"))
     (run / "manifest.json").unlink()
-    for name, size in (("decoded.data.u8", 100 * 32 * 32 * 3), ("decoded.data.known", 100)):
-        with open(run / name, "wb") as file:  # pictures are kept decoded until a run has ended
-            file.truncate(size)
     return run
 
 

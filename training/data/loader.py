@@ -14,8 +14,8 @@ a hole without weight, so later positions do not shift; holes are counted by rea
 Chunks are read in pieces by threads (decoders and tokenizers release the GIL);
 the thread that reads the last piece of a chunk closes it. Pixels are written
 normalised into the chunk's tensor, pinned where there is a GPU, some batches
-ahead of the step. Pictures may be kept decoded in one memory-mapped file that
-all ranks of a host share: later epochs then cost a copy.
+ahead of the step. Pictures may be kept decoded in one file that all ranks of a
+host share (training/data/decoded.py): later epochs then cost a copy.
 """
 
 import itertools
@@ -35,6 +35,7 @@ from curation.hashing import hash64
 from training.bottleneck import Timers
 from training.config import LoaderConfig
 from training.data import images
+from training.data.decoded import Decoded
 from training.data.images import ImageSpec
 from training.data.mixture import Mixture
 from training.data.neighbours import read_neighbours
@@ -117,7 +118,10 @@ class Loader:
         self.timers = Timers()
         self._encoding = threading.Lock()  # Hugging Face's fast tokenizers refuse two threads at once
         pictures = [source.kind in ("pairs", "images", "regions") for source in self.sources]
-        self._decoded = [_Decoded(cache, s, self.side) if cache and p else None for s, p in zip(self.sources, pictures)]
+        self._decoded = [
+            Decoded(cache.with_suffix(f".{source.name}.u8"), self.side) if cache and has else None
+            for source, has in zip(self.sources, pictures)
+        ]
 
     def batches(self, step: int, steps: int) -> Iterator[list[Chunk]]:
         """The chunks of this rank for the batches `step` .. `steps` - 1."""
@@ -269,13 +273,19 @@ class Loader:
         box = images.draw_box(rng, low, high) if low < 1.0 else images.WHOLE
         decoded = self._decoded[source]
         payload = picture(fields)
+        kept = decoded.read(i) if decoded else None
         try:
-            if decoded is None:
-                pixels = images.decode(payload, image.size, image.resize_mode, box, image.interpolation)
+            if kept is not None:
+                whole = kept
+            elif decoded:
+                whole = images.decode(payload, self.side, image.resize_mode, interpolation=image.interpolation)
             else:
-                pixels = images.cut(decoded(i, payload, image), image.size, box, image.interpolation)
+                whole = images.decode(payload, image.size, image.resize_mode, box, image.interpolation)
+            pixels = images.cut(whole, image.size, box, image.interpolation) if decoded else whole
         except Exception:  # Pillow's decoders raise almost anything
             raise Hole("image_broken") from None
+        if decoded and kept is None:
+            decoded.write(i, whole)
         flipped = config.flip and rng.random() < 0.5
         if flipped:
             pixels = pixels[:, ::-1]
@@ -363,27 +373,3 @@ class _Making:
             with self.lock:
                 if not self.done.done():
                     self.done.set_exception(error)
-
-
-class _Decoded:
-    """Decoded pictures of a source in a sparse file that every rank of the host maps: uint8 [n, S, S, 3]."""
-
-    def __init__(self, cache: Path, source: Source, side: int) -> None:
-        n = int(source.samples.sizes.sum())
-        self.side = side
-        self.pixels = _shared_array(cache.with_suffix(f".{source.name}.u8"), (n, side, side, 3))
-        self.known = _shared_array(cache.with_suffix(f".{source.name}.known"), (n,))
-
-    def __call__(self, i: int, payload: bytes, image: ImageSpec) -> np.ndarray:
-        if not self.known[i]:
-            self.pixels[i] = images.decode(payload, self.side, image.resize_mode, interpolation=image.interpolation)
-            self.known[i] = 1
-        return self.pixels[i]
-
-
-def _shared_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A zeroed uint8 array in a sparse file that every rank of the host maps."""
-    size = int(np.prod(shape))
-    with open(path, "ab") as f:
-        f.truncate(size)
-    return np.memmap(path, np.uint8, "r+", shape=shape)

@@ -5,6 +5,7 @@ The parameter itself is never written, since ZeRO-3 holds it in parts.
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -26,10 +27,9 @@ def bounded(log_scale: torch.Tensor, floor: float, ceiling: float) -> torch.Tens
     return held
 
 
-def scheduled(config: ObjectiveConfig, step: int, steps: int) -> float:
-    """The temperature at a step: from `temperature` at the first of `steps` to `temperature_end` at the last."""
-    begin, end = config.temperature or 0.07, config.temperature_end
-    if end is None:  # constant
+def scheduled(config: ObjectiveConfig, begin: Any, step: int, steps: int) -> Any:
+    """The temperature at a step: from `begin` (a number or a tensor) at the first of `steps` to `temperature_end`."""
+    if (end := config.temperature_end) is None:  # constant
         return begin
     share = step / max(steps - 1, 1)
     if config.temperature_schedule == "cosine":
@@ -38,7 +38,13 @@ def scheduled(config: ObjectiveConfig, step: int, steps: int) -> float:
 
 
 def log_scale_at(log_scale: torch.Tensor, config: ObjectiveConfig, step: int, steps: int) -> torch.Tensor:
-    """What the loss uses [1]: the parameter within its bounds, or the schedule's value, which passes gradients of 0."""
+    """What the loss uses [1]: the parameter within its bounds, or the schedule's value, which passes gradients of 0.
+
+    With gradients of 0 the parameter stays what it was at the first step, where a schedule without a `temperature`
+    begins: a pretrained CLIP's own.
+    """
     if config.temperature_schedule == "learned":
         return bounded(log_scale, config.temperature_floor, config.temperature_ceiling)
-    return 0.0 * log_scale - math.log(scheduled(config, step, steps))
+    own = torch.exp(-log_scale.detach().double())
+    begin = own if config.temperature is None else torch.full_like(own, config.temperature)
+    return 0.0 * log_scale - torch.log(scheduled(config, begin, step, steps)).to(log_scale.dtype)
