@@ -21,7 +21,7 @@ from training.deepspeed_config import refusals
 from training.optim import factor, parameter_groups
 
 FLOAT32 = ["0", "1", "2", "3", "3-offload"]
-BF16 = ["1-bf16", "2-bf16", "3-bf16"]
+BF16 = ["1-bf16", "2-bf16", "3-bf16", "3-offload-bf16"]
 
 
 class PlainLamb(torch.optim.Optimizer):
