@@ -1,9 +1,10 @@
 """A run of MM-GEM that begins from another's checkpoint (`mmgem.init`), and takes over what that one is made of.
 
 The recipe is completed before anything is launched, so that the run's
-config.yaml and manifests say all of it and its checkpoints open where the first
-run is gone. What embeds whole pictures and texts must be the first run's:
-sizes, tokenizer, the way pictures are resized, the length that texts are cut to.
+config.yaml and manifests say all of it, and its model is made of what the first
+run's is made of: the backbones that one began from are not asked for. What
+embeds whole pictures and texts must be the first run's: sizes, tokenizer, the
+way pictures are resized, the length that texts are cut to.
 """
 
 from dataclasses import replace
@@ -18,14 +19,17 @@ from training.family_config import MMGemRecipe, TokenizerConfig
 TAKEN = ("vision", "language", "tokenizer", "embed_dim")
 
 
-def _record(folder: Path) -> tuple[dict[str, Any], Path]:
-    """(recipe, tokenizer's folder) of an export or a checkpoint."""
+def _record(folder: Path) -> tuple[dict[str, Any], Path, dict[str, Any] | None]:
+    """(recipe, tokenizer's folder, what the model is made of) of an export or a checkpoint; None of one that was saved
+    before checkpoints said it."""
     from training import checkpoint
+    from training.inference import export_made_of
 
     if (exported := read_manifest(folder / "gemsmith.json")) is not None:
-        return exported["config"], folder
+        return exported["config"], folder, export_made_of(folder)
     try:
-        return checkpoint.check(folder)["config"], folder.resolve().parent.parent / "tokenizer"
+        manifest = checkpoint.check(folder)
+        return manifest["config"], folder.resolve().parent.parent / "tokenizer", manifest.get("made_of")
     except UserError as error:
         raise UserError(f"mmgem.init: {str(error).removeprefix('--checkpoint ')}") from None
 
@@ -42,7 +46,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     from training.look import look_of
 
     recipe, init = config.mmgem, config.mmgem.init
-    record, tokenizer = _record(Path(init))
+    record, tokenizer, model = _record(Path(init))
     first = config_from(record)
     if first.mmgem is None:
         raise UserError(f"mmgem.init: {init} is a checkpoint of {first.family}; name one of mmgem")
@@ -53,7 +57,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     if recipe.stage2 is None and (first.mmgem.prompts or first.mmgem.h4):
         raise UserError(f"mmgem.stage2: {init} has been through stage 2; write captioning or retrieval")
     vision = first.mmgem.vision
-    seen = look_of(vision.arch, vision.pretrained, first.loader.resize_mode, "mmgem.vision.arch")["resize_mode"]
+    look = model or look_of(vision.arch, vision.pretrained, first.loader.resize_mode, "mmgem.vision.arch")
+    seen = look["resize_mode"]
     if config.loader.resize_mode not in (None, seen):
         raise UserError(f"loader.resize_mode: {init} was trained with {seen}; write that")
     if config.objective.coupled != first.objective.coupled:
@@ -88,6 +93,18 @@ def check(config: TrainConfig) -> None:
         raise UserError("mmgem.init: stage 2 begins from a checkpoint of stage 1; name its RUN/export")
     if config.mmgem.stage2 == "captioning" and not config.mmgem.prompts:
         raise UserError("mmgem.prompts: captioning trains soft prompts; the paper takes 64")
+
+
+def made_of(recipe: MMGemRecipe, objective: dict[str, Any]) -> dict[str, Any] | None:
+    """What the model of a run from `mmgem.init` is made of, where the first run says it: as that one's, with the parts
+    and the objective of this recipe.
+
+    Raises:
+        UserError: no checkpoint there.
+    """
+    assert recipe.init is not None
+    first = _record(Path(recipe.init))[2]
+    return first and {**first, "prompts": recipe.prompts, "h4": recipe.h4, "objective": objective}
 
 
 def weights(init: str) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _export(
     if read_manifest(place / MARK) is not None:
         print(f"{out} is already complete: step {manifest['step']} in {dtype}")
         return
-    family = rebuild(config, folder.parent.parent / "tokenizer")
+    family = rebuild(config, folder.parent.parent / "tokenizer", manifest.get("made_of"))
     facts = {"steps": manifest["step"], "samples": manifest["samples"], "config": as_dict(config)}
     write(family, folder, place, facts, dtype)
     if place != out:

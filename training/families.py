@@ -2,8 +2,14 @@
 
 A family is its model, how captions become tensors, what its images look like,
 and how it is exported for people who take the model away.
+
+A run begins from what its recipe names (backbones by folder, or on the hub) and
+is whole without it from then on: what its model is made of (`made_of`, an
+export's config.json) lies in every checkpoint's manifest, its tokenizer in
+RUN/tokenizer, and a model is made again from these alone.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,16 +20,20 @@ from typing import Any
 import torch
 
 from curation.errors import UserError
-from curation.preprocess import LOCAL
+from curation.preprocess import LOCAL, NAMES
 from training.config import AdapterConfig, TrainConfig
 from training.data import Drawn, ImageSpec, Source
 from training.family_config import ClipRecipe, MMGemRecipe, TokenizerConfig
 from training.look import look_of
 
+Captions = Callable[[], Iterable[str]]
+MadeOf = dict[str, Any] | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """encode_text: captions -> tensors of a chunk ·
+    """made_of: as an export's config.json has it, sizes and all, for `build` to make the same again ·
+    encode_text: captions -> tensors of a chunk ·
     encode_query: texts -> tensors to embed outside training, where they may be longer ·
     export: (state dict, folder) writes what `from_pretrained` or open_clip reads · read_export: the state back ·
     extra: (kind, rows) -> more tensors of a chunk, drawn from each row's `draw` ·
@@ -33,6 +43,7 @@ class Family:
     encode_images: pictures -> input of `get_image_features`, where they are not squares of one size."""
 
     model: Any
+    made_of: dict[str, Any]
     image: ImageSpec
     encode_text: Callable[[list[str]], dict[str, torch.Tensor]]
     export: Callable[[dict[str, torch.Tensor], Path], None]
@@ -45,9 +56,7 @@ class Family:
     encode_query: Callable[[list[str]], dict[str, torch.Tensor]] | None = None
 
 
-def _kept_tokenizer(
-    load: Callable[..., Any], recipe: TokenizerConfig, folder: Path, captions: Callable[[], Iterable[str]]
-) -> Any:
+def _kept_tokenizer(load: Callable[..., Any], recipe: TokenizerConfig, folder: Path, captions: Captions) -> Any:
     """The run's tokenizer, from its folder where it was made before."""
     from training.tokenizer import save_tokenizer
 
@@ -58,6 +67,11 @@ def _kept_tokenizer(
     return tokenizer
 
 
+def _settings(model: Any) -> dict[str, Any]:
+    """A model's config, as its folder would have it."""
+    return json.loads(model.config.to_json_string())
+
+
 def _swaps(recipe: ClipRecipe | MMGemRecipe, encode_text: Any) -> Any:
     """The recipe's hard negative captions, as a family's `extra`."""
     from training.data.swaps import Swaps, tagger_of
@@ -65,7 +79,7 @@ def _swaps(recipe: ClipRecipe | MMGemRecipe, encode_text: Any) -> Any:
     return Swaps(recipe.negatives, tagger_of(recipe.tagger), encode_text) if recipe.negatives else None
 
 
-def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
+def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Captions, made_of: MadeOf = None) -> Family:
     from training import begin
     from training.models import mmgem_regions
     from training.models.bridge import Bridge
@@ -77,21 +91,28 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
     kind: type[MMGem] = MMGem if recipe.mapping is None else Bridge
     load = load_tokenizer if recipe.mapping is None else partial(load_tokenizer, added=())
     tokenizer = _kept_tokenizer(load, recipe.tokenizer, tokenizer_folder, captions)
-    look = look_of(recipe.vision.arch, recipe.vision.pretrained, config.loader.resize_mode, "mmgem.vision.arch")
-    model = kind.from_backbones(
-        recipe.vision,
-        recipe.language,
-        tokenizer,
-        embed_dim=recipe.embed_dim,
-        objective={k: v for k, v in vars(config.objective).items() if k != "weights"},
-        image_mean=look["mean"],
-        image_std=look["std"],
-        interpolation=look["interpolation"],
-        resize_mode=look["resize_mode"],
-        prompts=recipe.prompts,
-        h4=recipe.h4,
-        **({} if recipe.mapping is None else {"mapping": asdict(recipe.mapping)}),
-    )
+    objective = {k: v for k, v in vars(config.objective).items() if k != "weights"}
+    begins = recipe.init is not None and made_of is None
+    if begins:
+        made_of = begin.made_of(recipe, objective)
+    if made_of is None:
+        look = look_of(recipe.vision.arch, recipe.vision.pretrained, config.loader.resize_mode, "mmgem.vision.arch")
+        model = kind.from_backbones(
+            recipe.vision,
+            recipe.language,
+            tokenizer,
+            embed_dim=recipe.embed_dim,
+            objective=objective,
+            image_mean=look["mean"],
+            image_std=look["std"],
+            interpolation=look["interpolation"],
+            resize_mode=look["resize_mode"],
+            prompts=recipe.prompts,
+            h4=recipe.h4,
+            **({} if recipe.mapping is None else {"mapping": asdict(recipe.mapping)}),
+        )
+    else:
+        model = kind(kind.config_class.from_dict(made_of))
     if recipe.stage2 is not None:
         mmgem_regions.begin_stage(model, recipe.stage2)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -122,7 +143,15 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
         tokenizer.save_pretrained(str(folder))
 
     side = int(model.vision.image_size[0])
-    spec = ImageSpec.of_vit(model.grid, recipe.vision.patch_dropout, size=side, **look)
+    spec = ImageSpec.of_vit(
+        model.grid,
+        recipe.vision.patch_dropout,
+        size=side,
+        mean=tuple(model.config.image_mean),
+        std=tuple(model.config.image_std),
+        interpolation=model.config.interpolation,
+        resize_mode=model.config.resize_mode,
+    )
 
     def prepare(sources: Sequence[Source]) -> None:
         assert recipe.init is not None
@@ -130,10 +159,11 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
 
     return Family(
         model=model,
+        made_of=_settings(model),
         image=replace(spec, grid=model.grid),
         encode_text=encode_text,
         encode_query=lambda texts: encode_text(texts, embed_tokens),
-        prepare=prepare if recipe.init is not None else None,
+        prepare=prepare if begins else None,
         export=export,
         read_export=lambda folder: kind.from_pretrained(folder).state_dict(),
         tokenizer=tokenizer,
@@ -141,7 +171,7 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
     )
 
 
-def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
+def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Captions, made_of: MadeOf = None) -> Family:
     from training.models.clip import Clip, export, read_export
     from training.models.clip_words import words_of
     from training.models.patches import grid_of
@@ -149,8 +179,14 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
 
     assert config.clip is not None
     recipe = config.clip
-    look = look_of(recipe.arch, recipe.pretrained, config.loader.resize_mode, "clip.arch")
-    model = Clip.from_recipe(recipe, config.objective)
+    if made_of is None:
+        look = look_of(recipe.arch, recipe.pretrained, config.loader.resize_mode, "clip.arch")
+        model = Clip.from_recipe(recipe, config.objective)
+    else:
+        look = {name: made_of["preprocess_cfg"][name] for name in NAMES}
+        look |= {"mean": tuple(look["mean"]), "std": tuple(look["std"])}
+        sizes = {"model_cfg": made_of["model_cfg"], "patch_dropout": made_of.get("patch_dropout")}
+        model = Clip.from_recipe(ClipRecipe(**sizes), config.objective)
     text_cfg = model.model_cfg["text_cfg"]
     side = model.model_cfg["vision_cfg"].get("image_size", 224)
     spec = ImageSpec.of_vit(grid_of(model.towers.visual), model.patch_dropout, size=side, **look)
@@ -165,6 +201,7 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
 
     return Family(
         model=model,
+        made_of={"model_cfg": model.model_cfg, "preprocess_cfg": preprocess, "patch_dropout": model.patch_dropout},
         image=spec,
         encode_text=encode_text,
         export=lambda state, folder: export(model, state, preprocess, folder),
@@ -174,21 +211,20 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], It
     )
 
 
-def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
+def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Captions, made_of: MadeOf = None) -> Family:
     from training.models.codebook import drawn_pictures, load_codebook
-    from training.models.flava import Flava
+    from training.models.flava import Flava, FlavaConfig
     from training.models.flava_batch import Extra, encode, load_flava_tokenizer, padded
 
     assert config.flava is not None
     recipe = config.flava
     resize_mode = config.loader.resize_mode or "squash"
     tokenizer = _kept_tokenizer(load_flava_tokenizer, recipe.tokenizer, tokenizer_folder, captions)
-    model = Flava.from_recipe(
-        recipe,
-        tokenizer,
-        objective={k: v for k, v in vars(config.objective).items() if k != "weights"},
-        resize_mode=resize_mode,
-    )
+    if made_of is None:
+        objective = {k: v for k, v in vars(config.objective).items() if k != "weights"}
+        model = Flava.from_recipe(recipe, tokenizer, objective=objective, resize_mode=resize_mode)
+    else:
+        model = Flava(FlavaConfig.from_dict(made_of))
     mean, std = tuple(model.config.image_mean), tuple(model.config.image_std)
 
     def encode_text(texts: list[str]) -> dict[str, torch.Tensor]:
@@ -214,6 +250,7 @@ def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
 
     return Family(
         model=model,
+        made_of=_settings(model),
         image=ImageSpec.of_vit(
             (extra.grid, extra.grid),
             recipe.patch_dropout,
@@ -232,21 +269,24 @@ def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], I
     )
 
 
-def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
+def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Captions, made_of: MadeOf = None) -> Family:
     from PIL import Image
 
-    from training.models.vlm2vec import Vlm2Vec, recipe_processor
+    from training.models.vlm2vec import Vlm2Vec, Vlm2VecConfig, recipe_processor
     from training.models.vlm_inputs import Inputs, Item, Row, instruct
     from training.tokenizer import save_tokenizer
 
     assert config.vlm2vec is not None
     recipe = config.vlm2vec
     kept = tokenizer_folder if tokenizer_folder.exists() else None
-    processor, settings = recipe_processor(recipe, kept, captions)
+    known = None if made_of is None else Vlm2VecConfig.from_dict(made_of)
+    if known is not None:
+        known.trust_remote_code = recipe.trust_remote_code
+    processor, settings = recipe_processor(recipe, kept, captions, known)
     if kept is None:
         save_tokenizer(processor, tokenizer_folder)
     inputs = Inputs(processor, settings, max_tokens=config.loader.max_tokens, negatives=recipe.negatives)
-    model = Vlm2Vec.from_recipe(recipe, settings, config.objective)
+    model = Vlm2Vec.from_recipe(recipe, settings, config.objective) if known is None else Vlm2Vec(known)
     task = instruct(recipe.instruction, image=True)
     side, resize_mode = config.loader.decode_size or 224, config.loader.resize_mode or "squash"
 
@@ -266,6 +306,7 @@ def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[],
 
     return Family(
         model=model,
+        made_of=_settings(model),
         image=ImageSpec(size=side, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode=resize_mode, raw=True),
         encode_text=lambda texts: inputs.side([Item(text=text) for text in texts], picture=False),
         export=export,
@@ -281,11 +322,20 @@ def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[],
 FAMILIES = {"mmgem": _mmgem, "clip": _clip, "flava": _flava, "vlm2vec": _vlm2vec}
 
 
-def build(config: TrainConfig, tokenizer_folder: Path, captions: Callable[[], Iterable[str]]) -> Family:
-    """The recipe's family; a tokenizer trained on `captions()` is kept in `tokenizer_folder` and used again."""
+def build(config: TrainConfig, tokenizer_folder: Path, captions: Captions, made_of: MadeOf = None) -> Family:
+    """The recipe's family; a tokenizer trained on `captions()` is kept in `tokenizer_folder` and used again.
+
+    Args:
+        made_of: of the model whose weights, an adapter's too, are loaded into this one afterwards. Nothing that the
+            recipe names is opened then, but what QLoRA packs: that is never loaded (training/adapters.py).
+    """
     torch.manual_seed(config.seed)
-    family = FAMILIES[config.family](config, tokenizer_folder, captions)
-    return family if config.adapter is None else _adapted(family, config, config.adapter)
+    adapter = config.adapter
+    if adapter is not None and made_of is not None:
+        adapter = replace(adapter, init_from=None)
+        made_of = None if adapter.kind == "qlora" else made_of
+    family = FAMILIES[config.family](config, tokenizer_folder, captions, made_of)
+    return family if adapter is None else _adapted(family, config, adapter)
 
 
 def _adapted(family: Family, recipe: TrainConfig, config: AdapterConfig) -> Family:

@@ -5,6 +5,7 @@ the one that exports are saved with, in fp32 on the device at hand.
 """
 
 import copy
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,25 @@ from curation.errors import UserError
 from curation.hashing import config_hash, file_hash
 from curation.manifest import read_manifest
 from training import checkpoint
+from training.adapters import FOLDER as ADAPTER
 from training.config import TrainConfig, as_dict
 from training.families import Family, build
+from training.models.clip_export import OPEN_CLIP
 from training.processor import processor_of
 from training.regions import Region, region_weights
 
 
-def rebuild(config: TrainConfig, tokenizer: Path) -> Family:
-    """The family of a run, with fresh weights and the tokenizer of this folder."""
+def rebuild(config: TrainConfig, tokenizer: Path, made_of: dict[str, Any] | None = None) -> Family:
+    """The family of a run, with fresh weights and the tokenizer of this folder.
+
+    Args:
+        made_of: of its model (families.py); without it, what the recipe names is opened again.
+    """
 
     def no_captions() -> list[str]:
         raise UserError(f"tokenizer: {tokenizer} is missing; copy it from where the run was made")
 
-    return build(config, tokenizer, no_captions)
+    return build(config, tokenizer, no_captions, made_of)
 
 
 @dataclass(slots=True)
@@ -140,7 +147,7 @@ def load(folder: Path, embed_tokens: int | None = None, *, trust_remote_code: bo
         config = _reading(trusting(config_from(manifest["config"]), trust_remote_code), embed_tokens)
         run = folder.parent.parent
         words = run / "tokenizer"
-        family = rebuild(config, words)
+        family = rebuild(config, words, manifest.get("made_of"))
         family.model.load_state_dict(checkpoint.consolidated(folder))
         step, weights_hash = manifest["step"], manifest["weights_hash"]
         name = f"{run.name}/{folder.name}"
@@ -191,8 +198,25 @@ def _exported(folder: Path, embed_tokens: int | None, trust_remote_code: bool) -
     if record is None:
         raise UserError(f"--checkpoint {folder}: has no gemsmith.json; name an export that `gemsmith train` wrote")
     config = _reading(trusting(config_from(record["config"]), trust_remote_code), embed_tokens)
+    made_of = export_made_of(folder)
     if config.adapter is not None and config.adapter.merge:
         config = replace(config, adapter=None)
-    family = rebuild(config, folder)
+    if made_of is None and config.adapter is not None and config.adapter.init_from is not None:
+        config = replace(config, adapter=replace(config.adapter, init_from=str(folder / ADAPTER)))
+    try:
+        family = rebuild(config, folder, made_of)
+    except UserError as error:
+        if made_of is not None or config.adapter is None:
+            raise
+        raise UserError(
+            f"--checkpoint {folder}: is an adapter alone, and what it goes into does not open ({error}); mend that, or "
+            "write the run's checkpoint whole by `gemsmith export --merge`"
+        ) from None
     family.model.load_state_dict(family.read_export(folder))
     return family, config, record["steps"]
+
+
+def export_made_of(folder: Path) -> dict[str, Any] | None:
+    """What the model of an export is made of (families.py); None of an adapter alone."""
+    files = [folder / name for name in (OPEN_CLIP, "config.json")]
+    return next((json.loads(file.read_text()) for file in files if file.exists()), None)

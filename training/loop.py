@@ -153,10 +153,12 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     deferred = Deferred()
     members = config.loader.captions if isinstance(config.loader.captions, dict) else None
     sources = [Source(name="data", samples=data)] if isinstance(data, Shards) else data
+    last = checkpoint.latest(run)
+    made_of = None if last is None else checkpoint.check(last).get("made_of")
     for first in (True, False):  # what is trained on the data (tokenizer, codebook) rank 0 makes, the others read
         if (world.rank == 0) == first:
             with deferred if cut_up else contextlib.nullcontext():
-                family = build(config, tokenizer, lambda: every_caption(sources, members))
+                family = build(config, tokenizer, lambda: every_caption(sources, members), made_of)
                 if family.prepare is not None:
                     family.prepare(sources)
         world.barrier()
@@ -227,6 +229,7 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
     facts = {
         "config": recipe,
         "config_hash": config_hash(recipe),
+        "made_of": trainer.family.made_of,
         "zero_stage": trainer.engine.zero_optimization_stage(),
         "retain": trainer.loader.retain,
     }
@@ -295,7 +298,8 @@ def finish(family: Family, config: TrainConfig, run: Path, step: int) -> None:
     from training.inference import rebuild
 
     facts = {"steps": step, "samples": step * config.loader.batch, "config": as_dict(config)}
-    write(rebuild(config, run / "tokenizer"), checkpoint.step_folder(run, step), run / "export", facts)
+    family = rebuild(config, run / "tokenizer", family.made_of)
+    write(family, checkpoint.step_folder(run, step), run / "export", facts)
     for cache in run.glob("decoded.*"):
         cache.unlink()
     write_manifest(run / "manifest.json", facts)

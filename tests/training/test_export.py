@@ -28,6 +28,8 @@ def run(shards, tmp_path_factory) -> Path:
 
 def test_a_checkpoint_is_exported_as_the_run_exports_its_last(run, tmp_path):
     last, out = checkpoint.latest(run), tmp_path / "last"
+    made_of = checkpoint.check(last)["made_of"]
+    assert made_of.items() <= json.loads((run / "export" / "config.json").read_text()).items()
     assert "step 2 in fp32" in gemsmith("export", "--checkpoint", last, "--out", out).stdout
     ours, theirs = (load_file(f / "model.safetensors") for f in (out, run / "export"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -198,6 +198,6 @@ def test_a_name_that_brings_weights_begins_from_them(kind, scheme, hub):
         Clip.from_recipe(ClipRecipe(arch=arch, pretrained="openai"), objective)
     if kind != "coca":  # whose tower pools by attention
         vision, weights = pretrained_tower(VisionConfig(arch=arch))
-        tower = vision_tower(vars(vision))
+        tower = vision_tower(vision)
         tower.load_state_dict(weights)
         assert all(torch.equal(x, theirs.state_dict()[f"visual.{name}"]) for name, x in tower.state_dict().items())

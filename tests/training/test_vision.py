@@ -1,7 +1,6 @@
 """Towers that a recipe names by architecture: what is exported with one opens again, and what cannot be is one line."""
 
 import json
-from dataclasses import asdict
 
 import open_clip
 import pytest
@@ -65,8 +64,8 @@ def test_the_tower_is_that_of_open_clip_s_own_model(source, tmp_path):
     save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG}))
     recipe = VisionConfig(arch=NAME, pretrained=str(tmp_path / "open_clip_model.safetensors"))
-    vision, weights = pretrained_tower(recipe if source == "file" else VisionConfig(arch=f"local-dir:{tmp_path}"))
-    ours = vision_tower(asdict(vision)).eval()
+    settings, weights = pretrained_tower(recipe if source == "file" else VisionConfig(arch=f"local-dir:{tmp_path}"))
+    ours = vision_tower(settings).eval()
     ours.load_state_dict(weights)
     theirs.visual.proj, theirs.visual.output_tokens = None, True
     pixels = torch.randn(2, 3, 32, 32)

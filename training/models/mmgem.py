@@ -142,23 +142,23 @@ class MMGem(PreTrainedModel):
     @classmethod
     def from_backbones(cls, vision: VisionConfig, language: LanguageConfig, tokenizer: Any, **settings: Any) -> "MMGem":
         """Build from the recipe: pretrained towers where it names them, else towers from scratch."""
-        vision, weights = pretrained_tower(vision)
+        sizes, weights = pretrained_tower(vision)
         if language.name_or_path:
             pretrained = opened(AutoModelForCausalLM, language.name_or_path, "mmgem.language.name_or_path")
             if pretrained.get_input_embeddings().num_embeddings < len(tokenizer):  # never cut: some have spare rows
                 pretrained.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             text_config = pretrained.config.to_dict()
         else:
-            sizes = {k: v for k, v in asdict(language).items() if k != "name_or_path"}
+            llama = {k: v for k, v in asdict(language).items() if k != "name_or_path"}
             text_config = LlamaConfig(
                 vocab_size=len(tokenizer),
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
-                **sizes,
+                **llama,
             ).to_dict()
         config = cls.config_class(
-            vision_config=asdict(vision),
+            vision_config=sizes,
             text_config=text_config,
             emb_token_id=tokenizer.convert_tokens_to_ids(EMB),
             cap_token_id=tokenizer.convert_tokens_to_ids(CAP),

@@ -1,9 +1,9 @@
 """The vision tower of MM-GEM and of the bridges: open_clip's ViT without its projection.
 
 A recipe names an architecture of open_clip's (with weights), the export of a
-CLIP that was trained here (`arch: local-dir:RUN/export`), or sizes for a tower
-from scratch. An export's sizes become the model's own, so that its checkpoints
-say what they are made of.
+CLIP that was trained here (`arch: local-dir:RUN/export`), one on the hub
+(`arch: hf-hub:NAME`), or sizes for a tower from scratch. The sizes of a folder
+and of the hub become the model's own, so that it opens without them.
 """
 
 import json
@@ -48,7 +48,8 @@ def vision_tower(settings: dict[str, Any]) -> Any:
         sizes, width, quick = CLIPVisionCfg(**known["vision_cfg"]), known["embed_dim"], known.get("quick_gelu", False)
     else:
         own = {k: v for k, v in settings.items() if k in CLIPVisionCfg.__dataclass_fields__}
-        sizes, width, quick = CLIPVisionCfg(**own), settings["width"], settings.get("quick_gelu", False)
+        sizes, quick = CLIPVisionCfg(**own), settings.get("quick_gelu", False)
+        width = sizes.width
     return _plain(_build_vision_tower(width, sizes, quick), settings)
 
 
@@ -69,35 +70,44 @@ def _unreadable(arch: str, error: Exception) -> UserError:
     return UserError(f"{ARCH}: {arch}: {one_line(error, 200)}")
 
 
-def pretrained_tower(vision: VisionConfig) -> tuple[VisionConfig, dict[str, torch.Tensor] | None]:
-    """(sizes, weights) of what the recipe names; no weights for a tower from scratch.
+def pretrained_tower(vision: VisionConfig) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
+    """(settings of `vision_tower`, weights) of what the recipe names; no weights for a tower from scratch.
 
     Raises:
         UserError: as `from_export`; no such weights, or of another activation than the architecture's.
     """
     if vision.arch is None or not (vision.pretrained or vision.arch.startswith((HUB, LOCAL))):
-        return vision, None
+        return asdict(vision), None
     if vision.arch.startswith(LOCAL) and not vision.pretrained:
         return from_export(Path(vision.arch.removeprefix(LOCAL)), vision)
-    return vision, _plain(opened_clip(vision.arch, vision.pretrained, ARCH).visual, asdict(vision)).state_dict()
+    weights = _plain(opened_clip(vision.arch, vision.pretrained, ARCH).visual, asdict(vision)).state_dict()
+    if not vision.arch.startswith(HUB):
+        return asdict(vision), weights
+    import open_clip
+
+    return _sizes(open_clip.get_model_config(vision.arch), vision), weights
 
 
-def from_export(folder: Path, vision: VisionConfig) -> tuple[VisionConfig, dict[str, torch.Tensor]]:
-    """The sizes and the weights of the vision tower in an open_clip export, without its projection.
+def from_export(folder: Path, vision: VisionConfig) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The settings and the weights of the vision tower in an open_clip export, without its projection.
 
     Raises:
         UserError: no such export, or no plain ViT's.
     """
     try:
-        record = json.loads((folder / "open_clip_config.json").read_text())
-        sizes = record["model_cfg"]["vision_cfg"]
+        model_cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+        sizes = model_cfg["vision_cfg"]
         tensors = load_file(folder / "open_clip_model.safetensors")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{ARCH}: {LOCAL}{folder} is no export of a CLIP ({error!r})") from None
-    known = {name: value for name, value in sizes.items() if name in VisionConfig.__dataclass_fields__}
-    if known.keys() != sizes.keys() or not isinstance(sizes["layers"], int):
+    if not sizes.keys() <= VisionConfig.__dataclass_fields__.keys() or not isinstance(sizes["layers"], int):
         raise UserError(f"{ARCH}: {folder} has a tower that is no plain ViT; take a CLIP's")
-    quick = bool(record["model_cfg"].get("quick_gelu"))
     weights = {n.removeprefix("visual."): x for n, x in tensors.items() if n.startswith("visual.")}
     weights.pop("proj")
-    return VisionConfig(**{**known, "quick_gelu": quick, "patch_dropout": vision.patch_dropout}), weights
+    return _sizes(model_cfg, vision), weights
+
+
+def _sizes(model_cfg: dict[str, Any], vision: VisionConfig) -> dict[str, Any]:
+    """Settings of `vision_tower` for the tower in a model's `model_cfg`."""
+    quick = bool(model_cfg.get("quick_gelu"))
+    return {**model_cfg["vision_cfg"], "quick_gelu": quick, "patch_dropout": vision.patch_dropout}

@@ -85,7 +85,8 @@ class Vlm2Vec(PreTrainedModel):
         settings = backbone_config(config) if backbone is None else backbone.config
         if backbone is None:
             trust = config.trust_remote_code
-            backbone = _loader(settings, trust).from_config(settings, trust_remote_code=trust)
+            kind, dtype = _loader(settings, trust), torch.get_default_dtype()  # not the one it was published in
+            backbone = kind.from_config(settings, trust_remote_code=trust, dtype=dtype)
         else:
             for module in backbone.modules():
                 module._is_hf_initialized = True  # else `post_init` would draw its weights again
@@ -263,13 +264,14 @@ def recipe_config(recipe: Vlm2VecRecipe, vocabulary: Any = None) -> Any:
 
 
 def recipe_processor(
-    recipe: Vlm2VecRecipe, kept: Path | None, captions: Callable[[], Iterable[str]]
+    recipe: Vlm2VecRecipe, kept: Path | None, captions: Callable[[], Iterable[str]], known: Vlm2VecConfig | None = None
 ) -> tuple[Any, Any]:
     """The backbone's processor and config.
 
     Args:
         kept: folder that the run keeps the processor in, or None at its beginning.
         captions: texts that a tokenizer is trained on, for a backbone from scratch.
+        known: the config of the whole model, where it was made before.
 
     Raises:
         UserError: see `recipe_config`; or no processor there.
@@ -283,7 +285,7 @@ def recipe_processor(
         processor = build_processor(settings, tokenizer)
     else:
         # Before the processor: a model whose code is not trusted is refused as that.
-        settings = recipe_config(recipe) if recipe.name_or_path else None
+        settings = backbone_config(known) if known else recipe_config(recipe) if recipe.name_or_path else None
         try:
             processor = AutoProcessor.from_pretrained(
                 where, trust_remote_code=recipe.trust_remote_code, **recipe.processor_settings
