@@ -110,6 +110,16 @@ def test_rows_become_chunks_and_a_lost_picture_a_hole(folder):
     assert model(chunk)["right"].shape == (5, 3, 32)
 
 
+def test_where_the_first_pictures_are_lost_the_others_are_found(folder):
+    first = {**I2T, "qry_image_path": ["images/COCO/lost.png", "images/COCO/lost too.png", "images/COCO/b.png"]}
+    pq.write_table(pa.table(first), folder / "MSCOCO_i2t" / "original-00000-of-00001.parquet")
+    subset = Subset(folder / "MSCOCO_i2t")
+    for number in (0, 1):
+        with pytest.raises(Hole, match="image_missing"):
+            subset.sample(number)
+    assert same(subset.sample(2)["row"].query, I2T["qry"][2], 1)
+
+
 def test_a_part_of_a_subset(folder):
     only = Subset(folder / "MSCOCO_i2t", limit=2)
     assert len(only) == 2 and only.sizes.tolist() == [2] and only.sample(1)["row"].query.text == I2T["qry"][1]
@@ -137,6 +147,9 @@ def test_what_cannot_be_read_is_one_clear_line(folder, tmp_path):
     (folder / "Far").mkdir()
     far = {**I2T, "qry_image_path": ["images/far/x.png"] * 3}
     pq.write_table(pa.table(far), folder / "Far" / "x.parquet")
+    (folder / "Farther").mkdir()
+    farther = {**I2T, "qry_image_path": [f"images/far/{number}.png" for number in range(3)]}
+    pq.write_table(pa.table(farther), folder / "Farther" / "x.parquet")
     (folder / "Empty").mkdir()
     pq.write_table(pa.table(I2T).slice(0, 0), folder / "Empty" / "x.parquet")
     for name, named in [
@@ -144,6 +157,7 @@ def test_what_cannot_be_read_is_one_clear_line(folder, tmp_path):
         ("images", r"no \*.parquet"),
         ("Odd", "no column 'qry'"),
         ("Far", "images/far/x.png is in none of"),
+        ("Farther", "images/far/0.png and the next 2 pictures are in none of"),
         ("Empty", "hold no row"),
     ]:
         with pytest.raises(UserError, match=named) as error:

@@ -18,6 +18,7 @@ names a picture which is not there, or broken, is a hole.
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from training.models.vlm_inputs import Item, Row
 SIDES = ("qry", "pos", "neg")
 SPLIT = "original"
 """Of a folder that holds several: what both papers train on."""
+TRIED = 256
+"""Pictures that are looked for until one is there; where none is, they lie elsewhere, and all rows would be holes."""
 
 
 def read_of(names: Sequence[str]) -> list[str]:
@@ -49,8 +52,8 @@ class Subset:
     """
 
     def __init__(self, folder: Path, *, limit: int | None = None) -> None:
-        """The pictures' paths begin at the first of the folder and its parents, or their `images`, that the first path
-        leads to something from.
+        """The pictures' paths begin at the first of the folder and its parents, or their `images`, where one of the
+        first `TRIED` leads to something.
 
         Raises:
             UserError: no parquet files, none with such columns or rows, none of the split, or pictures that are
@@ -134,18 +137,17 @@ class Subset:
             raise Hole("image_broken") from None
 
     def _find_images(self, folder: Path) -> Path:
-        named = next(
-            (path for side in SIDES for name in [self._columns.get(f"{side}_image")] if name
-             for value in self._table[name].to_pylist() for path in _many(value) if path),
-            None,
-        )  # fmt: skip
+        columns = [self._table[name] for side in SIDES if (name := self._columns.get(f"{side}_image"))]
+        paths = (path for column in columns for value in column.to_pylist() for path in _many(value) if path)
+        named = list(dict.fromkeys(islice(paths, TRIED)))
         roots = [root for parent in (folder, *folder.resolve().parents[:2]) for root in (parent, parent / "images")]
-        if named is None:
+        if not named:
             return folder
-        found = next((root for root in roots if (root / named).exists()), None)
+        found = next((root for path in named for root in roots if (root / path).exists()), None)
         if found is None:
+            which = f"{named[0]} is" if len(named) == 1 else f"{named[0]} and the next {len(named) - 1} pictures are"
             raise UserError(
-                f"--data {folder}: {named} is in none of {', '.join(str(root) for root in roots[:4])}; "
+                f"--data {folder}: {which} in none of {', '.join(str(root) for root in roots[:4])}; "
                 "unpack the images beside the subsets"
             )
         return found
