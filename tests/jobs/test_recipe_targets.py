@@ -3,7 +3,8 @@
     # target: retrieval.text_to_image_recall@1 >= 0.2        a row of `gemsmith evaluate`: its task and metric
     # target: minutes <= 5                                   of `gemsmith train --ranks 2`, on two quiet cores
 
-A recipe needs one for each task that it is graded by, and its minutes. To measure what it may state:
+A recipe needs one for each task that it is graded by, of that task's own metric (`ASKED`), and its minutes. To measure
+what it may state:
 
     GEMSMITH_MEASURE=1 pytest -m long -s -k tiny_clip tests/jobs/test_recipe_targets.py
 
@@ -23,6 +24,14 @@ from tests.conftest import gemsmith
 from tests.jobs.tiny_recipes import RECIPES, SAMPLES, Runs, grade, graded
 
 LINE = re.compile(r"# target: (minutes|\w+\.[\w@]+) (>=|<=) (\d+(?:\.\d+)?)")
+ASKED = {
+    "retrieval": r"\w+_recall@1",  # of either way
+    "classification": "acc1",
+    "captioning": "cider_d",
+    "region_retrieval": r"\w+_recall@1",
+    "region_captioning": "cider_d",
+}
+"""By task: the metric that a recipe has to name."""
 MEASURE = os.environ.get("GEMSMITH_MEASURE") == "1"
 
 
@@ -60,15 +69,20 @@ def test_a_target_is_read_and_a_miss_is_named() -> None:
 
 
 def unstated(name: str, text: str) -> set[str]:
-    """Of the tasks that the recipe is graded by, and its minutes, those that no target of its text is about."""
-    return {"minutes", *graded(name)} - {target.split(".")[0] for target in targets_of(text)}
+    """Of the tasks that the recipe is graded by, and its minutes, those whose metric no target of its text is about."""
+    asked = {"minutes": "minutes", **{task: rf"{task}\.{ASKED[task]}" for task in graded(name)}}
+    return {task for task, wanted in asked.items() if not any(re.fullmatch(wanted, t) for t in targets_of(text))}
 
 
 def test_a_recipe_has_to_say_what_it_reaches_in_every_task_and_in_what_time() -> None:
     assert unstated("tiny_clip", "samples: 1\n") == {"retrieval", "classification", "minutes"}
     text = "# target: retrieval.text_to_image_recall@1 >= 0.25\n# target: minutes <= 3\n"
     assert unstated("tiny_clip", text) == {"classification"}
-    assert unstated("tiny_negclip", text) == set()
+    assert unstated("tiny_clip", text + "# target: classification.acc1 >= 0.5\n") == set()
+    for other in ("text_to_image_mrr", "text_to_image_recall@10"):
+        lenient = text.replace("text_to_image_recall@1", other)
+        assert unstated("tiny_clip", lenient) == {"classification", "retrieval"}
+    assert set(ASKED) == set(TASKS)
 
 
 @pytest.mark.parametrize("name", RECIPES)

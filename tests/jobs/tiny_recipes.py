@@ -17,9 +17,11 @@ from tests.conftest import ROOT, gemsmith
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes/train").glob("tiny_*.yaml"))}
 GRADED = {
-    **dict.fromkeys(("tiny_clip", "tiny_siglip", "tiny_flava"), ("retrieval", "classification")),
-    **dict.fromkeys(("tiny_coca", "tiny_demo"), ("retrieval", "captioning")),
-    "tiny_mmgem": ("retrieval", "classification", "captioning"),
+    **dict.fromkeys(
+        ("tiny_clip", "tiny_negclip", "tiny_siglip", "tiny_flava", "tiny_vlm2vec"), ("retrieval", "classification")
+    ),
+    **dict.fromkeys(("tiny_mmgem", "tiny_coca"), ("retrieval", "classification", "captioning")),
+    "tiny_demo": ("retrieval", "captioning"),
     **dict.fromkeys(("tiny_limber", "tiny_mapl"), ("captioning",)),
     "tiny_mmgem_stage2_captioning": ("region_captioning",),
     "tiny_mmgem_stage2_retrieval": ("region_retrieval", "region_captioning"),
