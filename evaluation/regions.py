@@ -18,7 +18,7 @@ from curation.hashing import config_hash
 from evaluation import encode
 from evaluation.data import RegionData
 from evaluation.encode import Model
-from training.regions import Region
+from training.regions import Region, Unseen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ class RegionModel(Model, Protocol):
     def can_regions(self) -> bool: ...
 
     def region_weights(self, region: Region, size: tuple[int, int], /) -> np.ndarray:
-        """float32 [N]; ValueError where the model sees nothing of the region."""
+        """float32 [N]; `Unseen` where the model sees nothing of the region."""
 
     def feature_maps(self, pixels: "Tensor", /) -> "Tensor":
         """Pixels [B, 3, S, S] -> [B, N, Dv]."""
@@ -67,7 +67,7 @@ class Seen:
             try:
                 weights.append(model.region_weights(region, data.sizes[owner]))
                 kept.append(number)
-            except ValueError:
+            except Unseen:
                 continue
         if not kept:
             raise UserError(f"--tasks {task}: the model sees none of the regions of {data.name}")

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from curation.errors import UserError
+
 REASONS = ("region_missing", "region_broken", "region_outside", "mask_empty")
 """Why a region cannot be used; what the errors below say."""
 
@@ -34,6 +36,10 @@ class Region:
     phrase: str
     box: Box
     mask: np.ndarray | None = None
+
+
+class Unseen(UserError):
+    """The model sees nothing of a region: for the loader, "region_outside"."""
 
 
 def entries(record: Any) -> list[Any]:
@@ -120,7 +126,8 @@ def region_weights(
         flipped: left and right are exchanged.
 
     Raises:
-        ValueError: "region_outside" where the model sees nothing of it.
+        Unseen: the model sees nothing of it.
+        UserError: a box that is none, or a mask of another size than the picture's.
     """
     width, height = size
     left, top, w, h = 0.0, 0.0, float(width), float(height)
@@ -128,18 +135,23 @@ def region_weights(
         left, top, w, h = (w - min(w, h)) / 2, (h - min(w, h)) / 2, min(w, h), min(w, h)
     rows, columns = grid
     if region.mask is not None:
+        if (found := np.shape(region.mask)) != (height, width):
+            raise UserError(f"region.mask: is {found}, not {(height, width)}; give [height, width] of the picture")
         down = _overlaps(top, top + h, rows, height)
         across = _overlaps(left, left + w, columns, width)
         weights = down @ region.mask.astype(np.float64) @ across.T
     else:
         x0, y0, x1, y1 = region.box
+        if not (-math.inf < x0 < x1 < math.inf and -math.inf < y0 < y1 < math.inf):  # a NaN is in no order
+            raise UserError(f"region.box: {region.box} is no box; give (left, top, right, bottom) in pixels")
         span = [((x0 - left) / w, (x1 - left) / w), ((y0 - top) / h, (y1 - top) / h)]
         (x0, x1), (y0, y1) = ((max(a, 0.0), min(b, 1.0)) for a, b in span)
-        if x0 >= x1 or y0 >= y1:
-            raise ValueError("region_outside")
-        weights = np.outer(_aligned(y0, y1, rows), _aligned(x0, x1, columns))
+        seen = x0 < x1 and y0 < y1
+        weights = np.outer(_aligned(y0, y1, rows), _aligned(x0, x1, columns)) if seen else np.zeros(grid)
     if not weights.any():
-        raise ValueError("region_outside")
+        what = f"box: {region.box} shows" if region.mask is None else "mask: shows"
+        part = f"pixels {left:g} to {left + w:g} across and {top:g} to {top + h:g} down"
+        raise Unseen(f"region.{what} nothing of what the model sees, {part}; give one within it")
     if flipped:
         weights = weights[:, ::-1]
     return (weights / weights.sum()).ravel().astype(np.float32)

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torchvision.ops import roi_align
 
+from curation.errors import UserError
 from tests.training.conftest import tiny_config, write_shards
 from training.data import Loader, Shards, Source
 from training.data.images import ImageSpec
-from training.regions import REASONS, Region, read_region, region_weights
+from training.regions import REASONS, Region, Unseen, read_region, region_weights
 
 
 @pytest.mark.parametrize("grid", [(7, 7), (4, 4), (16, 16), (24, 24)])
@@ -107,8 +108,29 @@ def test_what_cannot_be_used_is_named(entry, reason):
 
 def test_boxes_are_clipped_to_the_picture():
     assert read_region({"name": "a", "bbox_xywh": [-5, 30, 20, 40]}, 48, 40).box == (0, 30, 15, 40)
-    with pytest.raises(ValueError, match="region_outside"):  # in the picture, beside the square that the model sees
-        region_weights(Region("x", (0, 0, 3, 40)), (48, 40), (4, 4), "shortest")
+
+
+@pytest.mark.parametrize(
+    ("box", "mask", "named"),
+    [
+        (
+            (0, 0, 3, 40),
+            None,
+            r"box: \(0, 0, 3, 40\) shows nothing .* pixels 4 to 44 across and 0 to 40 down; give one",
+        ),
+        ((60, 0, 70, 40), None, "box: .* shows nothing of what the model sees"),
+        ((0, 0, 3, 40), np.zeros((40, 48), bool), "mask: shows nothing of what the model sees"),
+        ((5, 5, 5, 10), None, r"box: \(5, 5, 5, 10\) is no box; give \(left, top, right, bottom\) in pixels"),
+        ((float("nan"), 0, 9, 9), None, r"box: \(nan, 0, 9, 9\) is no box"),
+        ((0, 0, float("inf"), 9), None, r"box: \(0, 0, inf, 9\) is no box"),
+        ((0, 0, 3, 40), np.ones((48, 40), bool), r"mask: is \(48, 40\), not \(40, 48\); give \[height, width\]"),
+    ],
+)
+def test_a_region_of_a_caller_that_cannot_be_is_one_clear_line(box, mask, named):
+    with pytest.raises(UserError, match=f"^region.{named}") as error:
+        region_weights(Region("", box, mask), (48, 40), (4, 4), "shortest")
+    assert "\n" not in str(error.value)
+    assert isinstance(error.value, Unseen) == ("nothing" in named), "what the loader counts as region_outside"
 
 
 def two(number):

@@ -42,7 +42,7 @@ from training.data.neighbours import read_neighbours
 from training.data.order import Order
 from training.data.shards import REASONS, Hole, Shards, drawn_region, drawn_text, picture
 from training.data.sources import ONE, Source
-from training.regions import Region, region_weights
+from training.regions import Region, Unseen, region_weights
 
 PIECE = 16  # rows that a thread reads at a time
 Chunk = dict[str, torch.Tensor]
@@ -261,8 +261,8 @@ class Loader:
         """float32 [N]: the region's weights over the patches of the picture as the model sees it."""
         try:
             return region_weights(region, size, self.image.grid, self.image.resize_mode, flipped)
-        except ValueError as reason:
-            raise Hole(str(reason)) from None
+        except Unseen:
+            raise Hole("region_outside") from None
 
     def _pixels(
         self, source: int, i: int, fields: Mapping[str, Any], rng: np.random.Generator
