@@ -26,6 +26,15 @@ KINDS = {
 """What a source of each may hold."""
 
 
+def check_patch_dropout(field: str, share: float | None) -> None:
+    """
+    Raises:
+        UserError: no share of patches that may be left out.
+    """
+    if share is not None and not 0 <= share < 1:
+        raise UserError(f"{field}: {share} is no share of patches; give 0 to below 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """A ViT: an open_clip architecture by name (with weights), or sizes for one from scratch.
@@ -45,6 +54,9 @@ class VisionConfig:
     mlp_ratio: float = 4.0
     quick_gelu: bool = False
     patch_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_patch_dropout("mmgem.vision.patch_dropout", self.patch_dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +182,7 @@ class ClipRecipe:
     tagger: str = "builtin"
 
     def __post_init__(self) -> None:
-        if self.patch_dropout is not None and not 0 <= self.patch_dropout < 1:
-            raise UserError(f"clip.patch_dropout: {self.patch_dropout} is no share of patches; give 0 to below 1")
+        check_patch_dropout("clip.patch_dropout", self.patch_dropout)
         if self.negatives < 0:
             raise UserError(f"clip.negatives: {self.negatives} is below 0; 0 takes none")
 
@@ -236,6 +247,7 @@ class FlavaRecipe:
         if self.hidden_size % self.num_attention_heads:
             heads = self.num_attention_heads
             raise UserError(f"flava.num_attention_heads: {heads} does not divide hidden_size {self.hidden_size}")
+        check_patch_dropout("flava.patch_dropout", self.patch_dropout)
         check_masks(self.masks, self.image_size // self.patch_size)
 
 

@@ -18,11 +18,15 @@ import numpy as np
 from curation.errors import UserError
 from training.family_config import MaskConfig
 
+FEWEST = 0.01
+"""Share of tokens below which most texts, of some dozens, have none to be predicted: nothing makes sure of one."""
+
 
 def check_masks(masks: MaskConfig, grid: int) -> None:
     """
     Raises:
-        UserError: settings that mask nothing, everything, or can never be met on a grid of `grid` x `grid` patches.
+        UserError: settings that mask next to nothing, everything, or can never be met on a grid of `grid` x `grid`
+            patches.
     """
     n = grid * grid
     if not 0 < masks.patches < n:
@@ -34,9 +38,9 @@ def check_masks(masks: MaskConfig, grid: int) -> None:
         )
     if not 0 < masks.min_aspect <= 1:
         raise UserError(f"flava.masks.min_aspect: {masks.min_aspect} is not above 0 and at most 1; the paper takes 0.3")
-    if not 0 < masks.tokens < 1:
-        what = "nothing" if masks.tokens <= 0 else "every token"
-        raise UserError(f"flava.masks.tokens: {masks.tokens} masks {what}; give a share between 0 and 1, such as 0.15")
+    if not FEWEST <= masks.tokens < 1:
+        what = "every token" if masks.tokens >= 1 else "next to nothing"
+        raise UserError(f"flava.masks.tokens: {masks.tokens} masks {what}; give {FEWEST} to below 1, such as 0.15")
     if not 0 <= masks.mismatched < 1:
         raise UserError(
             f"flava.masks.mismatched: {masks.mismatched} leaves no true pair; give a share from 0 to below 1"

@@ -87,13 +87,15 @@ def test_the_seed_alone_decides():
         ("patches", 196, "masks all of 196"),
         ("min_block", 76, "min_block"),
         ("min_aspect", 0.0, "min_aspect"),
-        ("tokens", 0.0, "masks nothing"),
+        ("tokens", 0.0, "masks next to nothing"),
         ("tokens", 1.0, "every token"),
+        ("tokens", 1e-6, "1e-06 masks next to nothing; give 0.01 to below 1, such as 0.15"),
         ("mismatched", 1.0, "no true pair"),
     ],
 )
 def test_masks_that_mask_nothing_or_all_are_named(field, value, named):
     check_masks(MaskConfig(), 14)
+    check_masks(MaskConfig(tokens=0.01), 14)
     with pytest.raises(UserError, match=named) as error:
         check_masks(dataclasses.replace(MaskConfig(), **{field: value}), 14)
     assert f"flava.masks.{field}" in str(error.value) and "\n" not in str(error.value)
