@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -167,6 +168,13 @@ def _quantise(module: Any, config: AdapterConfig) -> None:
         packed.register_load_state_dict_post_hook(_not_missing)
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, packed)
+    for block in module.modules():
+        if hasattr(block, "get_weight_dtype"):  # open_clip's, which casts texts to the type of a layer packed above
+            block.get_weight_dtype = MethodType(_type_of_numbers, block)
+
+
+def _type_of_numbers(block: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in block.parameters() if p.is_floating_point())
 
 
 def _keep_packed(module: Any, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:

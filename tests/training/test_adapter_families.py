@@ -1,5 +1,6 @@
 """Every family with every adapter, and with a part frozen by recipe: what trains, and what an export gives back."""
 
+import json
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from curation.errors import UserError
 from curation.manifest import write_manifest
 from tests.training.beginnings import FP32, begun, first_step, vlm_config
 from tests.training.bridges import bridge_config
-from tests.training.conftest import clip_config, coca_config, flava_config, tiny_config
+from tests.training.conftest import CLIP, COCA, clip_config, coca_config, flava_config, tiny_config
 from tests.training.test_adapters import PARTS, moved
 from training import adapters
 from training.config import as_dict
@@ -32,11 +33,20 @@ FAMILIES = {
 }
 """By name: the module that adapters go into, the part that is frozen by recipe, and the recipe with more words."""
 REFUSED = [(name, "prompt") for name in ("clip", "coca", "flava")]
+INSIDE = {**PARTS, "qlora": PARTS["lora"]}
+"""By kind: what the names of its parameters hold."""
+WIDE = {
+    "clip": ("--clip.model_cfg", CLIP.replace("49408, width: 32", "49408, width: 64")),
+    "coca": ("--clip.model_cfg", re.sub(r'"(width|embed_dim)": 16\b', r'"\1": 64', json.dumps(COCA))),
+    "flava": ("--flava.hidden_size", "64"),
+}
+"""Of the families in whose small recipes QLoRA packs nothing, or not what the type of texts is read from: a width."""
 
 
 def adapted(name, kind, backbones):
     module, _, recipe = FAMILIES[name]
     words = ("--adapter.module", module, "--adapter.kind", kind, "--adapter.r", "2", "--adapter.tokens", "3")
+    words += WIDE.get(name, ()) if kind == "qlora" else ()
     return recipe(backbones, *words, *(THAWED if name == "limber" else ()))
 
 
@@ -73,16 +83,19 @@ def assert_same(before, after):
             assert float((value @ value.T).min()) < 0.99999, "embeddings that differ make the comparison sharp"
 
 
-@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in FAMILIES for k in PARTS if (n, k) not in REFUSED])
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in FAMILIES for k in INSIDE if (n, k) not in REFUSED])
 def test_the_adapter_alone_trains_of_its_module_and_is_read_back(name, kind, shards, backbones, tmp_path):
     config = adapted(name, kind, backbones)
     family, sources = begun(config, shards, tmp_path / "tokenizer")
     moved(family.model)
     parameters = dict(family.model.named_parameters())
+    packed = {n for n, p in parameters.items() if p.dtype == torch.uint8}
+    assert bool(packed) == (kind == "qlora"), "weights in blocks, and only there"
+    assert kind != "qlora" or name not in ("clip", "coca") or any("mlp.c_fc" in n for n in packed)
     parameter_groups(parameters.items(), config.optim)
     trains = {n for n, p in parameters.items() if p.requires_grad}
     inside = {n for n in trains if n.startswith(f"{config.adapter.module}.")}
-    assert inside and all(PARTS[kind] in n for n in inside)
+    assert inside and all(INSIDE[kind] in n for n in inside)
     frozen = {n.split(".")[0] for n in parameters.keys() - trains}
     assert frozen == {config.adapter.module} | ({"vision"} if name == "limber" else set())
     assert first_step(config, family, sources)[0] > 0
