@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional as F
+from transformers.models.smolvlm import processing_smolvlm as smolvlm_processor
 
 from curation.errors import UserError
 from tests.training.vlm import CAPTIONS, LLAVA, TEXT, assert_alone_as_padded, picture, tiny
@@ -77,8 +78,46 @@ def llava():
     return config, transformers.LlavaProcessor(images, tokenizer, 4, "default", num_additional_image_tokens=1)
 
 
-FOREIGN = {"gemma3": gemma3, "idefics3": idefics3, "llava": llava}
+def smolvlm():
+    special = {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>", "video_token": "<video>"}
+    tokenizer = words(**special, end_of_utterance_token="<end_of_utterance>", global_image_token="<global-img>")
+    images = transformers.SmolVLMImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    processor = transformers.SmolVLMProcessor(images, tokenizer, transformers.SmolVLMVideoProcessor(), image_seq_len=4)
+    config = transformers.SmolVLMConfig(
+        text_config={"model_type": "llama", **text_config(tokenizer)},
+        vision_config=VISION,
+        image_token_id=tokenizer.image_token_id,
+        scale_factor=2,
+    )
+    return config, processor
+
+
+def mllama():
+    tokenizer = words(image_token="<|image|>")
+    sides = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "attention_heads": 2}
+    config = transformers.MllamaConfig(
+        text_config=text_config(tokenizer, cross_attention_layers=[1], num_hidden_layers=3),
+        vision_config={
+            **sides, "num_global_layers": 1, "patch_size": 4, "image_size": 16, "intermediate_layers_indices": [0],
+            "vision_output_dim": 32,
+        },
+        image_token_index=tokenizer.image_token_id,
+    )  # fmt: skip
+    images = transformers.MllamaImageProcessor(size={"height": 16, "width": 16})
+    return config, transformers.MllamaProcessor(images, tokenizer)
+
+
+FOREIGN = {"gemma3": gemma3, "idefics3": idefics3, "llava": llava, "smolvlm": smolvlm, "mllama": mllama}
 KINDS = pytest.mark.parametrize("kind", FOREIGN)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def num2words():
+    """SmolVLM's processor wants the package to be there, though it spells nothing but how many frames a video has."""
+    with pytest.MonkeyPatch.context() as patched:
+        if not smolvlm_processor.num2words:
+            patched.setattr(smolvlm_processor, "num2words", str)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +131,8 @@ def folder(tmp_path_factory):
             model = transformers.AutoModelForImageTextToText.from_config(config)
             with torch.no_grad():  # embeddings that differ make a test sharp
                 for name, p in model.named_parameters():
-                    if not p.any() and p.ndim > 1:  # what Gemma3 projects pictures by begins at zero
+                    if not p.any() and (p.ndim > 1 or name.endswith("_gate")):  # by what Gemma3 projects pictures, and
+                        # how much Mllama takes of them, begins at zero
                         p.normal_(std=0.2)
                     elif p.ndim > 1 and ("embed" in name or "proj" in name):
                         p.mul_(4.0)
@@ -143,7 +183,7 @@ def test_a_chunk_of_texts_runs_the_vision_tower_and_moves_nothing_in_it(kind, fo
 @KINDS
 def test_texts_of_mmeb_show_their_picture_by_the_backbones_own_token(kind, folder):
     _, inputs = opened(folder(kind))
-    token = {"gemma3": "<start_of_image>", "idefics3": "<image>", "llava": "<image>"}[kind]
+    token = {"gemma3": "<start_of_image>", "mllama": "<|image|>"}.get(kind, "<image>")
     shown = Item(text=f"{IMAGE}\nRepresent the given image.", image=picture(1))
     assert inputs.text(shown) == f"{token}\nRepresent the given image."
     forged = "".join(sorted(inputs.special))

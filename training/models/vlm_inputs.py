@@ -28,9 +28,6 @@ QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
 PLACES = {"qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "phi3_v": IMAGE}
 """What stands for a picture where it is more than the processor's image token."""
 
-NESTED = ("gemma3",)
-"""Processors that want a list of pictures for each text; the others want one list."""
-
 ALONE = ("phi3_v",)
 """Processors that read one text at a time, and mark a picture by ids below 0 instead of a token of its own."""
 OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -81,7 +78,7 @@ class Inputs:
         if tokenizer.pad_token_id is None:
             raise UserError("vlm2vec: the backbone's tokenizer has no pad token; set `pad_token` in its folder")
         self.processor, self.tokenizer, self.max_tokens, self.negatives = processor, tokenizer, max_tokens, negatives
-        self.nested, self.alone = config.model_type in NESTED, config.model_type in ALONE
+        self.alone = config.model_type in ALONE
         self.special: set[str] = set()
         if self.alone:
             self.place = PLACES[config.model_type]
@@ -131,10 +128,9 @@ class Inputs:
         rows = [[] if item.image is None else [item.image.convert("RGB")] for item in items]
         if self.alone:
             return self._one_by_one([self.text(item) for item in items], rows)
-        images = rows if self.nested else [image for row in rows for image in row]
         found = self.processor(
             text=[self.text(item) for item in items],
-            images=images if any(rows) else None,
+            images=rows if any(rows) else None,  # by text: one list many would take for the pictures of one text
             padding=True,
             return_tensors="pt",
         )
