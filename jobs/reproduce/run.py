@@ -182,7 +182,10 @@ def _result(seed: Seed, arm: str) -> dict[str, list[float]]:
 def summarise(
     name: str, found: dict[str, list[dict[str, list[float]]]], *, seeds: int, scale: float, wall_s: float
 ) -> dict[str, Any]:
-    """What OUT/NAME.json holds. found: by arm, the scores {metric: (value, chance)} of every seed."""
+    """What OUT/NAME.json holds; of its tests, one a hypothesis, interval and margin once more as lists.
+
+    found: by arm, the scores {metric: (value, chance)} of every seed.
+    """
     claim = CLAIMS[name]
     arms = {
         arm: {metric: [scores[metric][0] for scores in each] for metric in claim.shown if metric in each[0]}
@@ -199,6 +202,8 @@ def summarise(
         "arms": arms,
         "chance": {metric: chance[metric] for metric in claim.shown if metric in chance},
         "tests": [dataclasses.asdict(test) for test in tests],
+        "interval": [test.interval for test in tests],
+        "margin": [test.hypothesis.margin for test in tests],
         "holds": all(test.verdict == "holds" for test in tests),
         "seeds": seeds,
         "scale": scale,

@@ -78,6 +78,7 @@ def test_arms_are_paired_and_judged(bench) -> None:
     assert summary["arms"]["good"]["m"] == pytest.approx([0.6, 0.61, 0.62])
     assert summary["arms"]["plain"]["m"] == pytest.approx([0.5, 0.51, 0.52]), "in the order of the seeds"
     assert summary["tests"][0]["difference"] == pytest.approx(0.1)
+    assert summary["interval"] == [pytest.approx((0.1, 0.1))] and summary["margin"] == [None]
     assert json.loads((out / "toy.json").read_text())["tests"][0]["signs"] == 3
     train = {words[words.index("--out") + 1]: words for words in said("train")}
     assert len(train) == 6 == len(said("train"))
