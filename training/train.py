@@ -36,8 +36,11 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, str], Path, bool
     kept = [a for a in arguments if not a.startswith("--local_rank")]
     try:
         parsed = parser.instantiate(parser.parse_args(kept))
-    except (ArgumentError, TypeError) as error:
-        raise UserError(one_line(error, None)) from None
+    except (ArgumentError, TypeError, ValueError) as error:
+        told: BaseException | None = error
+        while told is not None and not isinstance(told, UserError):  # a section's own words, which jsonargparse wraps
+            told = told.__cause__ or told.__context__
+        raise UserError(one_line(told or error, None)) from None
     names = TrainConfig.__dataclass_fields__
     config = begin.resolved(TrainConfig(**{name: getattr(parsed, name) for name in names}))
     return config, named(config.loader, parsed.data), Path(parsed.out), parsed.overwrite

@@ -141,9 +141,10 @@ def test_what_recipes_name_is_there_and_their_batches_divide(recipe):
         (["--loader.captions", "{}"], "loader.captions"),
         (["--loader.captions", "first"], "captions"),
         (["--config", "recipes/train/tiny_vlm2vec.yaml", "--vlm2vec.patch_dropout", "0.5"], "patch_dropout"),
-        (["--mmgem.vision.patch_dropout", "1.0"], r"mmgem\.vision\.patch_dropout: 1.0 is no share"),
-        (["--config", "recipes/train/tiny_clip.yaml", "--clip.patch_dropout", "-0.1"], r"clip\.patch_dropout: -0.1"),
-        (["--config", "recipes/train/tiny_flava.yaml", "--flava.patch_dropout", "nan"], r"flava\.patch_dropout: nan"),
+        (["--mmgem.vision.patch_dropout", "1.0"], r"^mmgem\.vision\.patch_dropout: 1.0 is no share"),
+        (["--config", "recipes/train/tiny_clip.yaml", "--clip.patch_dropout", "-0.1"], r"^clip\.patch_dropout: -0.1"),
+        (["--config", "recipes/train/tiny_flava.yaml", "--flava.patch_dropout", "1.5"], r"flava\.patch_dropout: 1.5"),
+        (["--adapter", "{kind: lora, module: llm, r: 0}"], "^adapter.r: 0"),
         (["--config", "recipes/train/tiny_flava.yaml", "--flava.masks.tokens", "1e-6"], r"flava\.masks\.tokens: 1e-06"),
     ],
 )
