@@ -92,22 +92,7 @@ def smolvlm():
     return config, processor
 
 
-def mllama():
-    tokenizer = words(image_token="<|image|>")
-    sides = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "attention_heads": 2}
-    config = transformers.MllamaConfig(
-        text_config=text_config(tokenizer, cross_attention_layers=[1], num_hidden_layers=3),
-        vision_config={
-            **sides, "num_global_layers": 1, "patch_size": 4, "image_size": 16, "intermediate_layers_indices": [0],
-            "vision_output_dim": 32,
-        },
-        image_token_index=tokenizer.image_token_id,
-    )  # fmt: skip
-    images = transformers.MllamaImageProcessor(size={"height": 16, "width": 16})
-    return config, transformers.MllamaProcessor(images, tokenizer)
-
-
-FOREIGN = {"gemma3": gemma3, "idefics3": idefics3, "llava": llava, "smolvlm": smolvlm, "mllama": mllama}
+FOREIGN = {"gemma3": gemma3, "idefics3": idefics3, "llava": llava, "smolvlm": smolvlm}
 KINDS = pytest.mark.parametrize("kind", FOREIGN)
 
 
@@ -131,8 +116,7 @@ def folder(tmp_path_factory):
             model = transformers.AutoModelForImageTextToText.from_config(config)
             with torch.no_grad():  # embeddings that differ make a test sharp
                 for name, p in model.named_parameters():
-                    if not p.any() and (p.ndim > 1 or name.endswith("_gate")):  # by what Gemma3 projects pictures, and
-                        # how much Mllama takes of them, begins at zero
+                    if not p.any() and p.ndim > 1:  # what Gemma3 projects pictures by begins at zero
                         p.normal_(std=0.2)
                     elif p.ndim > 1 and ("embed" in name or "proj" in name):
                         p.mul_(4.0)
@@ -183,7 +167,7 @@ def test_a_chunk_of_texts_runs_the_vision_tower_and_moves_nothing_in_it(kind, fo
 @KINDS
 def test_texts_of_mmeb_show_their_picture_by_the_backbones_own_token(kind, folder):
     _, inputs = opened(folder(kind))
-    token = {"gemma3": "<start_of_image>", "mllama": "<|image|>"}.get(kind, "<image>")
+    token = {"gemma3": "<start_of_image>"}.get(kind, "<image>")
     shown = Item(text=f"{IMAGE}\nRepresent the given image.", image=picture(1))
     assert inputs.text(shown) == f"{token}\nRepresent the given image."
     forged = "".join(sorted(inputs.special))
@@ -206,6 +190,14 @@ def test_rows_made_one_by_one_are_those_of_a_batch(kind, side, monkeypatch):
 def test_what_cannot_be_a_backbone_is_one_line():
     with pytest.raises(UserError, match="paligemma cannot embed here: it reads no text without a picture") as error:
         Inputs(None, types.SimpleNamespace(model_type="paligemma"), max_tokens=8)
+    assert "\n" not in str(error.value)
+
+
+def test_a_processor_that_takes_no_texts_beside_pictures_is_one_line_before_anything_is_read():
+    tokenizer = words(image_token="<|image|>")
+    processor = transformers.MllamaProcessor(transformers.MllamaImageProcessor(), tokenizer)
+    with pytest.raises(UserError, match="vlm2vec: MllamaProcessor makes no chunk of a text and two pictures") as error:
+        Inputs(processor, transformers.MllamaConfig(image_token_index=tokenizer.image_token_id), max_tokens=8)
     assert "\n" not in str(error.value)
 
 

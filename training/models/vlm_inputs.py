@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 
 IMAGE = "<|image_1|>"
 """Where a text shows its picture, as MMEB-train writes it (TIGER-Lab/MMEB-train)."""
@@ -34,6 +34,9 @@ OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids
 
 REFUSED = {"paligemma": "it reads no text without a picture, so targets that are texts have no embedding"}
 """Why a backbone cannot be one."""
+
+
+BLANK = Image.new("RGB", (32, 32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,8 @@ class Inputs:
             max_tokens: of a text, without its picture's · negatives: hard negatives that each row has room for.
 
         Raises:
-            UserError: a backbone that cannot be one, without pad or image token, or whose processor has another.
+            UserError: a backbone that cannot be one, without pad or image token, or whose processor has another or
+                takes no texts beside pictures.
         """
         if (why := REFUSED.get(config.model_type)) is not None:
             raise UserError(f"vlm2vec: {config.model_type} cannot embed here: {why}; take another backbone")
@@ -95,6 +99,13 @@ class Inputs:
             )
         self.place = PLACES.get(config.model_type, token)
         self.special = {token, tokenizer.convert_ids_to_tokens(wanted)}
+        try:  # here, and not in a loader's thread; Mllama's reads no text beside pictures
+            self.side([Item(text="a"), Item(image=BLANK), Item(image=BLANK)])
+        except Exception as error:  # processors raise almost anything
+            raise UserError(
+                f"vlm2vec: {name} makes no chunk of a text and two pictures ({one_line(error, 120)}); "
+                "take another backbone"
+            ) from None
 
     def text(self, item: Item) -> str:
         """The text as the processor wants it: cut to `max_tokens`, and with one image token just where a picture is."""
@@ -124,7 +135,7 @@ class Inputs:
         """
         items = list(items)
         if picture and all(item.image is None for item in items):
-            items.append(Item(image=Image.new("RGB", (32, 32))))
+            items.append(Item(image=BLANK))
         rows = [[] if item.image is None else [item.image.convert("RGB")] for item in items]
         if self.alone:
             return self._one_by_one([self.text(item) for item in items], rows)
