@@ -376,7 +376,7 @@ def test_other_families_are_named(family, tmp_path):
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        (("--flava.masks.tokens", "0"), "flava.masks.tokens: 0.0 masks nothing"),
+        (("--flava.masks.tokens", "0"), "flava.masks.tokens: 0.0 masks next to nothing"),
         (("--flava.masks.patches", "16"), "flava.masks.patches: 16 masks all of 16"),
         (("--flava.patch_size", "5"), "flava.patch_size: 5 does not divide"),
         (("--flava.num_attention_heads", "3"), "flava.num_attention_heads: 3 does not divide"),
