@@ -106,6 +106,20 @@ def test_the_adapter_alone_trains_of_its_module_and_is_read_back(name, kind, sha
     assert {p.name for p in (tmp_path / "export").iterdir()} >= {adapters.FOLDER, adapters.TRAINED}
 
 
+@pytest.mark.parametrize(
+    ("name", "layer", "wide"),
+    [("mmgem", "h1", ("--mmgem.vision.width", "64")), ("flava", "image_projection", ())],
+)
+def test_a_whole_model_may_be_packed(name, layer, wide, shards, backbones, tmp_path):
+    """Pictures take the type of what is not packed."""
+    module = ("--adapter", f"{{kind: qlora, module: '', r: 2, target_modules: '.*({layer}|q_proj|query)'}}")
+    config = FAMILIES[name][2](backbones, *module, *WIDE.get(name, ()), *wide)
+    family, sources = begun(config, shards, tmp_path / "tokenizer")
+    found = family.model.get_submodule(layer).base_layer
+    assert found.weight.dtype == torch.uint8
+    assert first_step(config, family, sources)[0] > 0
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_part_frozen_by_recipe_has_no_gradient_and_the_rest_has(name, shards, backbones, tmp_path):
     _, pattern, recipe = FAMILIES[name]

@@ -82,8 +82,7 @@ class Bridge(MMGem):
     def _visual(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Visual tokens: [B, 3, S, S] -> [B, k, H]."""
         with only(self.vision, kept):
-            _, patches = self.vision(pixel_values.to(next(self.mapping.parameters()).dtype))
-        return self.mapping(patches)
+            return self.mapping(self.feature_map(pixel_values))
 
     def forward(self, chunk: Any, separable: bool = False) -> dict[str, Any]:
         """One chunk as MM-GEM's; only sums: "generate", of -log p over the tokens of valid captions and their </s>."""

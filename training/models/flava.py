@@ -186,7 +186,7 @@ class Flava(PreTrainedModel):
         [B, N] names the masked ones."""
         with only(self.image_model, kept):
             return self.image_model(
-                pixels.to(self.image_projection.weight.dtype),
+                pixels.to(self.image_model.embeddings.cls_token.dtype),
                 bool_masked_pos=hidden,
                 output_hidden_states=hidden is not None,
             )
@@ -290,7 +290,7 @@ class Flava(PreTrainedModel):
         """`pooler_output`: the state at [CLS_M] [B, D] of unmasked pairs; `last_hidden_state` [B, 2 + N + L, D]."""
         mask = input_ids.ne(self.pad_token_id).long() if attention_mask is None else attention_mask
         image = self.image_model(
-            pixel_values.to(self.image_projection.weight.dtype), output_hidden_states=True
+            pixel_values.to(self.image_model.embeddings.cls_token.dtype), output_hidden_states=True
         ).hidden_states[-1]
         text = self.text_model(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
         states = self._joint(image, text, mask)

@@ -182,7 +182,7 @@ class MMGem(PreTrainedModel):
 
     def feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """V: [B, 3, S, S] -> [B, N, Dv], patches row by row."""
-        _, patches = self.vision(pixel_values.to(self.h1.weight.dtype))
+        _, patches = self.vision(pixel_values.to(self.vision.conv1.weight.dtype))
         return patches
 
     def _pooled(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
