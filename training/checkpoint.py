@@ -173,7 +173,7 @@ def _weights_hash(tensors: dict[str, torch.Tensor]) -> str:
     for name, tensor in tensors.items():
         if name.startswith((WEIGHTS, "buffer.")):
             digest.update(f"{name} ".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
