@@ -159,19 +159,36 @@ def read(file: str, start: int = 0, size: int | None = None) -> bytes:
 
 
 def opened(file: str) -> IO[bytes]:
-    """The file to read from anywhere; of a remote one only the ranges that are asked for are fetched."""
+    """The file to read from anywhere; of a remote one only the ranges that are asked for are fetched.
+
+    Raises:
+        OSError: no such file, or not allowed.
+        UserError: it cannot be opened, or later a range of it read, after several attempts.
+    """
     if not is_remote(file):
         return open(file, "rb")
     fs, path, _ = _address(file)
-    there = retrying(file, lambda: fs.open(path, "rb"))
-    if _is_http(fs):
-        try:
-            there.seek(max(0, (there.size or 0) - 1))
-            there.read(1)
-            there.seek(0)
-        except ValueError:  # a server that knows no ranges
-            there.close()
-            return fetched(file)
+
+    def begin() -> Any:
+        there = fs.open(path, "rb")
+        if _is_http(fs):
+            try:
+                there.seek(max(0, (there.size or 0) - 1))
+                there.read(1)
+                there.seek(0)
+            except ValueError:  # a server that knows no ranges
+                there.close()
+                return None
+        return there
+
+    there = retrying(file, begin)
+    if there is None:
+        return fetched(file)
+    from fsspec.spec import AbstractBufferedFile
+
+    if isinstance(there, AbstractBufferedFile):  # what fails leaves its position where it was
+        once = there.read
+        there.read = lambda length=-1: retrying(file, lambda: once(length))
     return there
 
 

@@ -116,7 +116,7 @@ class _Measurer:
 
     def measure(self, unit: Unit) -> dict[str, Any]:
         """Measure a unit and write its part: {"rows": n, "errors": {reason: n}, "causes": a line for each reason of
-        signals, of the first sample that has it}."""
+        signals, of the first sample that has it, and one for damage of the shard}."""
         opened, modality = self._open(unit.shard), self._set.modality
         data, found = opened.source, opened.samples
         first = unit.number * self._set.unit_samples
@@ -169,6 +169,7 @@ class _Measurer:
             f"{unit.shard.path} {chosen[place].key}: {reason}: {cause}"
             for reason, (place, cause) in gathered.causes.items()
         ]
+        causes += [f"{unit.shard.path}: {rest}"] if rest is not None else []
         return {"rows": table.num_rows, "errors": count_errors(table), "causes": causes}
 
     def _meter(self, name: str) -> Meter:

@@ -130,10 +130,11 @@ def _shards_of(pool: str, modality: Modality) -> tuple[list[Shard], list[File]]:
         beside = tables.pop(name, None) or (files.look(name) if tar.name == pool else None)
         mark = f".{file_fingerprint(beside)}" if beside else ""
         shards.append(_shard(tar, mark, beside.name if beside else None))
+    judged = list(files.together(partial(_is_metadata, modality), list(tables)))
+    unread = False not in judged and (True in judged or bool(tars))  # what cannot be read is as the others there
     metadata = []
-    judged = files.together(partial(_is_metadata, modality), list(tables))
     for table, is_metadata in zip(tables.values(), judged, strict=True):
-        if is_metadata:
+        if unread if is_metadata is None else is_metadata:
             metadata.append(table)
         else:
             shards.append(_shard(table))
@@ -156,12 +157,13 @@ def _shard(file: File, mark: str = "", sidecar: str | None = None) -> Shard:
     return Shard(path=file.name, fingerprint=fingerprint, size=file.size, index=0, sidecar=sidecar)
 
 
-def _is_metadata(modality: Modality, name: str) -> bool:
-    """Whether a parquet file has no samples of its own. One that cannot be read is a shard, which then says so."""
+def _is_metadata(modality: Modality, name: str) -> bool | None:
+    """Whether a parquet file has no samples of its own; None for one that cannot be read, which is an error row as a
+    shard and stops the run as metadata."""
     try:
         schema = read_schema(name)
     except (OSError, pa.ArrowException):
-        return False
+        return None
     if image_column(schema) is not None:
         return False
     return modality != "texts" or caption_column(schema) is None

@@ -44,6 +44,16 @@ def write_tar(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> Path:
     return path
 
 
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of temporary files, where nothing may be left."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    yield folder
+    assert not list(folder.iterdir())
+
+
 @pytest.fixture(scope="session")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three shards of 40 samples: sound ones, copies (bytes, pixels, uid), other languages, and one of each error."""

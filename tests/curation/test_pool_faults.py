@@ -1,11 +1,8 @@
-"""Pools with something wrong in them or on the way: counted and named; and pools of pictures or texts alone."""
+"""Pools with something wrong in them: counted and named; and pools of pictures or texts alone."""
 
-import errno
 import json
-import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,6 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 from curation import files, pipeline
 from curation.config import parse_config
@@ -32,54 +28,9 @@ RECIPE: dict[str, Any] = {
 }
 
 
-class Unsteady(MemoryFileSystem):
-    """Memory where the first `failures` calls for a file's bytes fail, or give half of them."""
-
-    protocol = "unsteady"
-    store: dict[str, Any] = {}  # noqa: RUF012
-    failures = 0
-    failure: OSError = ConnectionResetError("reset by peer")
-    halves = 0
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return super()._strip_protocol(path.replace("unsteady://", "memory://"))
-
-    def get_file(self, path: str, local: str, **options: Any) -> None:
-        cls = type(self)
-        if cls.failures:
-            cls.failures -= 1
-            raise cls.failure
-        super().get_file(path, local, **options)
-        if cls.halves:
-            cls.halves -= 1
-            os.truncate(local, os.path.getsize(local) // 2)
-
-
-fsspec.register_implementation("unsteady", Unsteady, clobber=True)
-
-
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     in_this_process(monkeypatch)
-
-
-@pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What would have been waited, in seconds."""
-    waited: list[float] = []
-    monkeypatch.setattr("curation.files.time.sleep", waited.append)
-    return waited
-
-
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of temporary files, where nothing may be left."""
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    yield folder
-    assert not list(folder.iterdir())
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -102,46 +53,6 @@ def put(folder: Path, target: str) -> str:
 
 def pairs(n: int) -> dict[str, dict[str, bytes]]:
     return {f"{i:09d}": sample(i) for i in range(n)}
-
-
-def test_a_connection_that_fails_twice_and_then_cuts_short(
-    tmp_path: Path, pauses: list[float], temporary: Path
-) -> None:
-    write_tar(tmp_path / "pool" / "0.tar", pairs(9))
-    pool = put(tmp_path / "pool", f"unsteady://{tmp_path.name}")
-    Unsteady.failures, Unsteady.halves = 2, 1
-    assert run(pool, tmp_path / "out")["kept"] == 9
-    assert pauses == [0.5, 1.0, 2.0] and (Unsteady.failures, Unsteady.halves) == (0, 0)
-    run(tmp_path / "pool", tmp_path / "here")
-    shards = [{p.name: p.read_bytes() for p in (tmp_path / o / "shards").iterdir()} for o in ("out", "here")]
-    assert shards[0] == shards[1]
-
-
-def test_a_connection_that_never_comes_back_is_an_error_that_names_the_shard(
-    tmp_path: Path, pauses: list[float], temporary: Path
-) -> None:
-    write_tar(tmp_path / "pool" / "0.tar", pairs(3))
-    pool = put(tmp_path / "pool", f"unsteady://{tmp_path.name}")
-    Unsteady.failures = 100
-    try:
-        with pytest.raises(UserError, match=r"--pool unsteady://.*0\.tar: cannot be read, 5 times .*reset by peer"):
-            run(pool, tmp_path / "out")
-    finally:
-        Unsteady.failures = 0
-    assert len(pauses) == 4
-    assert run(pool, tmp_path / "out")["kept"] == 3  # and the same command goes on
-
-
-def test_a_full_disk_is_not_tried_again(
-    tmp_path: Path, pauses: list[float], temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_tar(tmp_path / "pool" / "0.tar", pairs(3))
-    pool = put(tmp_path / "pool", f"unsteady://{tmp_path.name}")
-    monkeypatch.setattr(Unsteady, "failures", 1)
-    monkeypatch.setattr(Unsteady, "failure", OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(UserError, match=r"0\.tar: no space in .*set TMPDIR"):
-        run(pool, tmp_path / "out")
-    assert pauses == []
 
 
 @pytest.mark.parametrize("layout", ["tar", "parquet", "csv"])
@@ -177,7 +88,9 @@ def test_a_shard_that_changes_or_goes_between_phases(
     assert not (tmp_path / "out" / "shards").exists()
 
 
-def test_parquet_that_cannot_be_read_at_all_or_in_one_row_group(tmp_path: Path) -> None:
+def test_parquet_that_cannot_be_read_at_all_or_in_one_row_group(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "pool"
     folder.mkdir()
     table = pa.table({"jpg": [picture(n) for n in range(12)], "caption": [f"number {n}" for n in range(12)]})
@@ -192,6 +105,7 @@ def test_parquet_that_cannot_be_read_at_all_or_in_one_row_group(tmp_path: Path) 
     assert (manifest["seen"], manifest["kept"], manifest["errors"]) == (15, 10, {"parquet_damaged": 5})
     found = {(Path(r["shard"]).name, r["key"]) for r in rows(tmp_path / "out") if r["verdict"] == "error"}
     assert found == {("b.parquet", ""), *(("a.parquet", f"{n:09d}") for n in range(4, 8))}
+    assert "b.parquet: parquet_damaged: " in capsys.readouterr().err, "the log says which, and of what"
 
 
 def test_values_that_are_missing_or_no_text(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tables beside the tars: their columns are in what signals see, whichever way a row is found."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,15 +155,21 @@ def test_a_table_that_cannot_be_read_is_one_row_of_its_tar(tmp_path: Path) -> No
     ]
 
 
-def test_metadata_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", ["rows", "footer"])
+@pytest.mark.parametrize("beside", ["tars", "metadata"])
+def test_metadata_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path, damaged: str, beside: str) -> None:
+    """A footer says what a file holds: without one it is as the others of its folder are."""
     write_tar(tmp_path / "pool" / "0.tar", {"1": sample(1)})
-    metadata(tmp_path / "meta" / "one.parquet", range(3))
-    start = pq.read_metadata(tmp_path / "meta" / "one.parquet").row_group(0).column(0).data_page_offset
-    with open(tmp_path / "meta" / "one.parquet", "r+b") as f:
-        f.seek(start)
+    folder = tmp_path / ("pool" if beside == "tars" else "meta")
+    metadata(folder / "one.parquet", range(3))
+    if beside == "metadata":
+        metadata(folder / "two.parquet", range(3, 5))
+    start = pq.read_metadata(folder / "one.parquet").row_group(0).column(0).data_page_offset
+    with open(folder / "one.parquet", "r+b") as f:
+        f.seek(start if damaged == "rows" else -30, os.SEEK_SET if damaged == "rows" else os.SEEK_END)
         f.write(b"\xff" * 30)
     with pytest.raises(UserError, match=r"one\.parquet: metadata that cannot be read .*mend it or leave it out"):
-        measured([tmp_path / "pool", tmp_path / "meta"], tmp_path / "out")
+        measured([tmp_path / "pool", folder], tmp_path / "out")
 
 
 @pytest.mark.parametrize(("bucket_bytes", "direct"), [(1 << 24, 512), (160, 512), (160, 4)])
