@@ -71,7 +71,7 @@ class CurateConfig:
     seed: int = 0
     unit_samples: int = 1_000  # samples that are measured, retried and resumed together
     shard_samples: int = 10_000  # samples of an output shard, at most
-    max_error_rate: float = 0.1  # share of samples that may be unusable before the run stops; a hundred always may
+    max_error_rate: float = 0.1  # share of samples that may be unusable before the run stops, or a hundred; 0: none
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe with every setting resolved, as JSON has it."""

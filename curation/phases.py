@@ -38,7 +38,7 @@ from curation.store import SignalSet, Unit
 from curation.summary import summarise
 from curation.workers import Workers, progress, say
 
-FREE_ERRORS = 100  # so many broken samples stop no run, however small the pool
+FREE_ERRORS = 100  # so many broken samples stop no run, however small the pool, unless none are allowed
 BUNDLE = 64  # items that go to a worker together, where there are many: a call costs a millisecond
 RAY_PARTITIONS = 4  # from so many on, selection is spread over Ray; below, starting it costs more than it gives
 
@@ -108,7 +108,8 @@ def measure(run: Run) -> dict[str, Any]:
     results = progress(run.workers.map(setup, whole), label="measure", total=len(whole), unit="shards", amount=_one)
     for done, result in enumerate(results, start=1):
         measured += _counted(result, errors)
-        _check_budget(run, errors, measured * len(whole) // done)  # as if the others were like these
+        expected = measured * len(whole) // done  # as if the others were like these
+        check_budget(errors, expected, run.config.max_error_rate)
     units = known_units(run, mine)
     assert units is not None
     rows = sum(unit.rows for unit in units)
@@ -123,8 +124,8 @@ def measure(run: Run) -> dict[str, Any]:
     total = sum(unit.rows for unit in missing)
     for result in progress(results, label="measure", total=total, unit="pairs", amount=lambda r: r["rows"]):
         measured += _counted(result, errors)
-        _check_budget(run, errors, rows)
-    _check_budget(run, errors, rows)
+        check_budget(errors, rows, run.config.max_error_rate)
+    check_budget(errors, rows, run.config.max_error_rate)
     wall = time.perf_counter() - began
     manifest = {
         "phase": "measure",
@@ -165,12 +166,16 @@ def _from_out(run: Run, folder: Path) -> str:
     return str(folder.relative_to(out) if folder.is_relative_to(out) else folder)
 
 
-def _check_budget(run: Run, errors: Counter[str], rows: int) -> None:
-    if errors.total() > max(run.config.max_error_rate * rows, FREE_ERRORS):
+def check_budget(errors: Counter[str], seen: int, max_error_rate: float, what: str = "samples") -> None:
+    """
+    Raises:
+        UserError: more than this share of what was seen cannot be used, and more than a hundred; at 0, one.
+    """
+    if errors.total() > (max(max_error_rate * seen, FREE_ERRORS) if max_error_rate else 0):
         found = ", ".join(f"{reason} {n}" for reason, n in errors.most_common())
         raise UserError(
-            f"max_error_rate: {errors.total()} of {rows} samples cannot be used ({found}), "
-            f"more than {run.config.max_error_rate:g} of them; mend the pool or raise max_error_rate"
+            f"max_error_rate: {errors.total()} of {seen} {what} cannot be used ({found}), "
+            f"more than {max_error_rate:g} of them; mend the pool or raise max_error_rate"
         )
 
 

@@ -141,8 +141,7 @@ def _entries(data: Bytes) -> Iterator[tuple[bytes, Member]]:
             yield kind, Member(name, start, size)
             long_name = long_size = None
         position = start + padded(size)
-    if total:
-        raise TarDamage(f"no end-of-archive block by byte {total}")
+    raise TarDamage(f"no end-of-archive block by byte {total}")
 
 
 def split_name(name: str) -> tuple[str, str]:

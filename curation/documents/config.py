@@ -91,7 +91,7 @@ class DocumentsConfig:
     max_html_bytes: int = 10_000_000
     max_image_bytes: int = 50_000_000
     max_items: int = 20_000  # pictures and texts of one document
-    max_error_rate: float = 0.1  # share of documents that may be unusable before the run stops; a hundred always may
+    max_error_rate: float = 0.1  # share of documents that may be unusable before the run stops, or a hundred; 0: none
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe with every setting resolved, as JSON has it."""

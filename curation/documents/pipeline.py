@@ -27,7 +27,7 @@ from curation.documents.source import DocumentShard, list_documents
 from curation.errors import UserError, full_disk_named
 from curation.hashing import config_hash
 from curation.manifest import claim, read_manifest, write_manifest
-from curation.phases import FREE_ERRORS
+from curation.phases import check_budget
 from curation.plan import plan
 from curation.selection.engine import Part, partitions
 from curation.workers import Workers, alive, progress, say
@@ -131,12 +131,7 @@ def _measure(run: Run) -> dict[str, Any]:
             say(f"measure: {cause}")
     if not seen:
         raise UserError("--pool: holds no documents; name a folder with pages, tars or jsonl files of them")
-    if errors.total() > max(run.config.max_error_rate * seen, FREE_ERRORS):
-        listed = ", ".join(f"{reason} {n}" for reason, n in errors.most_common())
-        raise UserError(
-            f"max_error_rate: {errors.total()} of {seen} documents cannot be used ({listed}), "
-            f"more than {run.config.max_error_rate:g} of them; mend the pool or raise max_error_rate"
-        )
+    check_budget(errors, seen, run.config.max_error_rate, "documents")
     return _done(run, "measure", began, {"seen": seen, "errors": dict(sorted(errors.items()))})
 
 

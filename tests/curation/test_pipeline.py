@@ -174,13 +174,15 @@ def test_a_truncated_tar_is_one_row_and_the_run_goes_on(tmp_path: Path, ray_here
     with open(path, "r+b") as f:
         f.truncate(path.stat().st_size * 6 // 10)
     write_tar(folder / "1.tar", {str(n): sample(n) for n in range(10, 20)})
-    (folder / "2.tar").write_bytes(b"")
+    (folder / "2.tar").write_bytes(b"")  # as a download leaves it that was killed
     (folder / "3.tar").write_bytes(b"not a tar at all, but long enough to look into" * 20)
+    write_tar(folder / "4.tar", {})
     config = parse_config({"max_error_rate": 0.5, "unit_samples": 4})
     manifest = curate(config, pools=[str(folder)], out=tmp_path / "out", workers=1)
-    assert manifest["errors"]["truncated_tar"] == 2
+    assert manifest["errors"]["truncated_tar"] == 3
     rows = ledger(tmp_path / "out")
-    assert [r["reason"] for r in rows if r["key"] == ""] == ["truncated_tar"] * 2
+    damaged = {Path(str(r["shard"])).name: r["reason"] for r in rows if r["key"] == ""}
+    assert damaged == {f"{n}.tar": "truncated_tar" for n in (0, 2, 3)}, "an empty tar that has its end is whole"
     assert sum(str(r["shard"]).endswith("1.tar") and r["verdict"] == "kept" for r in rows) == 10
     assert 14 < manifest["kept"] < 18
 
@@ -191,6 +193,9 @@ def test_too_many_errors_stop_the_run_and_a_higher_budget_goes_on(tmp_path: Path
     pools, out = [str(tmp_path / "pool")], tmp_path / "out"
     with pytest.raises(UserError, match=r"max_error_rate: 110 of 120 .*image_missing 110.*raise max_error_rate"):
         curate(parse_config({"max_error_rate": 0.5}), pools=pools, out=out, workers=1)
+    write_tar(tmp_path / "one" / "0.tar", {"b": broken["b0"], **{str(n): sample(n) for n in range(10)}})
+    with pytest.raises(UserError, match=r"max_error_rate: 1 of 11 .*image_missing 1\), more than 0 of them"):
+        curate(parse_config({"max_error_rate": 0}), pools=[str(tmp_path / "one")], out=tmp_path / "strict", workers=1)
     assert not (out / "measure.manifest.json").exists()
     assert curate(parse_config({"max_error_rate": 0.95}), pools=pools, out=out, workers=1)["kept"] == 10
 

@@ -45,6 +45,7 @@ def test_broken_samples_are_left_out_with_a_reason(tmp_path, tar_writer, image_o
     tar_writer(tmp_path / "x" / "0.tar", members)
     whole = (tmp_path / "x" / "0.tar").read_bytes()
     (tmp_path / "x" / "1.tar").write_bytes(whole[:1200])
+    (tmp_path / "x" / "2.tar").touch()
     data = open_retrieval(tmp_path / "x")
     assert data.captions[0] == ["fine"]
     reasons = {row["key"]: row["reason"].split(":")[0] for row in data.left_out if row["shard"] == "0.tar"}
@@ -60,7 +61,8 @@ def test_broken_samples_are_left_out_with_a_reason(tmp_path, tar_writer, image_o
         "j": "json_broken",
         "k": "caption_not_utf8",
     }
-    assert any(row["shard"] == "1.tar" and row["reason"].startswith("shard_damaged") for row in data.left_out)
+    damaged = [row["shard"] for row in data.left_out if row["reason"].startswith("shard_damaged")]
+    assert damaged == ["1.tar", "2.tar"]
     assert f"{len(data.left_out)} samples left out" in capsys.readouterr().out
 
 

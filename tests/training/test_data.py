@@ -156,13 +156,16 @@ def test_crops_and_flips_are_functions_of_the_position(shards):
     assert all(torch.equal(x["pixel_values"], y["pixel_values"]) for a, b in zip(once, twice) for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize("trouble", ["missing", "empty", "truncated", "lying sizes"])
+@pytest.mark.parametrize("trouble", ["missing", "empty", "truncated", "one without bytes", "lying sizes"])
 def test_bad_shards_are_one_clear_line(shards, tmp_path, trouble):
     folder = tmp_path / "data"
     if trouble != "missing":
         folder.mkdir()
     if trouble == "truncated":
         (folder / "00000000.tar").write_bytes((shards / "00000000.tar").read_bytes()[:9_000])
+    if trouble == "one without bytes":
+        (folder / "00000000.tar").write_bytes((shards / "00000000.tar").read_bytes())
+        (folder / "00000001.tar").touch()
     if trouble == "lying sizes":
         (folder / "00000000.tar").write_bytes((shards / "00000000.tar").read_bytes())
         (folder / "sizes.json").write_text(json.dumps({"00000000.tar": 41}))

@@ -317,11 +317,12 @@ def test_a_pool_that_changes(pages: Path, tmp_path: Path, in_process: None, monk
 
 
 def test_the_error_budget(tmp_path: Path, in_process: None) -> None:
-    write_tar(tmp_path / "pool" / "0.tar", {str(n): {"txt": b"no document"} for n in range(101)})
-    with pytest.raises(UserError, match=r"101 of 101 documents cannot be used \(document_missing 101\)"):
-        documents(obelics(), pools=[str(tmp_path / "pool")], out=tmp_path / "out")
-    manifest = documents(obelics(max_error_rate=1), pools=[str(tmp_path / "pool")], out=tmp_path / "out")
-    check(tmp_path / "out", manifest)
+    for rate, n in ((0, 1), (0.1, 101)):
+        write_tar(tmp_path / "pool" / "0.tar", {str(n): {"txt": b"no document"} for n in range(n)})
+        with pytest.raises(UserError, match=rf"{n} of {n} documents cannot be used \(document_missing {n}\)"):
+            documents(obelics(max_error_rate=rate), pools=[str(tmp_path / "pool")], out=tmp_path / str(n))
+    manifest = documents(obelics(max_error_rate=1), pools=[str(tmp_path / "pool")], out=tmp_path / "101")
+    check(tmp_path / "101", manifest)
     assert manifest["errors"] == {"document_missing": 101} and manifest["shards"] == 0
 
 
