@@ -17,9 +17,11 @@ import pyarrow.parquet as pq
 
 from curation import figures
 from curation.errors import UserError
+from curation.files import is_remote
 from curation.images import decode
 from curation.selection.engine import Part
 from curation.sources import open_shard
+from curation.sources.folder import is_range
 from curation.summary import thresholds_of
 from curation.tar import IMAGE_EXTENSIONS
 
@@ -131,19 +133,20 @@ def _samples(parts: Sequence[Part], manifest: Mapping[str, Any], summary: Mappin
     order = ["", *(stage["name"] for stage in manifest["stages"]), *manifest["errors"]]
     clip = [name for name, signal in manifest["config"]["signals"].items() if signal["kind"] == "clip"]
     scores = list(dict.fromkeys([*clip, *thresholds_of(manifest["stages"])]))
+    sound: set[str] = set()
     return [
         {
             "reason": reason,
             "error": reason in manifest["errors"],
             "count": counts.get(reason, 0),
-            "samples": [_show(parts[part].path, row, scores) for part, row in summary["samples"][reason]],
+            "samples": [_show(parts[part].path, row, scores, sound) for part, row in summary["samples"][reason]],
         }
         for reason in dict.fromkeys(order)
         if summary["samples"].get(reason)
     ]
 
 
-def _show(path: Path, row: int, scores: Sequence[str]) -> dict[str, Any]:
+def _show(path: Path, row: int, scores: Sequence[str], sound: set[str]) -> dict[str, Any]:
     columns = ["uid", "caption", "shard", "key", "extensions", "offsets", "sizes", "error", *scores]
     values = pq.read_table(path, columns=columns).slice(row, 1).to_pylist()[0]
     members = dict(
@@ -152,7 +155,7 @@ def _show(path: Path, row: int, scores: Sequence[str]) -> dict[str, Any]:
     image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
     thumbnail = None
     if image is not None and not values["error"]:
-        thumbnail = _thumbnail(values["shard"], *image)
+        thumbnail = _thumbnail(values["shard"], path.name.rpartition("-")[0], *image, sound)
     return {
         "uid": values["uid"],
         "key": values["key"],
@@ -162,10 +165,16 @@ def _show(path: Path, row: int, scores: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _thumbnail(shard: str, offset: int, size: int) -> str | None:
-    """A small JPEG as a data URI; None where the pool is no longer there or not what it was."""
+def _thumbnail(shard: str, fingerprint: str, offset: int, size: int, sound: set[str]) -> str | None:
+    """A small JPEG as a data URI; None where the pool is no longer there or not what it was.
+
+    A shard is compared with its fingerprint once, and is `sound` from then on. One of thousands of remote files is
+    not: a request for each of them would be asked for the sake of one picture.
+    """
+    known = shard in sound or (is_range(shard) and is_remote(shard))
     try:
-        with open_shard(shard) as tape:
+        with open_shard(shard, None if known else fingerprint) as tape:
+            sound.add(shard)
             image, _, _ = decode(tape[offset : offset + size])
     except (OSError, UserError):
         return None

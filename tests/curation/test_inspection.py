@@ -1,6 +1,7 @@
-"""`gemsmith inspect` against the ledger and the tars themselves."""
+"""`gemsmith inspect` against the ledger and the tars themselves, and the page where the pool has changed."""
 
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -13,7 +14,10 @@ import pytest
 from curation.config import parse_config
 from curation.errors import UserError
 from curation.inspection import as_text, inspect
+from curation.manifest import read_manifest
+from curation.phases import recorded_parts
 from curation.pipeline import curate
+from curation.report import write_report
 from curation.sources.folder import forget_names
 from tests.curation.conftest import picture, sample, write_tar
 from tests.curation.test_kill import in_this_process
@@ -131,11 +135,23 @@ def test_a_pool_that_changed_shows_the_right_picture_or_says_so(
     laid(layout, pool)
     curate(parse_config({"signals": {"text": {"kind": "text"}}}), pools=[str(pool)], out=out)
 
+    manifest, parts = read_manifest(out / "manifest.json"), recorded_parts(out)
+    summary = read_manifest(out / "report" / "summary.json")
+    assert manifest and summary and parts
+
+    def on_page() -> list[str]:
+        forget_names()
+        return re.findall('src="data:[^"]*"', write_report(out, manifest, parts, {}, summary).read_text())
+
+    on_page_then = on_page()
+    assert len(set(on_page_then)) == 4
+
     def shown() -> tuple[bytes | None, str | None]:
         forget_names()  # as another process knows none
         (told,) = inspect(f"{2:032x}", out)
         path = told["picture"]
         assert f"picture  {path or 'none: '}" in as_text(told)
+        assert on_page() == (on_page_then if path else [])
         return path and path.read_bytes(), told["no_picture"]
 
     assert shown() == (picture(2), None)

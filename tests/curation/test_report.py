@@ -138,7 +138,7 @@ def test_concepts_are_escaped_and_a_pool_that_is_gone_shows_no_picture(
     manifest = json.loads((out / "manifest.json").read_text())
     summary = json.loads((out / "report" / "summary.json").read_text())
     summary["concepts"]["concepts"][0] = HOSTILE
-    monkeypatch.setattr(report, "open_shard", lambda shard: Path(shard + " which is gone").read_bytes())
+    monkeypatch.setattr(report, "open_shard", lambda shard, _: Path(shard + " which is gone").read_bytes())
     found = Page(write_report(tmp_path, manifest, recorded_parts(out) or [], {}, summary).read_text())
     assert HOSTILE in found.text
     assert not [t for t, _ in found.tags if t in ("img", "script")] and found.text.count("no picture") > 12
