@@ -4,6 +4,7 @@ Everything comes from the files that curation has left: the signals, the
 ledger, and the build's plan, which is a function of them, so no tar is searched.
 """
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +23,7 @@ from curation.selection.engine import Part, partitions
 from curation.sources import open_shard
 from curation.tar import IMAGE_EXTENSIONS
 
-WORDS = {True: "passes", False: "FAILS", None: "not asked"}
+WORDS = {True: "passes", False: "FAILS", None: "not asked"}  # or, of one of several, not recorded
 
 
 def inspect(uid: str, out: Path) -> list[dict[str, Any]]:
@@ -30,10 +31,12 @@ def inspect(uid: str, out: Path) -> list[dict[str, Any]]:
 
     Returns:
         For each: {"uid", "shard", "key", "index", "members": {extension: bytes}, "caption", "url", "error",
-        "signals": {column: value}, "verdict", "reason", "selectors": [{"name", "passes", "thresholds"}],
-        "went": [{"shard", "key"}], "picture": path or None, "no_picture": why there is none, or None}. A selector
-        that looks at survivors alone was not asked of a sample that was out already: its "passes" is None. The
-        picture is copied to OUT/inspect, if its shard is what was measured: in another, its place may be another's.
+        "signals": {column: value}, "verdict", "reason", "selectors": [{"name", "passes", "thresholds", "selectors":
+        those that it joins}], "went": [{"shard", "key"}], "picture": path or None, "no_picture": why there is none, or
+        None}. A selector that looks at survivors alone was not asked of a sample that was out already: its "passes" is
+        None. So is that of one inside a union whose decision stands in files and not in the manifest (a list, a
+        reference), unless it follows from the others'. The picture is copied to OUT/inspect, if its shard is what was
+        measured: in another, its place may be another's.
 
     Raises:
         UserError: OUT holds no finished selection, or the pool has no such uid.
@@ -75,7 +78,9 @@ def _destinations(
 def _sample(
     part: Part, row: int, out: Path, selected: dict[str, Any], went: dict[int, list[dict[str, str]]]
 ) -> dict[str, Any]:
-    record = pq.read_table(part.path).slice(row, 1).to_pylist()[0]
+    table = pq.read_table(part.path).slice(row, 1)
+    record = table.to_pylist()[0]
+    table = table.append_column("row", pa.array([part.first + row]))
     judged = pq.read_table(out / "ledger" / part.path.name).slice(row, 1).to_pylist()[0]
     members = dict(
         zip(record["extensions"] or (), zip(record["offsets"] or (), record["sizes"] or (), strict=True), strict=True)
@@ -87,23 +92,56 @@ def _sample(
         "signals": {name: value for name, value in record.items() if name not in store.BASE.names},
         "verdict": judged["verdict"],
         "reason": judged["reason"],
-        "selectors": [] if record["error"] else _verdicts(selected, set(judged["failed"])),
+        "selectors": [] if record["error"] else _verdicts(selected, set(judged["failed"]), table),
         "went": went.get(part.first + row, []),
         "picture": picture,
         "no_picture": no_picture,
     }
 
 
-def _verdicts(selected: dict[str, Any], failed: set[str]) -> list[dict[str, Any]]:
-    """What each selector of the recipe said, in its order."""
-    thresholds = {stage["name"]: stage.get("thresholds", {}) for stage in selected["stages"]}
+def _verdicts(selected: dict[str, Any], failed: set[str], table: pa.Table) -> list[dict[str, Any]]:
+    """What each selector of the recipe said of the one row, in its order."""
+    said = {stage["name"]: stage for stage in selected["stages"]}
     verdicts: list[dict[str, Any]] = []
     out = False
     for name, settings in selected["config"]["selectors"].items():
         kind: Any = SELECTORS[settings["kind"]]
         asked = name in failed or not (out and kind.scope == "survivors")
-        verdicts.append({"name": name, "passes": name not in failed if asked else None, "thresholds": thresholds[name]})
+        passes = name not in failed if asked else None
+        inner = _joined(settings, said[name], table, passes)
+        verdicts.append({**_verdict(name, said[name], passes), "selectors": inner})
         out |= name in failed
+    return verdicts
+
+
+def _verdict(name: str, said: dict[str, Any], passes: bool | None) -> dict[str, Any]:
+    return {"name": name, "passes": passes, "thresholds": said.get("thresholds", {}), "selectors": []}
+
+
+def _joined(
+    settings: dict[str, Any], said: dict[str, Any], table: pa.Table, passes: bool | None
+) -> list[dict[str, Any]]:
+    """What each one inside says of the row, where together they say `passes` (None: that is not known)."""
+    if "selectors" not in settings:
+        return []
+    if_all = settings["kind"] == "all_of"  # what they say together only if each of them does
+    verdicts = []
+    for name, one in settings["selectors"].items():
+        told, kind = said[settings["kind"]][name], SELECTORS[one["kind"]]
+        verdict = _verdict(name, told, if_all if passes == if_all else None)
+        verdict["selectors"] = _joined(one, told, table, verdict["passes"])
+        if verdict["passes"] is None and verdict["selectors"]:
+            inner, all_inner = {v["passes"] for v in verdict["selectors"]}, one["kind"] == "all_of"
+            if (not all_inner) in inner or None not in inner:
+                verdict["passes"] = all_inner if inner == {all_inner} else not all_inner
+        elif verdict["passes"] is None and (hasattr(kind, "recorded") or not hasattr(kind, "decide")):
+            selector: Any = kind(**{key: value for key, value in one.items() if key != "kind"})
+            decision = selector.recorded(told) if hasattr(kind, "recorded") else None
+            verdict["passes"] = bool(selector.apply(table, decision)[0])
+        verdicts.append(verdict)
+    unknown = [verdict for verdict in verdicts if verdict["passes"] is None]
+    if passes == (not if_all) and len(unknown) == 1 and all(v["passes"] in (if_all, None) for v in verdicts):
+        unknown[0]["passes"] = passes  # it must have been this one
     return verdicts
 
 
@@ -140,11 +178,18 @@ def as_text(sample: dict[str, Any]) -> str:
         *(f"  {name:26} {_short(value)}" for name, value in sample["signals"].items()),
         f"verdict  {sample['verdict']}" + (f" by {sample['reason']}" if sample["reason"] else ""),
     ]
-    for selector in sample["selectors"]:
-        bounds = "; ".join(f"{column} at {', '.join(map(_short, v))}" for column, v in selector["thresholds"].items())
-        lines.append(f"  {selector['name']:26} {WORDS[selector['passes']]:9} {bounds}".rstrip())
+    lines += _told(sample["selectors"], "  ", WORDS)
     lines += [f"went     {place['shard']} as {place['key']}" for place in sample["went"]] or ["went     nowhere"]
     return "\n".join(lines)
+
+
+def _told(verdicts: list[dict[str, Any]], indent: str, words: Mapping[bool | None, str]) -> Iterator[str]:
+    """A line for each verdict, those of the selectors that it joins below it."""
+    for one in verdicts:
+        bounds = "; ".join(f"{column} at {', '.join(map(_short, v))}" for column, v in one["thresholds"].items())
+        own = "" if one["selectors"] else bounds
+        yield f"{indent + one['name']:28} {words[one['passes']]:9} {own}".rstrip()
+        yield from _told(one["selectors"], indent + "  ", {**words, None: "not recorded"})
 
 
 def _short(value: Any) -> str:

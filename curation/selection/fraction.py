@@ -3,6 +3,7 @@
 n is the whole pool, whatever other selectors drop, because DataComp intersects its filters.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 
 from curation.errors import UserError
 from curation.selection.interface import Program, numbers
-from curation.selection.ranking import Edge, highest, stays
+from curation.selection.ranking import Edge, as_said, highest, said_of, stays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,4 +42,9 @@ class Fraction:
         return stays(self._values(table), table, decision)
 
     def describe(self, decision: Edge | None) -> dict[str, Any]:
-        return {} if decision is None else {"thresholds": {self.column: [float(decision.value)]}}
+        if decision is None:
+            return {}
+        return {"thresholds": {self.column: [float(decision.value)]}, **said_of(decision)}
+
+    def recorded(self, said: Mapping[str, Any]) -> Edge | None:
+        return as_said(said.get("thresholds", {}).get(self.column, [None])[0], said)

@@ -6,6 +6,7 @@ is asked for, the sum that it ends at. All arithmetic is float64 and element by
 element, so the sums do not depend on how the pool is cut.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -15,7 +16,7 @@ import pyarrow as pa
 
 from curation.errors import UserError
 from curation.selection.interface import Fold, Program, numbers
-from curation.selection.ranking import highest, stays
+from curation.selection.ranking import as_said, highest, said_of, stays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,12 @@ class ScoreFusion:
         return {
             "ranges": dict(zip(self.weights, decision["ranges"].tolist(), strict=True)),
             "fused_minimum": self.minimum if edge is None else float(edge.value),
+            **said_of(edge),
         }
+
+    def recorded(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        ranges = np.array([said["ranges"][column] for column in self.weights], np.float64)
+        return {"ranges": ranges, "edge": None if self.fraction is None else as_said(said["fused_minimum"], said)}
 
 
 def _wider(a: np.ndarray, b: np.ndarray) -> np.ndarray:

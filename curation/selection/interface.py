@@ -97,7 +97,8 @@ Rows = np.ndarray | RowFiles
 
 class Selector(Protocol):
     """Optional: `decide() -> Program | Any`, `content() -> str`, `by_row: bool`, and, instead of `apply`, a decision
-    with "dropped"."""
+    with "dropped". `recorded(said) -> Any` makes the decision again from what `describe` said of it, where that is
+    all of it: so `inspect` tells what one of several (`curation.selection.joined`) says of a row."""
 
     scope: ClassVar[Literal["pool", "survivors"]]
 

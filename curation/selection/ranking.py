@@ -9,9 +9,9 @@ ties; its IndexError at fraction 1 is all here), and the exact one, where
 int(n * fraction) stay, ties by uid and then by place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +61,16 @@ def stays(values: np.ndarray, table: pa.Table, edge: Edge | None) -> np.ndarray:
         ties = ties[pc.or_(pc.less(tied["uid"], edge.uid), same).to_numpy()]
     keep[ties] = True
     return keep
+
+
+def said_of(edge: Edge | None) -> dict[str, Any]:
+    """What a manifest says of an edge beside its value: where its ties end, if they do."""
+    return {} if edge is None or edge.uid is None else {"last": [edge.uid, edge.row]}
+
+
+def as_said(value: float | None, said: Mapping[str, Any]) -> Edge | None:
+    """The edge of this value of which `said_of` said that."""
+    return None if value is None else Edge(value, *said.get("last", ()))
 
 
 def _at_rank(values: Values, rank: int, rows: int) -> Program:

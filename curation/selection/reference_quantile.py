@@ -5,7 +5,7 @@ measure --pool TRUSTED --out REFERENCE`). A score of another model on that side
 would mean nothing, so the signal's identity is compared.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -64,6 +64,9 @@ class ReferenceQuantile:
 
     def describe(self, decision: Any) -> dict[str, Any]:
         return {"thresholds": {self.column: [decision]}}
+
+    def recorded(self, said: Mapping[str, Any]) -> float:
+        return float(said["thresholds"][self.column][0])
 
 
 def reference_content(reference: str) -> str:

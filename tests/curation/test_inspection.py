@@ -1,9 +1,11 @@
 """`gemsmith inspect` against the ledger and the tars themselves, and the page where the pool has changed."""
 
+import json
 import os
 import re
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,3 +172,49 @@ def test_a_pool_that_changed_shows_the_right_picture_or_says_so(
     shutil.rmtree(pool)
     found, why = shown()
     assert found is None and why is not None and str(pool) in why and "\n" not in why
+
+
+def test_what_each_selector_inside_a_union_says_is_what_it_says_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
+    scores = [0.5, 0.25, 0.5, 0.5, 0.125, 0.75, 1.0, 0.5, 0.0, 0.375, 0.5, 0.25]
+    told = {str(n): json.dumps({"uid": f"{n:032x}", "score": score}).encode() for n, score in enumerate(scores)}
+    write_tar(tmp_path / "pool" / "0.tar", {key: sample(int(key), json=said) for key, said in told.items()})
+    (tmp_path / "keep.txt").write_text("".join(f"{n:032x}\n" for n in (4, 5, 8)))
+    inner = {
+        "listed": {"kind": "uids", "file": str(tmp_path / "keep.txt")},
+        "half": {"kind": "fraction", "column": "score", "fraction": 0.5, "mode": "exact"},  # which cuts the ties at 0.5
+        "fused": {"kind": "score_fusion", "weights": {"score": 1.0, "caption_chars": 0.25}, "fraction": 0.25},
+        "low": {"kind": "threshold", "column": "score", "max": 0.6},
+        "rules": {"kind": "caption_rules", "min_words": 3},
+    }
+    both = {name: inner[name] for name in ("half", "low", "rules")}
+    joined = {name: inner[name] for name in ("listed", "fused")}
+    union = {"kind": "any_of", "selectors": {**joined, "both": {"kind": "all_of", "selectors": both}}}
+    signals = {"text": {"kind": "text"}, "f": {"kind": "fields", "fields": {"score": "float32"}}}
+
+    def run(name: str, selectors: dict[str, object]) -> Path:
+        config = parse_config({"signals": signals, "selectors": selectors})
+        curate(config, pools=[str(tmp_path / "pool")], out=tmp_path / name, signals=tmp_path / "signals")
+        return tmp_path / name
+
+    alone = {name: {row["uid"]: not row["failed"] for row in ledger(run(name, {name: inner[name]}))} for name in inner}
+    out, recorded = run("out", {"union": union}), Counter[bool]()
+    (tmp_path / "keep.txt").unlink()
+    for uid in alone["low"]:
+        (found,) = inspect(str(uid), out)
+        (whole,) = found["selectors"]
+        listed, fused, all_of = whole["selectors"]
+        assert {one["name"]: one["passes"] for one in (fused, *all_of["selectors"])} == {
+            name: alone[name][uid] for name in ("fused", *both)
+        }
+        assert all_of["passes"] == all(alone[name][uid] for name in both)
+        recorded[listed["passes"] is not None] += 1
+        assert listed["passes"] in (alone["listed"][uid], None)
+        assert listed["passes"] is not None or fused["passes"] or all_of["passes"], "it follows from the others"
+        lines = as_text(found).partition("\nverdict  ")[2].splitlines()[1:8]
+        names = ["  union", "    listed", "    fused", "    both", *(f"      {name}" for name in both)]
+        assert [line[:28].rstrip() for line in lines] == names
+        assert ("not recorded" in lines[1]) == (listed["passes"] is None)
+    assert recorded[True] and recorded[False]
