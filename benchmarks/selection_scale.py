@@ -6,16 +6,16 @@
 
 The signals are made up, the selection is `phases.select` as `gemsmith curate`
 calls it, on Ray with a worker for each core. Memory is each process's highest
-resident size by the kernel's count, maps of files included. Brings its kind
-into benchmarks/results/selection_scale.json, each figure with its reach and
-whether it is in it, and prints it. Pools of less than four partitions are
+resident size by the kernel's count (VmHWM), maps of files included. Brings its
+kind into benchmarks/results/selection_scale.json, each figure with its reach and
+whether it is in it, and into the costs in docs/curation.md, and prints it. Pools of less than four partitions are
 selected from without workers, so smaller sizes show nothing.
 """
 
 import argparse
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import threading
@@ -30,6 +30,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks import cost, pages
+from benchmarks.case import LATEST
 from benchmarks.run import device
 from curation import phases
 from curation.config import CurateConfig
@@ -132,6 +134,8 @@ def main() -> int:
     write_json(
         a.out, {"schema_version": SCHEMA_VERSION, "kinds": {name: kinds[name] for name in KINDS if name in kinds}}
     )
+    if a.out == RESULTS:
+        pages.put(pages.DOCS / "curation.md", "benchmarks.cost", cost.table(cost.read(LATEST), cost.PAIRS))
     print(json.dumps(kinds[a.kind], indent=1))
     return 0
 
@@ -231,15 +235,28 @@ def select(folder: Path, selectors: dict[str, Any]) -> dict[str, Any]:
         wall = time.perf_counter() - began
         return {
             "wall_s": round(wall - workers.start_seconds, 2),
-            "driver_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "driver_mib": round(_highest(os.getpid()) / 2**20, 1),
             "worker_mib": round(watched.stop() / 2**20, 1),
             "kept": done["kept"],
             "dropped": done["dropped"],
         }
 
 
+def _highest(process: int) -> int:
+    """The most bytes that this process has had resident, 0 where it is gone.
+
+    Not `getrusage`, which counts what the process was before it became this program: a copy of the one that made the
+    signals.
+    """
+    try:
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
 class _Watch:
-    """The highest resident size that any worker has reached, bytes."""
+    """The highest resident size that any worker has reached, bytes: asked five times a second, since they may end."""
 
     def __init__(self) -> None:
         self._highest, self._end = 0, threading.Event()
@@ -256,7 +273,7 @@ class _Watch:
             for process in psutil.Process().children(recursive=True):
                 try:
                     if process.name().startswith("ray::"):
-                        self._highest = max(self._highest, process.memory_info().rss)
+                        self._highest = max(self._highest, _highest(process.pid))
                 except psutil.NoSuchProcess:
                     continue
 

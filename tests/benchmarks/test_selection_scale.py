@@ -43,3 +43,13 @@ def test_figures_by_hand(missed: str | None, large: dict[str, float]) -> None:
 def test_the_results_say_what_they_reach() -> None:
     for name, kind in json.loads(RESULTS.read_text())["kinds"].items():
         assert kind["figures"] == figures(kind["sizes"], KINDS[name].times)
+
+
+def test_memory_is_a_process_own_highest() -> None:
+    """A peak before the look is seen, and a process does not begin with the memory of the one that started it."""
+    code = "import os, sys; from benchmarks.selection_scale import _highest; begun = _highest(os.getpid())\n"
+    code += "held = b'x' * (300 << 20); del held; print(begun, _highest(os.getpid()), _highest(2**22 + 1))"
+    held = b"x" * (600 << 20)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    begun, highest, gone = map(int, done.stdout.split())
+    assert begun < len(held) and 280 << 20 < highest - begun < 320 << 20 and gone == 0
