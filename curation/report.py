@@ -8,18 +8,19 @@ anew, and the page's own policy forbids scripts and any address but data.
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import pyarrow.parquet as pq
 
 from curation import figures
 from curation.errors import UserError
 from curation.files import is_remote
 from curation.images import decode
-from curation.selection.engine import Part
+from curation.selection.engine import Part, read_columns
 from curation.sources import open_shard
 from curation.sources.folder import is_range
 from curation.summary import thresholds_of
@@ -46,14 +47,8 @@ def write_report(
         phases: what each phase reported, None where it did not run here.
         summary: by `curation.summary.summarise`.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["n"] = lambda value: f"{value:,}"
-    environment.filters["percent"] = _percent
-    environment.filters["value"] = lambda value: f"{value:.4g}" if isinstance(value, float) else f"{value}"
     stages = manifest["stages"]
-    html = environment.get_template("report.html.j2").render(
+    html = _template().render(
         manifest=manifest,
         out=out.resolve().name,
         errors=sum(manifest["errors"].values()),
@@ -74,6 +69,17 @@ def write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html)
     return path
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["n"] = lambda value: f"{value:,}"
+    environment.filters["percent"] = _percent
+    environment.filters["value"] = lambda value: f"{value:.4g}" if isinstance(value, float) else f"{value}"
+    return environment.get_template("report.html.j2")
 
 
 def language_by(manifest: Mapping[str, Any]) -> str:
@@ -133,22 +139,37 @@ def _samples(parts: Sequence[Part], manifest: Mapping[str, Any], summary: Mappin
     order = ["", *(stage["name"] for stage in manifest["stages"]), *manifest["errors"]]
     clip = [name for name, signal in manifest["config"]["signals"].items() if signal["kind"] == "clip"]
     scores = list(dict.fromkeys([*clip, *thresholds_of(manifest["stages"])]))
+    chosen = {place for places in summary["samples"].values() for place in map(tuple, places)}
+    values = _values(parts, chosen, scores)
     sound: set[str] = set()
     return [
         {
             "reason": reason,
             "error": reason in manifest["errors"],
             "count": counts.get(reason, 0),
-            "samples": [_show(parts[part].path, row, scores, sound) for part, row in summary["samples"][reason]],
+            "samples": [
+                _show(values[part, row], parts[part].path, scores, sound) for part, row in summary["samples"][reason]
+            ],
         }
         for reason in dict.fromkeys(order)
         if summary["samples"].get(reason)
     ]
 
 
-def _show(path: Path, row: int, scores: Sequence[str], sound: set[str]) -> dict[str, Any]:
+def _values(
+    parts: Sequence[Part], places: Iterable[tuple[int, int]], scores: Sequence[str]
+) -> dict[tuple[int, int], dict[str, Any]]:
+    """By place, what a sample's row says; each part is read once."""
     columns = ["uid", "caption", "shard", "key", "extensions", "offsets", "sizes", "error", *scores]
-    values = pq.read_table(path, columns=columns).slice(row, 1).to_pylist()[0]
+    found = {}
+    for part, group in groupby(sorted(places), key=lambda place: place[0]):
+        rows = [row for _, row in group]
+        told = read_columns(parts[part].path, columns).take(rows).to_pylist()
+        found.update({(part, row): one for row, one in zip(rows, told, strict=True)})
+    return found
+
+
+def _show(values: Mapping[str, Any], path: Path, scores: Sequence[str], sound: set[str]) -> dict[str, Any]:
     members = dict(
         zip(values["extensions"] or [], zip(values["offsets"] or [], values["sizes"] or [], strict=True), strict=True)
     )
