@@ -176,7 +176,7 @@ def _show(values: Mapping[str, Any], path: Path, scores: Sequence[str], sound: s
     image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
     thumbnail = None
     if image is not None and not values["error"]:
-        thumbnail = _thumbnail(values["shard"], path.name.rpartition("-")[0], *image, sound)
+        thumbnail = _thumbnail(values["shard"], path.name.rpartition("-")[0], sound, *image)
     return {
         "uid": values["uid"],
         "key": values["key"],
@@ -186,7 +186,7 @@ def _show(values: Mapping[str, Any], path: Path, scores: Sequence[str], sound: s
     }
 
 
-def _thumbnail(shard: str, fingerprint: str, offset: int, size: int, sound: set[str]) -> str | None:
+def _thumbnail(shard: str, fingerprint: str, sound: set[str], offset: int, size: int) -> str | None:
     """A small JPEG as a data URI; None where the pool is no longer there or not what it was.
 
     A shard is compared with its fingerprint once, and is `sound` from then on. One of thousands of remote files is

@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -192,10 +193,15 @@ def samples(data: Bytes, *, strays: bool = False) -> tuple[list[Sample], str | N
 
 def open_shard(path: str | Path) -> Bytes:
     """A read-only memory map of a local tar (empty bytes for an empty file)."""
-    with open(path, "rb") as f:
-        if os.fstat(f.fileno()).st_size == 0:
-            return b""
-        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    with open(path, "rb") as file:
+        return mapped(file)
+
+
+def mapped(file: IO[bytes]) -> Bytes:
+    """A local file's bytes, which may be used when it is closed."""
+    if os.fstat(file.fileno()).st_size == 0:
+        return b""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def headers(names: Sequence[str] | pa.Array, sizes: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ same. Members are `{uid}.json` and `{uid}.{k}.{format}`, pictures as they lay in
 pool. A marker for each finished unit makes a killed build resume with those in flight.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from curation.copying import Outputs
-from curation.documents.pictures import mark_of
-from curation.errors import UserError
+from curation.documents.pictures import InPool, Place
 from curation.plan import Input, Plan
 from curation.shards import marker
 from curation.tar import BLOCK, headers, padded
@@ -38,7 +36,7 @@ class Writing:
         return self.do
 
     def do(self, item: Input) -> dict[str, Any]:
-        outputs, pool = Outputs(self.folder / "shards", self.plan.sizes), _Pool()
+        outputs, pool = Outputs(self.folder / "shards", self.plan.sizes), InPool()
         done = written = 0
         try:
             for part in item.parts:
@@ -58,36 +56,17 @@ class Writing:
         return {"documents": done, "bytes": written}
 
 
-def _content(row: dict[str, Any], pool: "_Pool") -> bytes:
+def _content(row: dict[str, Any], pool: InPool) -> bytes:
     """A document as it lies in a tar: headers, bytes and padding of its members."""
     names = [f"{row['uid']}.{extension}" for extension in row["extensions"]]
     heads = headers(names, np.array(row["sizes"], np.int64)).tobytes()
     places = zip(row["paths"], row["fingerprints"], row["offsets"], row["inline"], row["sizes"][1:], strict=True)
     payloads = [row["json"]]
     for path, mark, offset, inline, size in places:
-        payloads.append(inline if inline is not None else pool.read(path, mark, offset, size))
+        if inline is None:
+            inline = pool.read(Place(path=path, fingerprint=mark, offset=offset, size=size))
+        payloads.append(inline)
     out = bytearray()
     for i, payload in enumerate(payloads):
         out += heads[i * BLOCK : (i + 1) * BLOCK] + payload + bytes(padded(len(payload)) - len(payload))
     return bytes(out)
-
-
-class _Pool:
-    """The file of the pool that was read last, checked once against what was measured."""
-
-    def __init__(self) -> None:
-        self._path: str | None = None
-        self._descriptor = -1
-
-    def read(self, path: str, mark: str, offset: int, size: int) -> bytes:
-        if path != self._path:
-            self.close()
-            if mark_of(Path(path)) != mark:
-                raise UserError(f"--pool: {path} has changed since it was measured; name another --out")
-            self._path, self._descriptor = path, os.open(path, os.O_RDONLY)
-        return os.pread(self._descriptor, size, offset)
-
-    def close(self) -> None:
-        if self._path is not None:
-            os.close(self._descriptor)
-            self._path = None

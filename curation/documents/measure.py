@@ -8,7 +8,6 @@ of documents is written last; its presence says that the unit is done.
 """
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 
 from curation.documents.assign import EncodingFailed, SentenceMeter
 from curation.documents.config import DocumentsConfig
-from curation.documents.pictures import Item, Limits
+from curation.documents.pictures import InPool, Item, Limits
 from curation.documents.source import Document, DocumentShard, read_documents
 from curation.errors import UserError
 from curation.hashing import config_hash
@@ -109,7 +108,7 @@ def _counts(documents: pa.Table) -> dict[str, Any]:
 
 class _Measure:
     def __init__(self, config: DocumentsConfig, store: Path) -> None:
-        self._store = store
+        self._store, self._pool = store, InPool()
         self._sentences = SentenceMeter(config.assign.clip) if config.assign else None
         self._fingerprints = FingerprintsMeter()
         self._limits = Limits(
@@ -123,7 +122,7 @@ class _Measure:
         documents: list[dict[str, Any]] = []
         items: list[dict[str, Any]] = []
         causes: dict[str, str] = {}  # by reason
-        for document in read_documents(shard, self._limits):
+        for document in read_documents(shard, self._pool, self._limits):
             rows, error, cause = self._rows(document)
             if error is not None and cause is not None:
                 causes.setdefault(error, f"{shard.path} {document.key}: {error}: assign.clip: {cause}")
@@ -139,6 +138,7 @@ class _Measure:
                     "items": len(rows),
                 }
             )
+        self._pool.close()
         path = documents_file(self._store, shard)
         write_part(items_file(path), pa.Table.from_pylist(items, schema=ITEMS))
         table = pa.Table.from_pylist(documents, schema=DOCUMENTS)
@@ -185,7 +185,8 @@ class _Measure:
 
     def _look(self, item: Item) -> dict[str, Any]:
         """Decode a picture: {"error"} where it cannot be, else format, size and hashes."""
-        raw = read_image(item)
+        assert item.place is not None or item.inline is not None, "a picture that is at hand"
+        raw = self._pool.read(item.place) if item.place is not None else item.inline or b""
         image, image_format, error = decode(raw)
         if image is None:
             return {"error": error}
@@ -202,18 +203,6 @@ class _Measure:
         width, height = image.size
         sha256 = hashlib.sha256(raw).digest()
         return {"format": image_format, "width": width, "height": height, "sha256": sha256, "phash": phash}
-
-
-def read_image(item: Item) -> bytes:
-    """The bytes of a picture that is at hand."""
-    if item.inline is not None:
-        return item.inline
-    assert item.place is not None
-    descriptor = os.open(item.place.path, os.O_RDONLY)
-    try:
-        return os.pread(descriptor, item.place.size, item.place.offset)
-    finally:
-        os.close(descriptor)
 
 
 def picture_key(sha256: bytes) -> np.uint64:

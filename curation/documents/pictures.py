@@ -1,5 +1,7 @@
 """The pictures of a document: where the bytes of each lie, or why they are not at hand.
 
+A pool may be here or behind a URL; of a remote one, the file that is read is here as
+long as no other is (`InPool`), so that a tar is fetched once for all of its pictures.
 Addresses in pages are hostile: one that leads out of the pool, by `..`, an absolute
 path or a link, is `unsafe_path`, and one that two different pictures of a tar's page
 share by its last part is `image_ambiguous` unless the page's json says which is which.
@@ -7,21 +9,79 @@ share by its last part is `image_ambiguous` unless the page's json says which is
 
 import base64
 import binascii
+import os
+import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from curation.files import look
+from curation import files
+from curation.errors import UserError, one_line
 from curation.sources import file_fingerprint
 from curation.tar import Sample
 
 
-def mark_of(path: Path) -> str:
-    """16 hex digits that change when this file of the pool does; "" where it is gone."""
-    file = look(str(path))
-    return file_fingerprint(file) if file else ""
+class InPool:
+    """The file of the pool that was read last, kept open."""
+
+    def __init__(self) -> None:
+        self._path: str | None = None
+        self._file: IO[bytes] | None = None
+
+    def file(self, path: str, mark: str | None = None) -> IO[bytes]:
+        """A local file, which is open until another is asked for. `mark`: the fingerprint that it had.
+
+        Raises:
+            UserError: it is not the one that was measured, or cannot be fetched.
+        """
+        if path != self._path or self._file is None:
+            self.close()
+            if mark is not None:
+                found = files.look(path)
+                if found is None or file_fingerprint(found) != mark:
+                    raise UserError(f"--pool: {path} has changed since it was measured; name another --out")
+            self._path, self._file = path, fetched(path)
+        return self._file
+
+    def read(self, place: "Place") -> bytes:
+        return os.pread(self.file(place.path, place.fingerprint).fileno(), place.size, place.offset)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._path = self._file = None
+
+
+def fetched(path: str) -> IO[bytes]:
+    """A tar or list of the pool as a local file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return files.fetched(path)
+    except OSError as reason:
+        raise UserError(f"--pool: {path} cannot be read ({one_line(reason)}); mend it or take it out") from None
+
+
+def inside(root: str, folder: str, name: str) -> str | None:
+    """The path or URL of a file of the pool `root` by its name as seen from a folder of it, from the pool's top if it
+    begins with a /; None where it leads out of the pool, by `..` or, on this machine, by a link.
+
+    Raises:
+        OSError, ValueError, RuntimeError: no file can be called so, or links lead in a circle. A URL may mean more
+            than a file's name: another file system (::), a query, dots and slashes that a server decodes.
+    """
+    top = root if name.startswith("/") else folder
+    if not files.is_remote(root):
+        path = (Path(top) / name.lstrip("/")).resolve()
+        return str(path) if path.is_relative_to(root) else None
+    found = posixpath.normpath(posixpath.join(top.removeprefix(root).lstrip("/"), name.lstrip("/")))
+    if not found.isprintable() or len(found.encode()) > NAME_BYTES or any(sign in found.lower() for sign in NO_NAMES):
+        raise OSError(f"{found[:100]!r} is no name")
+    return None if found.partition("/")[0] in ("..", ".") else f"{root}/{found}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +118,8 @@ class Limits:
     sentences: bool
 
 
+NAME_BYTES = 900  # of a file behind a URL, seen from its pool; object stores take some 1,000 in all
+NO_NAMES = ("::", "?", "#", "%2e", "%2f", "%5c")
 NO_PICTURES = ("html", "htm", "json")
 Locate = Callable[[Sequence[str], dict[str, Any]], list[Place | str]]
 """For addresses as the document has them, and its meta data, gives places or the reasons why there are none."""
@@ -92,7 +154,7 @@ def _inline(head: str, payload: str) -> bytes | None:
         return None
 
 
-def files(root: Path, folder: Path) -> Locate:
+def beside(root: str, folder: str) -> Locate:
     """Pictures that are files: a relative address from `folder` on, one with a leading / from `root` on."""
 
     def locate_one(written: str, listed: object) -> Place | str:
@@ -106,12 +168,15 @@ def files(root: Path, folder: Path) -> Locate:
             if not isinstance(mapped, str) and (parts.scheme or parts.netloc):
                 return "image_missing"
             name = mapped if isinstance(mapped, str) else unquote(parts.path)
-            path = (root / name.lstrip("/") if name.startswith("/") else folder / name).resolve()
-            if not path.is_relative_to(root):
+            path = inside(root, folder, name)
+            if path is None:
                 return "unsafe_path"
-            if not path.is_file():
+            file = files.look(path)
+            if file is None:
                 return "image_missing"
-            return Place(path=str(path), fingerprint=mark_of(path), offset=0, size=path.stat().st_size)
+            return Place(path=path, fingerprint=file_fingerprint(file), offset=0, size=file.size)
+        except UserError:  # of a network
+            raise
         except (OSError, ValueError, RuntimeError):  # names that no file can have, links in a circle
             return "image_missing"
 

@@ -1,13 +1,14 @@
 """The raw pool of documents: which units of work there are, and what the documents of one say, with their pictures.
 
-A pool is a folder with any of
+A pool is a folder, here or behind a URL of fsspec's, with any of
     *.tar     samples of {key}.html and pictures {key}.{name}; or {key}.json in MMC4's layout and pictures {key}.{name}
     *.jsonl   documents in MMC4's layout, one a line; pictures are files relative to it
     **/*.html pages as files; pictures are files in the pool, relative to the page or, with a leading /, to the pool
 A page may have {key}.json beside it: {"url", "uid", "images": {address as the page has it: name of member or file}}.
 Without an entry there, the picture of an address in a tar is the member called like the address's last part.
 
-Nothing is fetched: a picture that is not at hand is dropped as `image_missing`, which is img2dataset's work to mend.
+Hidden files and folders are no part of it. Nothing is fetched from the web: a picture that is not at hand is dropped as
+`image_missing`, which is img2dataset's work to mend.
 Nor does an address lead out of the pool, by `..` or by a link.
 """
 
@@ -19,14 +20,27 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from curation import files
 from curation.documents.html import PageError, Picture, read_page
-from curation.documents.pictures import Item, Limits, Locate, files, image_item, mark_of, string, tar_members
+from curation.documents.pictures import (
+    InPool,
+    Item,
+    Limits,
+    Locate,
+    beside,
+    fetched,
+    image_item,
+    inside,
+    string,
+    tar_members,
+)
 from curation.documents.sentences import split_sentences
 from curation.documents.words import plain_spaces
 from curation.errors import UserError
 from curation.hashing import config_hash
 from curation.pool import SAFE_UID
-from curation.tar import Bytes, Member, open_shard, samples
+from curation.sources import file_fingerprint
+from curation.tar import Bytes, Member, mapped, samples
 
 PAGE_SUFFIXES = (".html", ".htm")
 
@@ -66,16 +80,19 @@ def list_documents(pools: Sequence[str], unit_documents: int) -> list[DocumentSh
     """
     found: dict[tuple[str, tuple[str, ...]], str] = {}
     for pool in pools:
-        folder = Path(pool).resolve()
-        if not folder.is_dir():
+        folder = files.full_name(pool)
+        listing = files.listed(folder, deep=True)
+        if listing is None:
             raise UserError(f"--pool {pool}: no such folder; name a folder of pages, tars or jsonl files")
         before = len(found)
-        for path in [*folder.glob("*.tar"), *folder.glob("*.jsonl")]:
-            found[str(path), ()] = mark_of(path)
-        pages = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.[hH][tT][mM]*") if _is_page(p))
+        marks = {file.name.removeprefix(folder).lstrip("/"): file_fingerprint(file) for file in listing}
+        for name in marks:
+            if "/" not in name and name.endswith((".tar", ".jsonl")):
+                found[f"{folder}/{name}", ()] = marks[name]
+        pages = [name for name in marks if name.lower().endswith(PAGE_SUFFIXES)]
         for first in range(0, len(pages), unit_documents):
             unit = tuple(pages[first : first + unit_documents])
-            found[str(folder), unit] = config_hash([mark_of(folder / page) for page in unit])
+            found[folder, unit] = config_hash([marks[page] for page in unit])
         if len(found) == before:
             raise UserError(f"--pool {pool}: holds no .tar, .jsonl or .html; name a folder that does")
     return [
@@ -84,29 +101,28 @@ def list_documents(pools: Sequence[str], unit_documents: int) -> list[DocumentSh
     ]
 
 
-def _is_page(path: Path) -> bool:
-    return path.suffix.lower() in PAGE_SUFFIXES and path.is_file()
-
-
-def read_documents(shard: DocumentShard, limits: Limits) -> Iterator[Document]:
+def read_documents(shard: DocumentShard, pool: InPool, limits: Limits) -> Iterator[Document]:
     """All documents of a unit in a fixed order; what is wrong with one is its error."""
     if shard.pages:
-        yield from _pages(Path(shard.path), shard.pages, limits)
+        yield from _pages(shard.path, shard.pages, limits)
     elif shard.path.endswith(".jsonl"):
-        yield from _lines(Path(shard.path), limits)
+        yield from _lines(shard.path, limits)
     else:
-        yield from _members(shard, limits)
+        yield from _members(shard, mapped(pool.file(shard.path)), limits)
 
 
-def _pages(root: Path, pages: Sequence[str], limits: Limits) -> Iterator[Document]:
+def _pages(root: str, pages: Sequence[str], limits: Limits) -> Iterator[Document]:
     for page in pages:
-        path = root / page
-        key = str(Path(page).with_suffix(""))
+        key = page.rpartition(".")[0]
         try:
-            size = path.stat().st_size if path.resolve().is_relative_to(root) else None
-            raw = path.read_bytes() if size is not None and size <= limits.html_bytes else b""
-            beside = path.with_suffix(".json")
-            meta = beside.read_bytes() if beside.is_file() else b"{}"
+            path = inside(root, root, page)
+            file = files.look(path) if path is not None else None
+            if path is not None and file is None:
+                raise FileNotFoundError
+            size = file.size if file is not None else None
+            raw = files.read(f"{root}/{page}") if size is not None and size <= limits.html_bytes else b""
+            told = files.look(f"{root}/{key}.json")
+            meta = files.read(told.name) if told is not None else b"{}"
         except (OSError, RuntimeError):
             yield Document(key=key, uid=_uid({}, key.encode("utf-8", "replace")), error="page_unreadable")
             continue
@@ -114,19 +130,19 @@ def _pages(root: Path, pages: Sequence[str], limits: Limits) -> Iterator[Documen
             reason = "unsafe_path" if size is None else "html_large"
             yield Document(key=key, uid=_uid({}, key.encode("utf-8", "replace")), error=reason)
             continue
-        yield _page(key, raw, meta, files(root, path.parent), limits)
+        yield _page(key, raw, meta, beside(root, f"{root}/{page}".rpartition("/")[0]), limits)
 
 
-def _lines(path: Path, limits: Limits) -> Iterator[Document]:
-    locate = files(path.parent, path.parent)
-    with open(path, "rb") as lines:
+def _lines(path: str, limits: Limits) -> Iterator[Document]:
+    folder, _, name = path.rpartition("/")
+    locate = beside(folder, folder)
+    with fetched(path) as lines:
         for number, line in enumerate(lines):
             if line.strip():
-                yield _sentence_list(f"{path.stem}/{number:08d}", line, locate, limits)
+                yield _sentence_list(f"{name.removesuffix('.jsonl')}/{number:08d}", line, locate, limits)
 
 
-def _members(shard: DocumentShard, limits: Limits) -> Iterator[Document]:
-    data = open_shard(shard.path)
+def _members(shard: DocumentShard, data: Bytes, limits: Limits) -> Iterator[Document]:
     found, damage = samples(data)
     for sample in found:
         members, key = sample.members, sample.key

@@ -1,6 +1,5 @@
 """A tar as a tape: the file itself, mapped into memory where it is measured, read in place where it is copied."""
 
-import mmap
 import os
 from functools import cached_property
 from typing import Self
@@ -44,6 +43,4 @@ class TarSource:
 
     @cached_property
     def _bytes(self) -> tar.Bytes:
-        if os.fstat(self._file.fileno()).st_size == 0:
-            return b""
-        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        return tar.mapped(self._file)
