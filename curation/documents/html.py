@@ -15,6 +15,7 @@ and memory is that of the text.
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 from urllib.parse import urljoin
 
 from lxml import etree
@@ -36,6 +37,8 @@ BREAKS = {
     **dict.fromkeys(_HOLDERS.split(), NOTHING),
 }
 """The tags that hold what is kept, and how they separate it. `img` is handled apart; all other tags go."""
+HEAD = frozenset(["base", "basefont", "bgsound", "link", "meta", "noscript", "script", "style", "template", "title"])
+"""What a head may hold; any other tag ends it, as in HTML 5."""
 BOILERPLATE_NAMES = frozenset(["footer", "header", "navigation", "nav", "navbar", "menu"])
 BOILERPLATE_CLASSES = frozenset(["footer", "site-info", "more-link"])
 _ADDRESSES = """src data-src data-src-fg data-scroll-image srcset data-lateloadsrc data-img-src data-original
@@ -103,6 +106,7 @@ class _Reader:
         self._base = url or ""
         self._max_items = max_items
         self._skipping = 0
+        self._head: Literal["none", "open", "left"] = "none"  # open: it is what is skipped, and nothing else
         self._texts: list[str] = []
         self._separator = NOTHING
         self._in_date: list[bool] = []  # for each open tag that is kept and not unwrapped
@@ -110,7 +114,11 @@ class _Reader:
     def start(self, tag: str, attributes: dict[str, str]) -> None:
         if tag in ("base", "link"):
             self._learn_address(tag, attributes)
+        if self._head == "open" and self._skipping == 1 and tag not in HEAD:
+            # The parser, which knows HTML 4, has this inside of a head that it made up for a script before it.
+            self._skipping, self._head = 0, "left"
         if self._skipping or not self._kept(tag, attributes):
+            self._head = "open" if tag == "head" and not self._skipping else self._head
             self._skipping += 1
             self._separator = max(self._separator, SPACE)
         elif tag == "img":
@@ -121,8 +129,11 @@ class _Reader:
             self._in_date.append(tag == "div" and "date" in (attributes.get("class") or ""))
 
     def end(self, tag: str) -> None:
-        if self._skipping:
+        if tag == "head" and self._head == "left":
+            self._head = "none"
+        elif self._skipping:
             self._skipping -= 1
+            self._head = "none" if tag == "head" and not self._skipping else self._head
         elif tag != "img" and tag not in UNWRAPPED:
             self._separator = max(self._separator, BREAKS[tag])
             self._in_date.pop()

@@ -4,7 +4,7 @@ import time
 from html import escape
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from curation.documents.html import PageError, Picture, Text, read_page
@@ -114,6 +114,8 @@ BLOCK = st.one_of(
 
 
 @settings(deadline=None)
+@example([("gone", "x", "script"), ("text", "first", "section"), ("gone", "x", "nav"), ("text", "a b", "p")], False)
+@example([("gone", "x", "script"), ("gone", "x", "svg"), ("text", "first", "section")], False)
 @given(st.lists(BLOCK, max_size=30), st.booleans())
 def test_order_is_kept_and_nothing_is_lost(blocks: list[tuple[str, str, str]], nested: bool) -> None:
     markup, expected = "", []
