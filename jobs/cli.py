@@ -102,9 +102,7 @@ def curate(arguments: list[str]) -> int:
 def documents(arguments: list[str]) -> int:
     parser = _parser("documents")
     parser.add_argument("--config", type=Path, required=True, help="recipe, e.g. recipes/documents/obelics.yaml")
-    parser.add_argument(
-        "--pool", action="append", required=True, help="folder or URL of pages, tars or jsonl; repeatable"
-    )
+    parser.add_argument("--pool", action="append", required=True, help="folder or URL: pages, tars, jsonl; repeatable")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, help="Ray actors (default: one a CPU)")
     parser.add_argument("--ray.address", dest="ray_address", help="a running cluster (default: start Ray here)")
