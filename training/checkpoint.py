@@ -93,7 +93,8 @@ class Saver:
             part = file.with_suffix(".part")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                save_file(tensors, part, metadata={"table": json.dumps(table), "weights": _weights_hash(tensors)})
+                header = {"stretches": table, "weights": _weights_hash(tensors)}
+                save_file(tensors, part, metadata={"table": json.dumps(header)})  # of two keys the order is drawn
                 part.rename(file)
                 if world.rank == 0 and self.background:
                     self._close(folder, facts)
@@ -156,7 +157,7 @@ class Saver:
         hashes = []
         for file in files:
             with safe_open(file, "pt") as opened:
-                hashes.append(opened.metadata()["weights"])
+                hashes.append(json.loads(opened.metadata()["table"])["weights"])
         named = config_hash([hashes, facts["shapes"]])
         write_manifest(folder / "manifest.json", {"weights_hash": named, "files": sizes, **facts})
         for remains in set(folder.parent.glob("step_*")) - set(complete(self.run)):
@@ -304,7 +305,8 @@ class Reader:
         self._open: dict[Path, Any] = {}
         for name in self.manifest["files"]:
             file = folder / name
-            for part, stretches in json.loads(self._file(file).metadata()["table"]).items():
+            table = json.loads(self._file(file).metadata()["table"])
+            for part, stretches in table.get("stretches", table).items():  # older ones hold nothing else
                 at = 0
                 for parameter, offset, size, steps in stretches:
                     self.pieces.setdefault(parameter, []).append(Piece(file, part, at, offset, size, steps))

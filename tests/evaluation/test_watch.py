@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from curation.errors import UserError
 from evaluation import results
@@ -210,8 +211,8 @@ def test_the_best_checkpoint_is_named_and_outlives_the_others(tmp_path, pairs_fo
     step = max(values, key=values.__getitem__)
     assert (record["checkpoint"], record["value"]) == (f"step_{step:08d}", values[step])
     for folder in complete(run):
-        (folder / "rank_00000.safetensors").write_bytes(b"")
-    Saver(run, keep_last=1)._close(step_folder(run, 30), {})
+        save_file({}, folder / "rank_00000.safetensors", {"table": json.dumps({"stretches": {}, "weights": ""})})
+    Saver(run, keep_last=1)._close(step_folder(run, 30), {"world_size": 1, "shapes": {}})
     assert {p.name for p in complete(run)} == {f"step_{step:08d}", "step_00000030"}
 
 

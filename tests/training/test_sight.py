@@ -111,7 +111,7 @@ def test_slow_data_is_named_once_by_the_part_that_is_slow(tmp_path, capsys):
     said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: ")]
     assert (
         len(said) == 1
-        and "decoding is slow: raise loader.threads (now 1)" in said[0]
+        and "decoding, cropping and resizing are slow: raise loader.threads (now 1)" in said[0]
         and "of the loader's time is decode" in said[0]
     )
     run_of(tmp_path / "fast", 3 * JUDGED_STEPS, range(3 * JUDGED_STEPS), {}, timers)

@@ -21,6 +21,7 @@ from curation.hashing import hash64
 from tests.conftest import ROOT, gemsmith
 from tests.training.conftest import TINY, tiny_config, write_shards
 from training import checkpoint
+from training.config import LoaderConfig
 from training.data import ImageSpec, Loader, Shards
 from training.inference import load
 from training.train import check_free
@@ -268,11 +269,15 @@ def test_a_loss_that_explodes_is_left_out_and_ends_the_run(shards, tmp_path):
 
 
 @pytest.fixture
-def stopped(finished, tmp_path) -> Path:
-    """The run as a kill after step 20 leaves it."""
+def stopped(finished, shards, tmp_path) -> Path:
+    """The run as a kill after step 20 leaves it, with the pictures that it keeps decoded until its end."""
     run = tmp_path / "stopped"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("step_00000024", "export"))
     (run / "manifest.json").unlink()
+    spec = ImageSpec(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    alone = {"seed": 0, "rank": 0, "world_size": 1, "cache": run / "decoded"}
+    list(Loader(Shards(shards), LoaderConfig(batch=10, chunk=10), spec, lambda _: {}, **alone).batches(0, 10))
+    assert (run / "decoded.data.u8").stat().st_size == 100 * (32 * 32 * 3 + 4)
     return run
 
 
