@@ -32,11 +32,11 @@ from benchmarks import (
     loss_rows,
     matching_rows,
     pages,
-    rank_rows,
     selection_rows,
     step_cost_rows,
     step_peer_rows,
     training_rows,
+    waiting_rows,
 )
 from benchmarks.case import LATEST, Bench, Case, Measure
 from curation.errors import UserError, exit_code
@@ -55,7 +55,17 @@ GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
     ),
     "spread": (matching_rows.spreading, ("ray_nothing",)),
     "build": (building_rows.building, ("build_keep_1.0", "build_keep_0.2", "build_tarwriter")),
-    "step": (training_rows.steps, ("step_chunk_8_of_64", "step_chunk_32_of_256", "step_retained_256")),
+    "step": (
+        training_rows.steps,
+        (
+            "step_chunk_8_of_64",
+            "step_zero3_8_of_64",
+            "step_chunk_32_of_256",
+            "step_zero3_32_of_256",
+            "reduce_scatters",
+            "step_retained_256",
+        ),
+    ),
     "peer": (
         step_peer_rows.step_peers,
         (
@@ -66,8 +76,7 @@ GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
         ),
     ),
     "held": (step_cost_rows.step_memory, ("activation_memory",)),
-    "ranks": (rank_rows.steps_on_ranks, ("step_zero3", "reduce_scatters")),
-    "waited": (rank_rows.data_share, ("data_share",)),
+    "waited": (waiting_rows.data_share, ("data_share",)),
     "loss": (
         loss_rows.losses,
         ("loss_8192_time", "loss_8192_products", "loss_8192_memory", "loss_32768_memory", "loss_doubled_batch"),

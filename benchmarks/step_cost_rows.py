@@ -7,12 +7,13 @@ the smaller one's chunks over and over, so that it differs in their number alone
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks.case import Bench, Case
-from benchmarks.training_rows import Subject, subject_of
+from benchmarks.ranks import ROOT
 from curation.synth import synthesise
 
 Coupled = Callable[..., Any]
@@ -37,11 +38,60 @@ def step_memory(bench: Bench) -> Iterator[Case]:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The tiny MM-GEM of the recipe, in fp32, and one batch for it."""
+
+    model: Any
+    chunks: list[dict[str, Any]]
+    tokens: float  # to be predicted, over the whole batch
+    coupled: Coupled
+
+    def forward(self, chunk: Mapping[str, Any], separable: bool) -> Any:
+        from training.gradient_cache import Outputs
+
+        return Outputs(**self.model(chunk, separable=separable))
+
+    def step(self, coupled: Coupled) -> None:
+        """One gradient-cached step."""
+        from training.distributed import World
+        from training.gradient_cache import gradient_cached_step
+
+        self.model.zero_grad(set_to_none=False)
+        gradient_cached_step(
+            forward=self.forward,
+            backward=lambda loss: loss.backward(),
+            chunks=self.chunks,
+            counts={"generate": self.tokens},
+            weights={"generate": 1.0},
+            coupled=coupled,
+            world=World(),
+            retain=False,
+        )
+
+
+def subject_of(pool: Path, tokenizer: Path, chunk: int, batch: int) -> Subject:
+    from training.data import Loader, Shards
+    from training.families import build
+    from training.objectives import build as build_objective
+    from training.train import parse, tune_for_cpu
+
+    tune_for_cpu("fp32")
+    words = ["--config", str(ROOT / "recipes/train/tiny_mmgem.yaml"), "--data", str(pool), "--out", str(tokenizer)]
+    words += ["--precision", "fp32", "--samples", str(batch), f"--loader.batch={batch}", f"--loader.chunk={chunk}"]
+    config, *_ = parse([*words, "--loader.retain=0"])
+    shards = Shards(pool)
+    family = build(config, tokenizer, shards.every_caption)
+    loader = Loader(shards, config.loader, family.image, family.encode_text, seed=0, rank=0, world_size=1)
+    (chunks,) = loader.batches(0, 1)
+    tokens = float(sum(family.model.counts(c)["generate"] for c in chunks))
+    return Subject(model=family.model, chunks=chunks, tokens=tokens, coupled=build_objective(config.objective))
+
+
 def _held(subject: Subject) -> float:
     """MiB, at most, during one step."""
     inputs = [x for chunk in subject.chunks for x in chunk.values()]
-    step = lambda coupled: replace(subject, coupled=coupled).step(retain=False)  # noqa: E731
-    return saved_peak(step, subject.coupled, [*subject.model.parameters(), *inputs]) / 2**20
+    return saved_peak(subject.step, subject.coupled, [*subject.model.parameters(), *inputs]) / 2**20
 
 
 def saved_peak(step: Callable[[Coupled], Any], coupled: Coupled, ignored: Iterable[Any]) -> int:

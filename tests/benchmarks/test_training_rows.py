@@ -7,7 +7,7 @@ import pytest
 from benchmarks.case import Bench
 from benchmarks.run import GROUPS
 
-TRAINING = ("step", "peer", "held", "ranks", "waited", "loss", "load")
+TRAINING = ("step", "peer", "held", "waited", "loss", "load")
 CURATION = ("measure", "clip", "filter", "match", "cluster", "spread", "build")
 
 
