@@ -169,12 +169,17 @@ def _absolute(arguments: Sequence[str]) -> list[str]:
     for i, word in enumerate(arguments):
         option, equals, value = word.partition("=")
         if i and arguments[i - 1] in PATHS:
-            made.append(os.path.abspath(word))
+            made.append(_anywhere(word))
         elif equals and option in PATHS:
-            made.append(f"{option}={os.path.abspath(value)}")
+            made.append(f"{option}={_anywhere(value)}")
         else:
             made.append(word)
     return made
+
+
+def _anywhere(path: str) -> str:
+    """A URL names the same thing from every folder."""
+    return path if "://" in path else os.path.abspath(path)
 
 
 def _manifest(arguments: Sequence[str]) -> Path | None:

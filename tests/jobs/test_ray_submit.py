@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -167,3 +168,5 @@ def test_the_entrypoint_has_absolute_paths_and_quotes() -> None:
     assert made.startswith(f"cd {os.getcwd()} && exec {Path(sys.executable).with_name('gemsmith')} curate ")
     assert f"--config={os.getcwd()}/r.yaml --pool '{os.getcwd()}/a b' --selectors.x.out word" in made
     assert made.endswith(" --ray.address auto")
+    urls = ["--pool", "s3://bucket/pool", "--signals=gs://bucket/store"]
+    assert shlex.join(urls) in entrypoint(urls, shared=True)
