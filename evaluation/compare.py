@@ -1,7 +1,8 @@
 """`gemsmith compare A B`: two checkpoints on the same queries, with a paired test.
 
-Only rows with the same data and the same settings are compared (by hash, so a
-renamed folder is still the same data). Where the scores by query are at hand,
+Only rows with the same data, the same settings and the same queries are compared
+(by hash, so a renamed folder is still the same data; models that crop pictures
+otherwise see other regions of them). Where the scores by query are at hand,
 the difference has a bootstrap interval and a sign-flip p-value; both resample
 images, not captions, where an image has several.
 """
@@ -68,12 +69,16 @@ def compare(
     right = {_identity(row): row for row in rows_of(b, step_b)}
     shared = [key for key in left if key in right]
     if not shared:
-        raise UserError(f"{a} and {b}: share no metric on the same data with the same settings; evaluate both alike")
+        raise UserError(
+            f"{a} and {b}: share no metric on the same data with the same settings (and regions that both "
+            "models see); evaluate both alike"
+        )
     return [_compare_rows(a, left[key], b, right[key], flips) for key in shared]
 
 
 def _identity(row: Row) -> tuple[str, ...]:
-    return row["task"], row["hashes"]["data"], row["hashes"]["settings"], row["metric"]
+    hashes = row["hashes"]
+    return row["task"], hashes["data"], hashes["settings"], hashes.get("queries", ""), row["metric"]
 
 
 def _compare_rows(a: Path, left: Row, b: Path, right: Row, flips: int) -> Comparison:

@@ -272,7 +272,9 @@ def _record(shard: Bytes, sample: Sample) -> Any:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not in UTF-8 (byte {error.start}: {error.reason}); convert it") from None
     except FileNotFoundError:
         layout = "classification reads CLIP_benchmark's layout"
         raise UserError(f"--data {path.parent}: holds no {path.name}; {layout}") from None

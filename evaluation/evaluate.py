@@ -30,7 +30,11 @@ Sources = Path | Mapping[str, Path]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """`batch`: items encoded at a time (it changes numbers in the last digits, so it is part of every identity)."""
+    """`batch`: items encoded at a time (it changes numbers in the last digits, so it is part of every identity).
+
+    Raises:
+        UserError: a number below 1, of which there is none here that means anything.
+    """
 
     batch: int = encode.BATCH
     retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
@@ -38,6 +42,13 @@ class EvaluateConfig:
     captioning: CaptioningSettings = field(default_factory=CaptioningSettings)
     region_retrieval: RegionRetrievalSettings = field(default_factory=RegionRetrievalSettings)
     region_captioning: RegionCaptioningSettings = field(default_factory=RegionCaptioningSettings)
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            numbers = {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
+            for setting, number in numbers.items():
+                if isinstance(number, int) and number < 1:
+                    raise UserError(f"--{setting} {number}: is below 1; leave it out for the usual")
 
 
 def load_config(overrides: Sequence[str]) -> EvaluateConfig:
@@ -64,6 +75,21 @@ def load_checkpoint(checkpoint: Path, embed_tokens: int | None = None, trust_rem
     from training.inference import load
 
     return load(checkpoint, embed_tokens, trust_remote_code=trust_remote_code)
+
+
+def limit_threads(threads: int | None) -> None:
+    """Of torch; None leaves it at one a core.
+
+    Raises:
+        UserError: less than one.
+    """
+    if threads is None:
+        return
+    if threads < 1:
+        raise UserError(f"--threads {threads}: is below 1; leave it out for one a core")
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def open_sources(tasks: Sequence[str], data: Sources) -> dict[str, Any]:
@@ -145,7 +171,7 @@ def grade(
             "dataset": data.name,
             **dataclasses.asdict(measurement),
             "ci95": list(measurement.ci95),
-            "hashes": hashes,
+            "hashes": hashes | ({"queries": graded.queries} if graded.queries else {}),
             "details": details,
         }
         for measurement in graded.measurements

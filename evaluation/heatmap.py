@@ -40,8 +40,11 @@ def heat_map(checkpoint: Path, image: Path, text: str, out: Path) -> np.ndarray:
         raise UserError(f"--checkpoint {checkpoint}: has no map of patches in the texts' space; name one of mmgem")
     cosines = model.heat_map(picture, text)
     drawn = draw(picture, cosines, text, model.preprocess["resize_mode"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    drawn.save(out, "PNG")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        drawn.save(out, "PNG")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name a PNG that can") from None
     return cosines
 
 

@@ -49,7 +49,7 @@ class RegionModel(Model, Protocol):
 class Seen:
     """The first `limit` regions that the model sees something of.
 
-    weights float32 [R, N] over the patches · owner [R]: picture of each · phrases [R].
+    weights float32 [R, N] over the patches · owner [R]: picture of each · phrases [R] · identity: a hash of which.
 
     Raises:
         UserError: a model without a feature map, or no such region.
@@ -73,6 +73,7 @@ class Seen:
             raise UserError(f"--tasks {task}: the model sees none of the regions of {data.name}")
         self.weights, self.owner = np.stack(weights), data.owner[kept]
         self.phrases = [data.regions[number].phrase for number in kept]
+        self.identity = config_hash(kept)
 
     def batch(self, indices: Sequence[int]) -> "tuple[Tensor, Tensor]":
         """(maps [B, N, Dv], weights [B, N]) of these regions."""

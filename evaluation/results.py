@@ -1,9 +1,11 @@
 """The results file: one JSON line a number, appended whole, identified by content.
 
 All lines of a task go into one `write` on a file opened with O_APPEND, so
-several evaluations may share a file and a killed one leaves at most one torn
-last line, which the next append closes and readers pass over. A task that was
-already graded (the same weights, data, settings and library versions, whatever
+several evaluations may share a file. One that was killed, or whose disk was
+full, leaves a block that ends early, perhaps in the middle of a line, which the
+next append closes. The details of a result name all of its metrics, and readers
+pass over one that is not whole: the task is graded again. A task that was already
+graded (the same weights, data, settings and library versions, whatever
 the files are called) is found by its hash and not graded again.
 
 Scores by query and written captions lie beside the file in
@@ -24,6 +26,8 @@ from curation.errors import UserError
 from curation.manifest import SCHEMA_VERSION
 from evaluation.statistics import Interval
 
+METRICS = "metrics.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
@@ -43,22 +47,25 @@ class Graded:
     `per_query` holds an array [n] for every metric that is a mean (or median)
     over queries, and under `cluster/METRIC` the cluster of each query where
     queries are not independent. `records` are written out as JSON lines.
+    `queries` is a hash of them where the model has a say in which they are:
+    only equal ones can be compared.
     """
 
     measurements: list[Measurement]
     per_query: dict[str, np.ndarray] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
+    queries: str | None = None
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All rows of a results file in order; a torn line is passed over with a word.
+    """All rows of a results file, result by result, each once; torn lines and results are passed over with a word.
 
     Raises:
         UserError: there is no such file, or it was written by a newer version.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such results file; write one with `gemsmith evaluate --out {path}`")
-    rows = []
+    results: dict[str, dict[str, dict[str, Any]]] = {}  # by hash and metric
     for number, line in enumerate(path.read_text(errors="replace").split("\n"), start=1):
         if not line.strip():
             continue
@@ -67,10 +74,22 @@ def read(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             print(f"{path}:{number}: passed over a torn line", flush=True)
             continue
-        if (found := row["schema_version"]) > SCHEMA_VERSION:
-            raise UserError(f"{path}: schema_version {found} is newer than {SCHEMA_VERSION}; update gemsmith")
-        rows.append(row)
-    return rows
+        if (version := row["schema_version"]) > SCHEMA_VERSION:
+            raise UserError(f"{path}: schema_version {version} is newer than {SCHEMA_VERSION}; update gemsmith")
+        results.setdefault(row["hashes"]["result"], {})[row["metric"]] = row
+    found = []
+    for rows in results.values():
+        if missing := _metrics(path, next(iter(rows.values()))) - rows.keys():
+            print(f"{path}: passed over a result that was not written whole, without {min(missing)}", flush=True)
+        else:
+            found += rows.values()
+    return found
+
+
+def _metrics(path: Path, row: Mapping[str, Any]) -> set[str]:
+    """All of this row's result, as far as its details are at hand."""
+    file = path.parent / row["details"] / METRICS
+    return set(json.loads(file.read_text())) if file.exists() else set()
 
 
 def find(path: Path, result_hash: str) -> list[dict[str, Any]]:
@@ -104,6 +123,7 @@ def save_details(path: Path, result_hash: str, graded: Graded, left_out: list[di
     name = f"{path.stem}.details/{result_hash}"
     folder = path.parent / name
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / METRICS).write_text(json.dumps([measurement.metric for measurement in graded.measurements]))
     if graded.per_query:
         np.savez(folder / "per_query.npz", **graded.per_query)  # type: ignore[arg-type]
     for file, records in (("records.jsonl", graded.records), ("left_out.jsonl", left_out)):

@@ -140,6 +140,7 @@ def load(folder: Path, embed_tokens: int | None = None, *, trust_remote_code: bo
         UserError: no such folder, cut short, or not a checkpoint of ours; texts that it cannot read in one piece; a
             backbone with code of its own that is not trusted.
     """
+    folder = folder.resolve()  # its run is the folder around it, whatever it was called by
     run, words = folder.parent, folder
     exported = sorted(set(folder.glob("*.safetensors")) - set(folder.glob("rank_*")))  # those are a checkpoint's
     if not exported:

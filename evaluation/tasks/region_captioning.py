@@ -4,7 +4,7 @@ Regions of one picture are one cluster of CIDEr-D's interval, and of BLEU's: its
 n-gram counts are summed over a picture before pictures are resampled.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,4 +51,5 @@ def grade(
     references = [[phrase] for phrase in seen.phrases]
     uids = [data.uids[owner] for owner in seen.owner.tolist()]
     _, picture = np.unique(seen.owner, return_inverse=True)
-    return graded(captions, references, uids, samples=settings.bootstrap, picture=picture)
+    found = graded(captions, references, uids, samples=settings.bootstrap, picture=picture)
+    return replace(found, queries=seen.identity)

@@ -7,7 +7,7 @@ from the same counts. Ties are shared fairly, as in `evaluation.tasks.retrieval`
 whose figures these are; regions of one picture are one cluster of its intervals.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,8 @@ def grade(
     regions = encode_regions(seen, cache=cache, batch=batch)
     phrases = sorted(set(seen.phrases))
     texts = encode.encode_texts(model, phrases, cache=cache, batch=batch)
-    return grade_embeddings(regions, texts, [phrases.index(p) for p in seen.phrases], seen.owner, settings)
+    found = grade_embeddings(regions, texts, [phrases.index(p) for p in seen.phrases], seen.owner, settings)
+    return replace(found, queries=seen.identity)
 
 
 def grade_embeddings(

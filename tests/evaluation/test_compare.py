@@ -68,7 +68,7 @@ def test_other_settings_are_not_compared(graded):
 
 def test_nothing_in_common_is_refused(graded, tmp_path):
     a = graded("a", 0)
-    row = {**results.read(a)[0], "metric": "another"}
+    row = {**results.read(a)[0], "metric": "another", "details": ""}
     results.append(tmp_path / "c.jsonl", [row])
     with pytest.raises(UserError, match="share no metric"):
         compare(a=a, b=tmp_path / "c.jsonl")

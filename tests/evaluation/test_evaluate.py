@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from curation.errors import UserError
 from evaluation import results
-from evaluation.evaluate import EvaluateConfig, evaluate
+from evaluation.evaluate import EvaluateConfig, evaluate, load_config
 from evaluation.tasks import TASKS, retrieval
 from evaluation.tasks.captioning import CaptioningSettings
 from evaluation.tasks.retrieval import RetrievalSettings
@@ -108,12 +109,15 @@ def test_users_errors(grade_with, make_model, tmp_path, pairs_folder):
     with pytest.raises(UserError, match=r"retrieval\.captions"):
         config = EvaluateConfig(retrieval=RetrievalSettings(captions="some"))
         grade_with(make_model(), tasks=["retrieval"], config=config)
+    for words in (["--batch", "0"], ["--retrieval.limit", "0"], ["--captioning.bootstrap", "-3"]):
+        with pytest.raises(UserError, match=f"^{' '.join(words)}: is below 1"):
+            load_config(words)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_torn_line_is_passed_over_and_closed(tmp_path, capsys):
     path = tmp_path / "results.jsonl"
-    rows = [{"schema_version": 1, "hashes": {"result": "x"}, "value": value} for value in (1, 2)]
+    rows = [{"schema_version": 1, "hashes": {"result": "x"}, "metric": m, "details": ""} for m in ("a", "b")]
     results.append(path, rows[:1])
     with open(path, "a") as f:
         f.write('{"schema_version": 1, "val')
@@ -123,18 +127,32 @@ def test_a_torn_line_is_passed_over_and_closed(tmp_path, capsys):
     assert results.find(path, "x") == rows and results.find(path, "y") == []
 
 
+def test_a_block_that_ends_early_is_no_result_until_it_is_written_again(tmp_path, pairs_folder, model, capsys):
+    path = tmp_path / "results.jsonl"
+    run = partial(
+        evaluate, checkpoint=Path("m"), tasks=["retrieval"], data=pairs_folder, out=path, load=lambda _: model
+    )
+    rows = run()
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]) + lines[3][:40])
+    assert results.read(path) == [] and "not written whole" in capsys.readouterr().out
+    assert [row["metric"] for row in run()] == [row["metric"] for row in rows]
+    assert results.read(path) == rows, "each once"
+    assert run() == rows and "nothing to do" in capsys.readouterr().out
+
+
 def test_many_writers_tear_nothing(tmp_path):
     path = tmp_path / "results.jsonl"
 
     def write(number):
-        rows = [{"schema_version": 1, "writer": number, "line": line, "pad": "x" * 3000} for line in range(5)]
-        results.append(path, rows)
+        shared = {"schema_version": 1, "hashes": {"result": str(number)}, "pad": "x" * 3000, "details": ""}
+        results.append(path, [shared | {"metric": str(line)} for line in range(5)])
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(40)))
-    found = [(row["writer"], row["line"]) for row in results.read(path)]
+    found = results.read(path)
     assert len(found) == 200
-    assert all([line for _, line in found[i : i + 5]] == list(range(5)) for i in range(0, 200, 5))
+    assert all([row["metric"] for row in found[i : i + 5]] == list("01234") for i in range(0, 200, 5))
 
 
 def test_newer_schema_and_absent_file_are_refused(tmp_path):

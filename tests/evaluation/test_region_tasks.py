@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision.ops import roi_align
 
 from curation.errors import UserError
+from evaluation.compare import compare
 from evaluation.data import open_regions
 from evaluation.evaluate import evaluate, load_config
 from evaluation.heatmap import draw, heat_map
@@ -18,7 +19,7 @@ from evaluation.tasks.region_retrieval import RegionRetrievalSettings, grade_emb
 from tests.evaluation.conftest import SmallModel, image_bytes, write_tar
 from tests.training.stage2 import region_shards, stage1
 from training.inference import load
-from training.regions import region_weights
+from training.regions import Unseen, region_weights
 
 GRID = (4, 4)
 
@@ -148,6 +149,22 @@ def test_the_tasks_run_from_a_checkpoint_to_lines(folder, tmp_path):
     assert {name for name, _ in model.calls[calls:]} == {"maps"}, "embeddings come from the cache; captions do not"
 
 
+def test_models_that_see_other_regions_are_not_compared(folder, tmp_path):
+    class Cropping(RegionModel):
+        def region_weights(self, region, size):
+            if region.box[0] == 0:  # outside of what it sees
+                raise Unseen
+            return super().region_weights(region, size)
+
+    files = [tmp_path / f"{name}.jsonl" for name in ("whole", "alike", "cropped")]
+    for number, (out, kind) in enumerate(zip(files, (RegionModel, RegionModel, Cropping), strict=True)):
+        model = kind(number)
+        evaluate(checkpoint=tmp_path, tasks=["region_retrieval"], data=folder, out=out, load=lambda _, m=model: m)
+    assert compare(a=files[0], b=files[1])
+    with pytest.raises(UserError, match="regions that both models see"):
+        compare(a=files[0], b=files[2])
+
+
 def test_a_region_does_not_depend_on_its_neighbours(folder):
     model, data = RegionModel(), open_regions(folder)
     seen = Seen(model, data, "region_retrieval", None)
@@ -217,3 +234,7 @@ def test_a_checkpoint_of_stage_1_is_graded_and_drawn(tmp_path):
     ):
         with pytest.raises(UserError, match=why):
             heat_map(first, image, said, tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"--out .*: cannot be written"):
+        heat_map(first, tmp_path / "red.png", "a", tmp_path)
+    (tmp_path / "latest").symlink_to(first)
+    assert load(tmp_path / "latest").name == model.name
