@@ -9,6 +9,7 @@ for other pages to use too.
 import base64
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,18 +202,19 @@ def _metrics(path: Path) -> list[Row]:
 
 
 def _sections(graded: Mapping[Path, Sequence[Row]]) -> list[dict[str, Any]]:
-    """One section for each task and dataset (by content): curves over steps, and the table."""
-    groups: dict[tuple[str, str], list[tuple[Path, Row]]] = {}
+    """One section for each task, dataset (by content) and settings: curves over steps, and the table."""
+    groups: dict[tuple[str, str, str], list[tuple[Path, Row]]] = {}
     for path, rows in graded.items():
         for row in rows:
-            groups.setdefault((row["task"], row["hashes"]["data"]), []).append((path, row))
+            groups.setdefault((row["task"], row["hashes"]["data"], row["hashes"]["settings"]), []).append((path, row))
     sections = []
-    for (task, _), found in sorted(groups.items()):
+    for (task, *_), found in sorted(groups.items()):
         found.sort(key=lambda pair: (str(pair[0]), pair[1]["step"] is None, pair[1]["step"] or 0))
         columns, lines = results_table([row for _, row in found])
+        queries = max(row["n"] for _, row in found)
         sections.append(
             {
-                "title": f"{task.capitalize()} on {found[0][1]['dataset']}",
+                "title": f"{task.capitalize()} on {found[0][1]['dataset']}, {queries:,} queries",
                 "columns": columns,
                 "rows": lines,
                 "curves": _result_curves(found),
@@ -223,13 +225,16 @@ def _sections(graded: Mapping[Path, Sequence[Row]]) -> list[dict[str, Any]]:
 
 
 def _result_curves(found: Sequence[tuple[Path, Row]]) -> list[tuple[str, str]]:
-    """A curve for each metric with more than one step, one line a results file, with its interval."""
+    """A curve for each metric with more than one step, one line a run in a results file, with its interval."""
+    keys = dict.fromkeys(_line_of(path, row) for path, row in found)
+    runs = Counter(run.name for _, run in keys)
+    labels = {(path, run): run.name if runs[run.name] == 1 else f"{run} in {path}" for path, run in keys}
     curves = []
     for metric in dict.fromkeys(row["metric"] for _, row in found):
         lines: dict[str, list[Row]] = {}
         for path, row in found:
             if row["metric"] == metric and row["step"] is not None:
-                lines.setdefault(str(path.parent.name), []).append(row)
+                lines.setdefault(labels[_line_of(path, row)], []).append(row)
         lines = {label: rows for label, rows in lines.items() if len({row["step"] for row in rows}) > 1}
         if not lines:
             continue
@@ -244,6 +249,12 @@ def _result_curves(found: Sequence[tuple[Path, Row]]) -> list[tuple[str, str]]:
         )
         curves.append((uri, ""))
     return curves
+
+
+def _line_of(path: Path, row: Row) -> tuple[Path, Path]:
+    """The results file, and the run that a row's checkpoint is of: RUN/checkpoints/step_* or RUN/export."""
+    folder = Path(row["checkpoint"]).parent
+    return path, folder.parent if folder.name == "checkpoints" else folder
 
 
 def _caption_table(path: Path, row: Row) -> dict[str, Any] | None:

@@ -13,7 +13,8 @@ from evaluation import report as pages
 from evaluation import results
 from evaluation.data import open_retrieval
 from evaluation.encode import encode_images, encode_texts
-from evaluation.evaluate import evaluate
+from evaluation.evaluate import EvaluateConfig, evaluate
+from evaluation.tasks.retrieval import RetrievalSettings
 
 
 class Page(HTMLParser):
@@ -64,6 +65,27 @@ def test_one_static_escaped_page(run):
     assert len(seen.sources) == 15 + 2, "a curve for each metric with two steps, and two of the training"
     first = page.read_bytes()
     assert pages.report(run).read_bytes() == first
+
+
+def test_runs_and_settings_have_lines_and_sections_of_their_own(tmp_path, pairs_folder, make_model, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pages, "curve", lambda lines, **_: drawn.append(lines) or "data:image/png;base64,")
+    for run, limit in (("raw", None), ("clean", None), ("raw", 9)):
+        for step in (10, 20):
+            model = make_model(step + len(run), step=step)
+            evaluate(
+                checkpoint=Path(f"{run}/checkpoints/step_{step}"),
+                tasks=["retrieval"],
+                data=pairs_folder,
+                out=tmp_path / "results.jsonl",
+                config=EvaluateConfig(retrieval=RetrievalSettings(limit=limit)),
+                load=lambda _, model=model: model,
+            )
+    text = Page(pages.report(tmp_path).read_text()).text
+    counts = {row["n"] for row in results.read(tmp_path / "results.jsonl") if row["metric"] == "text_to_image_mrr"}
+    assert len(counts) == 2 and all(f"Retrieval on scenes, {n} queries" in text for n in counts)
+    assert {tuple(lines) for lines in drawn} == {("raw", "clean"), ("raw",)}
+    assert all(steps == [10, 20] for lines in drawn for steps, _ in lines.values())
 
 
 def test_training_alone_and_nothing(tmp_path, run):
