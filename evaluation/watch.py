@@ -23,7 +23,8 @@ from typing import Any
 
 from curation.errors import UserError
 from curation.manifest import read_manifest, write_manifest
-from evaluation.evaluate import EvaluateConfig, Load, Sources, grade, load_checkpoint, open_sources
+from evaluation.compare import LOWER_IS_BETTER
+from evaluation.evaluate import EvaluateConfig, Load, Sources, grade, limit_threads, load_checkpoint, open_sources
 
 
 @contextmanager
@@ -75,22 +76,25 @@ def watch(
     sources = open_sources(tasks, data)
     if best is not None and best.partition(".")[0] not in tasks:
         raise UserError(f"--best {best}: begins with no task of this watch; take TASK.METRIC, with one of {tasks}")
+    if best is not None and best.endswith(LOWER_IS_BETTER):
+        raise UserError(f"--best {best}: less of it is better; take a metric of which more is, such as a recall")
     config = config or EvaluateConfig()
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
     seen: set[Path] = set()
-    graded, last_news = 0, time.monotonic()
+    met, graded, last_news = 0, 0, time.monotonic()
     with _stop_on_sigterm() as stop:
         from training.checkpoint import complete  # loads torch, for seconds in which SIGTERM counts already
 
+        limit_threads(threads)
+
         while not stop.is_set():
             finished = (run / "manifest.json").exists()  # before listing: a checkpoint may land in between
-            for checkpoint in complete(run):
+            there = complete(run)
+            seen &= set(there)  # a run that is begun anew has other checkpoints of the same names
+            for checkpoint in there:
                 if checkpoint in seen or stop.is_set():
                     continue
                 seen.add(checkpoint)
+                met += 1
                 try:
                     rows = _grade_all(checkpoint, sources, out, cache, config, load, stop)
                 except Exception as error:
@@ -108,7 +112,7 @@ def watch(
                         note_best(run, checkpoint, best, rows)
                 last_news = time.monotonic()
             if finished and not stop.is_set():
-                print(f"{run}: finished, {graded} of {len(seen)} checkpoints graded into {out}", flush=True)
+                print(f"{run}: finished, {graded} of {met} checkpoints graded into {out}", flush=True)
                 return graded
             if idle_seconds is not None and time.monotonic() - last_news > idle_seconds:
                 print(f"{run}: no checkpoint for {idle_seconds:g} s and no manifest.json, gave up waiting", flush=True)

@@ -235,9 +235,9 @@ def evaluate(arguments: list[str]) -> int:
     _grading(parser)
     a, overrides = parser.parse_known_args(arguments)
     from evaluation.evaluate import evaluate as run
-    from evaluation.evaluate import load_checkpoint, load_config
+    from evaluation.evaluate import limit_threads, load_checkpoint, load_config
 
-    _set_threads(a.threads)
+    limit_threads(a.threads)
     tasks = a.tasks.split(",")
     run(
         load=lambda folder: load_checkpoint(folder, a.embed_tokens, a.trust_remote_code),
@@ -293,13 +293,6 @@ def watch(arguments: list[str]) -> int:
     return 0
 
 
-def _set_threads(threads: int | None) -> None:
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
 @command("search", "the pictures of a folder that answer a text or a picture, on one page")
 def search(arguments: list[str]) -> int:
     parser = _parser("search")
@@ -314,11 +307,11 @@ def search(arguments: list[str]) -> int:
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--trust-remote-code", **TRUST)
     a = parser.parse_intermixed_args(arguments)
-    from evaluation.evaluate import load_checkpoint
+    from evaluation.evaluate import limit_threads, load_checkpoint
     from evaluation.search import as_text
     from evaluation.search import search as run
 
-    _set_threads(a.threads)
+    limit_threads(a.threads)
     load = partial(load_checkpoint, trust_remote_code=a.trust_remote_code)
     found, page = run(
         checkpoint=a.checkpoint, data=a.data, texts=a.text, images=a.image, top=a.top, out=a.out, load=load

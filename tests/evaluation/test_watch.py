@@ -223,3 +223,28 @@ def test_a_metric_that_no_task_gives_is_named(tmp_path, pairs_folder, loader):
         watch(**arguments, best="retrieval.accuracy")
     with pytest.raises(UserError, match="begins with no task"):
         watch(**arguments, best="accuracy")
+    with pytest.raises(UserError, match="median_rank: less of it is better"):
+        watch(**arguments, best="retrieval.image_to_text_median_rank")
+    with pytest.raises(UserError, match="--threads 0: is below 1"):
+        watch(**arguments, threads=0)
+
+
+def test_a_run_that_is_begun_anew_is_graded_anew(tmp_path, pairs_folder, loader):
+    arguments = options(tmp_path, pairs_folder, loader)
+    run = arguments["run"]
+    found = threading.Thread(target=lambda: watch(**arguments, idle_seconds=60))
+    land(run, 10)
+    found.start()
+    try:
+        for _ in range(2):
+            before = len(loader.loaded)
+            while len(loader.loaded) == before:
+                time.sleep(0.01)
+            shutil.rmtree(run / "checkpoints")
+            time.sleep(0.3)
+            if not before:
+                land(run, 10)
+    finally:
+        (run / "manifest.json").write_text("{}")
+        found.join()
+    assert loader.loaded == ["step_00000010"] * 2
