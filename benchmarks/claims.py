@@ -19,7 +19,7 @@ from benchmarks.run import device
 from curation.errors import UserError
 from curation.manifest import read_manifest, write_json
 from jobs.reproduce.claims import CLAIMS
-from jobs.reproduce.page import in_words, overall, rehearsal
+from jobs.reproduce.page import earlier, in_words, overall, rehearsal
 
 RESULTS = Path(__file__).parent / "results" / "claims.json"
 COLUMNS = ("claim", "verdict", "minutes", "hypothesis", "difference", "95 % interval", "bound", "")
@@ -29,7 +29,7 @@ def collect(out: Path, results: Path) -> dict[str, Any]:
     """Bring the claims of OUT into `results`; all that it then holds, by name.
 
     Raises:
-        UserError: OUT has no claim, or a rehearsal.
+        UserError: OUT has no claim, a rehearsal, or a claim that was registered anew since.
     """
     found = {name: summary for name in CLAIMS if (summary := read_manifest(out / f"{name}.json")) is not None}
     if not found:
@@ -37,6 +37,8 @@ def collect(out: Path, results: Path) -> dict[str, Any]:
     for name, summary in found.items():
         if how := rehearsal(summary):
             raise UserError(f"{out}/{name}.json: is a rehearsal, {how}; run it as it is registered")
+        if sizes := earlier(summary):
+            raise UserError(f"{out}/{name}.json: was run at sizes registered before ({sizes}); run it as it is now")
     kept = json.loads(results.read_text()) if results.exists() else {}
     kept |= {name: {**summary, "device": device()} for name, summary in found.items()}
     kept = {name: kept[name] for name in CLAIMS if name in kept}

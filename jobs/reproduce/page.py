@@ -59,6 +59,7 @@ def _section(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         "tag": TAGS[overall(summary)],
         "verdict": overall(summary),
         "rehearsal": rehearsal(summary),
+        "earlier": earlier(summary),
         "columns": columns,
         "rows": rows,
         "tests": [in_words(test) for test in summary["tests"]],
@@ -79,6 +80,13 @@ def rehearsal(summary: Mapping[str, Any]) -> str:
     seeds = f"with {summary['seeds']} seeds in place of {SEEDS}" if summary["seeds"] != SEEDS else ""
     scale = f"at {summary['scale']:.2g} of the registered sizes" if summary["scale"] != 1 else ""
     return ", ".join(filter(None, (seeds, scale)))
+
+
+def earlier(summary: Mapping[str, Any]) -> str:
+    """The sizes that were registered when it was run, where others are now; empty where they are the same, or where
+    the file is from before sizes were kept in it."""
+    now = CLAIMS[summary["claim"]].sizes
+    return ", ".join(f"{n:,} {what}" for what, n in summary.get("sizes", {}).items() if now.get(what) != n)
 
 
 def _time(summary: Mapping[str, Any]) -> str:
@@ -134,6 +142,8 @@ def as_text(summary: Mapping[str, Any]) -> str:
     lines = [f"{summary['claim']}: {overall(summary)} ({summary['seeds']} seeds, {_time(summary)})"]
     if how := rehearsal(summary):
         lines[0] += f"; a rehearsal {how}"
+    if sizes := earlier(summary):
+        lines[0] += f"; at sizes that were registered before: {sizes}"
     for test in map(in_words, summary["tests"]):
         interval = f"{test['difference']} {test['interval']}, bound {test['bound']}"
         lines.append(f"  {test['verdict']:12} {test['asks']}: {interval}, {test['signs']} of {summary['seeds']} seeds")

@@ -64,6 +64,8 @@ def reproduce(
         raise UserError(f"--seeds {seeds}: a paired interval needs 2 at least; the claims are registered with {SEEDS}")
     if not 0 < scale <= 1:
         raise UserError(f"--scale {scale}: is not above 0 and at most 1")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: is below 1; leave it out for one a core")
     workers = workers or len(os.sched_getaffinity(0))
     from jobs.reproduce.page import as_text, write_page
 
@@ -205,6 +207,7 @@ def summarise(
         "interval": [test.interval for test in tests],
         "margin": [test.hypothesis.margin for test in tests],
         "holds": all(test.verdict == "holds" for test in tests),
+        "sizes": dict(claim.sizes),
         "seeds": seeds,
         "scale": scale,
         "wall_s": wall_s,
