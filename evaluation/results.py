@@ -77,7 +77,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         if (version := row["schema_version"]) > SCHEMA_VERSION:
             raise UserError(f"{path}: schema_version {version} is newer than {SCHEMA_VERSION}; update gemsmith")
         results.setdefault(row["hashes"]["result"], {})[row["metric"]] = row
-    found = []
+    found: list[dict[str, Any]] = []
     for rows in results.values():
         if missing := _metrics(path, next(iter(rows.values()))) - rows.keys():
             print(f"{path}: passed over a result that was not written whole, without {min(missing)}", flush=True)
