@@ -47,6 +47,6 @@ def test_a_rehearsal_is_no_figure(tmp_path: Path, settings: dict[str, Any]) -> N
     with pytest.raises(UserError, match="no figures of any claim"):
         claims.collect(tmp_path, tmp_path / "claims.json")
     write_manifest(tmp_path / "out/joint.json", _summary("joint", 0.1) | {"sizes": {"samples": 12_288}})
-    with pytest.raises(UserError, match="registered before .12,288 samples.; run it as it is now"):
+    with pytest.raises(UserError, match=r"registered before .12,288 samples.; run it as it is now"):
         claims.collect(tmp_path / "out", tmp_path / "claims.json")
     assert not (tmp_path / "claims.json").exists()
