@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import IO, Any, Self
+from typing import IO, Any, ClassVar, Self
 
 from curation import files
 from curation.errors import UserError
@@ -128,6 +128,8 @@ def _folder_of(base: str) -> str:
 
 class FolderSource:
     """Reads a file where a range of it is asked for; after `fetch`, all of a remote shard is here."""
+
+    headers: ClassVar[bool] = False
 
     def __init__(self, name: str) -> None:
         self._name = name

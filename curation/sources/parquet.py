@@ -9,7 +9,7 @@ reader holds one row group at a time.
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,8 @@ def read_schema(name: str) -> pa.Schema:
 
 
 class ParquetSource:
+    headers: ClassVar[bool] = False
+
     def __init__(self, name: str, *, whole: bool) -> None:
         self._file = files.fetched(name) if whole else files.opened(name)
         self._group: tuple[int, list[Piece]] = (-1, [])
