@@ -42,6 +42,13 @@ def is_range(name: str) -> bool:
     return _RANGE.fullmatch(name) is not None
 
 
+def entries_in(name: str) -> int:
+    """How many entries a shard has; none where its list cannot be read."""
+    found = _RANGE.fullmatch(name)
+    assert found is not None, name
+    return int(found[3]) - int(found[2])
+
+
 def folder_shards(base: str) -> list[tuple[str, str, int]]:
     """(name, fingerprint, bytes) of the shards of a list or a folder of files, in order.
 

@@ -35,10 +35,10 @@ def caption_column(schema: pa.Schema) -> str | None:
     return first_of(CAPTION_COLUMNS, (field.name for field in schema if _is_text(field.type)))
 
 
-def read_schema(name: str) -> pa.Schema:
-    """Raises OSError or pa.ArrowException where this is no parquet file."""
-    with files.opened(name) as f:
-        return pq.read_schema(f)
+def read_footer(name: str) -> tuple[pa.Schema, int]:
+    """The schema, and how many rows there are; raises OSError or pa.ArrowException where this is no parquet file."""
+    with files.opened(name) as f, pq.ParquetFile(f) as parquet:
+        return parquet.schema_arrow, parquet.metadata.num_rows
 
 
 class ParquetSource:
