@@ -31,9 +31,9 @@ def lay_out(
 ) -> Iterator[memoryview]:
     """Samples as they lie in a tar, one after another: headers, bytes and padding of their members.
 
-    Members that are a header apart on the tape are read by one call, old header and all. Our headers go over those,
-    and zeros over what pads a member's last block. Writing from a memory map of the shard would need no buffer, but
-    costs a page fault every few kilobytes.
+    Members that are a header apart on a tape that has headers are read by one call, old header and all. Our headers go
+    over those, and zeros over what pads a member's last block. Writing from a memory map of the shard would need no
+    buffer, but costs a page fault every few kilobytes.
 
     Args:
         heads: of each member, uint8 [M, 512].
@@ -50,13 +50,9 @@ def lay_out(
     first = last - taken  # its header
     members = np.concatenate([[0], np.cumsum(lengths)])  # those of sample i are members[i] : members[i + 1]
     bounds = np.concatenate([[0], last + 1])[members]  # where sample i begins
-    follows = (starts[1:] == starts[:-1] + (1 + taken[:-1]) * BLOCK) & (starts[:-1] >= 0)
-    apart = np.append(True, ~follows)  # what is not a header behind the member before it
-    # On a tape without headers, samples may lie a header apart by chance: only two members of one sample show them.
-    firsts = members[:-1]
-    shown = ~apart
-    shown[firsts] = False
-    apart[firsts[1:]] |= ~shown[firsts[1:] - 1]
+    apart = np.ones(len(starts), bool)  # what is not a header behind the member before it
+    if tape.headers:  # else what lies between two members that are so far apart is something else's bytes
+        apart[1:] = (starts[1:] != starts[:-1] + (1 + taken[:-1]) * BLOCK) | (starts[:-1] < 0)
     in_use = IN_USE[(sizes - 1) % BLOCK + 1]  # of the block where a member ends
     heads = heads.view(np.uint64)
 

@@ -20,6 +20,7 @@ from curation import store
 from curation.columns import Gathering
 from curation.images import decode
 from curation.pool import UNREADABLE, Row, Shard, damaged_uid, read_row, unreadable_row
+from curation.selection.engine import read_columns
 from curation.sidecar import Sidecar
 from curation.signals.interface import Decoded, Meter, Signal
 from curation.sources import Source, whole_shard
@@ -102,7 +103,7 @@ class _Measurer:
         return {"rows": len(opened.samples) + (opened.damage is not None)}
 
     def whole(self, shard: Shard) -> dict[str, Any]:
-        """Scan, measure the missing units, and let go of the shard: what `measure` says, of all of them."""
+        """Scan, measure the missing units, and let go of the shard: "shard", and what `measure` says of them all."""
         self.scan(shard)
         opened = self._open(shard)
         units = store.units_of(shard, len(opened.samples), opened.damage, self._set.unit_samples)
@@ -112,7 +113,8 @@ class _Measurer:
         for result in done:
             errors.update(result["errors"])
         causes = [line for result in done for line in result["causes"]]
-        return {"rows": sum(result["rows"] for result in done), "errors": dict(errors), "causes": causes}
+        rows = sum(result["rows"] for result in done)
+        return {"shard": shard.path, "rows": rows, "errors": dict(errors), "causes": causes}
 
     def measure(self, unit: Unit) -> dict[str, Any]:
         """Measure a unit and write its part: {"rows": n, "errors": {reason: n}, "causes": a line for each reason of
@@ -221,6 +223,4 @@ def count_errors(table: pa.Table) -> dict[str, int]:
 
 def part_errors(path: Path) -> dict[str, int]:
     """The errors of a part that was measured before."""
-    import pyarrow.parquet as pq
-
-    return count_errors(pq.read_table(path, columns=["error"]))
+    return count_errors(read_columns(path, ["error"]))

@@ -12,13 +12,14 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from curation import shards as building
 from curation import store
+from curation.budget import Expected, check_budget
 from curation.config import CurateConfig
 from curation.croissant import Tar, digest, recorded
 from curation.errors import UserError
@@ -38,7 +39,6 @@ from curation.store import SignalSet, Unit
 from curation.summary import summarise
 from curation.workers import Workers, progress, say
 
-FREE_ERRORS = 100  # so many broken samples stop no run, however small the pool, unless none are allowed
 BUNDLE = 64  # items that go to a worker together, where there are many: a call costs a millisecond
 RAY_PARTITIONS = 4  # from so many on, selection is spread over Ray; below, starting it costs more than it gives
 
@@ -93,39 +93,39 @@ def measure(run: Run) -> dict[str, Any]:
     _index_metadata(run, here)
     for _ in progress(run.workers.map(setup, here), label="scan", total=len(here), unit="shards", amount=_one):
         pass
-    unseen = {shard.path for shard in unscanned if shard.whole}
-    known = known_units(run, [shard for shard in mine if shard.path not in unseen])
+    unseen = {shard.path: shard for shard in unscanned if shard.whole}
+    seen = [shard for shard in mine if shard.path not in unseen]
+    known = known_units(run, seen)
     assert known is not None
     signal_set = signal_set_of(run, None if unseen else known)
     store.describe_set(signal_set)
-    before = {unit.part for unit in known} - {unit.part for unit in signal_set.missing(known)}
-    errors: Counter[str] = Counter()
-    wanted = unseen | {unit.shard.path for unit in signal_set.missing(known)}
+    missing = signal_set.missing(known)
+    errors = _errors_there(run, signal_set, known, missing)
+    expected = Expected(sum(unit.rows for unit in known), seen, list(unseen.values()))
+    _judge(run, errors, expected.samples)
+    wanted = unseen.keys() | {unit.shard.path for unit in missing}
     whole = [Whole(shard=shard) for shard in mine if shard.whole and shard.path in wanted]
     setup = Measuring(signals=run.config.signals, signal_set=signal_set)
     _index_metadata(run, [one.shard for one in whole])
     measured = 0
-    results = progress(run.workers.map(setup, whole), label="measure", total=len(whole), unit="shards", amount=_one)
-    for done, result in enumerate(results, start=1):
+    results = run.workers.map(setup, whole)
+    for result in progress(results, label="measure", total=len(whole), unit="shards", amount=_one):
         measured += _counted(result, errors)
-        expected = measured * len(whole) // done  # as if the others were like these
-        check_budget(errors, expected, run.config.max_error_rate)
+        expected.found(result["shard"], result["rows"])
+        _judge(run, errors, expected.samples)
     units = known_units(run, mine)
     assert units is not None
     rows = sum(unit.rows for unit in units)
     if not rows and run.slice is None:
         raise UserError("--pool: the shards hold no samples; name a pool that has some")
-    for unit in units:
-        if unit.part in before:
-            errors.update(part_errors(signal_set.path(unit)))
     missing = signal_set.missing(units)
     _index_metadata(run, [unit.shard for unit in missing])
     results = run.workers.map(setup, missing)
     total = sum(unit.rows for unit in missing)
     for result in progress(results, label="measure", total=total, unit="pairs", amount=lambda r: r["rows"]):
         measured += _counted(result, errors)
-        check_budget(errors, rows, run.config.max_error_rate)
-    check_budget(errors, rows, run.config.max_error_rate)
+        _judge(run, errors, rows)
+    _judge(run, errors, rows)
     wall = time.perf_counter() - began
     manifest = {
         "phase": "measure",
@@ -148,6 +148,23 @@ def _index_metadata(run: Run, shards: Sequence[Shard]) -> None:
         make_index(index_folder(run.root, names, tables), names, _map_parts(run, names, "index"))
 
 
+def _errors_there(run: Run, signal_set: SignalSet, known: Sequence[Unit], missing: Sequence[Unit]) -> Counter[str]:
+    """The errors of what was measured before."""
+    lacking = {unit.part for unit in missing}
+    there = [unit for unit in known if unit.part not in lacking]
+    parts = _in_order(signal_set.folder, [unit.part for unit in there], [unit.rows for unit in there])
+    found = Counter[str]()
+    for errors in _map_parts(run, engine.partitions(parts), "errors")(part_errors, [part.path for part in parts]):
+        found.update(errors)
+    return found
+
+
+def _judge(run: Run, errors: Counter[str], seen: int) -> None:
+    """A slice may be as broken as it is: what that is of the pool is seen when all of them are there."""
+    if run.slice is None or not run.config.max_error_rate:
+        check_budget(errors, seen, run.config.max_error_rate)
+
+
 def _counted(result: Mapping[str, Any], errors: Counter[str]) -> int:
     """Count what a worker measured, and say of what its first samples died; how many rows they are."""
     errors.update(result["errors"])
@@ -166,35 +183,23 @@ def _from_out(run: Run, folder: Path) -> str:
     return str(folder.relative_to(out) if folder.is_relative_to(out) else folder)
 
 
-def check_budget(errors: Counter[str], seen: int, max_error_rate: float, what: str = "samples") -> None:
-    """
-    Raises:
-        UserError: more than this share of what was seen cannot be used, and more than a hundred; at 0, one.
-    """
-    if errors.total() > (max(max_error_rate * seen, FREE_ERRORS) if max_error_rate else 0):
-        found = ", ".join(f"{reason} {n}" for reason, n in errors.most_common())
-        raise UserError(
-            f"max_error_rate: {errors.total()} of {seen} {what} cannot be used ({found}), "
-            f"more than {max_error_rate:g} of them; mend the pool or raise max_error_rate"
-        )
-
-
-def measured_parts(run: Run) -> tuple[list[Part], dict[str, Any] | None]:
-    """The measured parts in the pool's order.
+def measured_parts(run: Run) -> list[Part]:
+    """The measured parts in the pool's order; where the store has them all and OUT does not say so yet, it does then.
 
     Raises:
-        UserError: something of the pool is not measured.
+        UserError: something of the pool is not measured, or more of it than may be cannot be used.
     """
-    if (recorded := recorded_parts(run.out)) is not None:
-        return recorded, read_manifest(run.out / "measure.manifest.json")
-    units = known_units(run, run.pool)
-    signal_set = signal_set_of(run, units)
-    if units is None or signal_set.missing(units):
-        raise UserError(
-            f"--signals {run.root}: this pool is not measured there with this recipe's signals; "
-            "run --phase measure (or all) first"
-        )
-    return _in_order(signal_set.folder, [u.part for u in units], [u.rows for u in units]), None
+    if not (run.out / "measure.manifest.json").exists():
+        units = known_units(run, run.pool)
+        if units is None or signal_set_of(run, units).missing(units):
+            raise UserError(
+                f"--signals {run.root}: this pool is not measured there with this recipe's signals; "
+                "run --phase measure (or all) first"
+            )
+        measure(replace(run, slice=None))
+    parts = recorded_parts(run.out)
+    assert parts is not None
+    return parts
 
 
 def recorded_parts(out: Path) -> list[Part] | None:
@@ -243,8 +248,8 @@ class _Bundled:
 
 
 def select(run: Run) -> dict[str, Any]:
+    parts = measured_parts(run)
     began, started = time.perf_counter(), run.workers.start_seconds
-    parts, measured = measured_parts(run)
     pool = engine.partitions(parts)
     map_parts = _map_parts(run, pool, "select")
     for leftover in run.out.glob(".select-*"):
@@ -268,6 +273,7 @@ def select(run: Run) -> dict[str, Any]:
     }
     summary_path(run).unlink(missing_ok=True)  # of a selection that was killed here
     said = summary(run, manifest, parts)
+    measured = read_manifest(run.out / "measure.manifest.json")
     write_report(run.out, manifest, parts, {"measure": measured, "select": manifest}, said)
     write_manifest(run.out / "select.manifest.json", manifest)
     return manifest
@@ -311,11 +317,11 @@ def _check_conservation(counts: dict[str, Any], stages: list[dict[str, Any]], ro
 
 
 def build(run: Run) -> dict[str, Any]:
-    began, started = time.perf_counter(), run.workers.start_seconds
     selected = read_manifest(run.out / "select.manifest.json")
     if selected is None:
         raise UserError(f"--out {run.out}: nothing is selected there; run --phase select (or all) first")
-    parts, _ = measured_parts(run)
+    parts = measured_parts(run)
+    began, started = time.perf_counter(), run.workers.start_seconds
     ledger, target, folder = run.out / "ledger", run.out / "shards", run.build_folder
     building.prepare(folder)
     planned = folder / f"plan-{uuid.uuid4().hex}"  # by the run, since slices build side by side

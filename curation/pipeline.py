@@ -163,7 +163,7 @@ def _check_selection(run: phases.Run) -> None:
 def _finish(run: phases.Run, results: dict[str, Any]) -> dict[str, Any]:
     """The checksums, the page and the cards, and last of all the manifest that says complete."""
     selected = results["select"]
-    parts, _ = phases.measured_parts(run)
+    parts = phases.measured_parts(run)
     summary = phases.summary(run, selected, parts)
     tars, results["checksums"] = phases.checksums(run)
     manifest = {

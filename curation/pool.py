@@ -27,9 +27,9 @@ from curation.errors import UserError
 from curation.files import File
 from curation.hashing import config_hash
 from curation.sources import file_fingerprint
-from curation.sources.folder import folder_shards
+from curation.sources.folder import entries_in, folder_shards
 from curation.sources.lists import is_list
-from curation.sources.parquet import caption_column, image_column, read_schema
+from curation.sources.parquet import caption_column, image_column, read_footer
 from curation.tar import IMAGE_EXTENSIONS, Member, Sample
 
 Modality = Literal["pairs", "images", "texts"]
@@ -47,13 +47,15 @@ class Shard:
 
     `path` is the name by which `curation.sources` opens it. `sidecar` is the parquet file beside a tar, `metadata`
     are parquet files whose rows belong to samples of any tar, by uid; `tables` names their content. Their fingerprints
-    follow the tape's own in `fingerprint`, after a dot.
+    follow the tape's own in `fingerprint`, after a dot. `samples` is how many there are, as far as the listing tells
+    it: of all but tars, unless something is wrong with them.
     """
 
     path: str
     fingerprint: str
     size: int
     index: int
+    samples: int | None = None
     sidecar: str | None = None
     metadata: tuple[str, ...] = ()
     tables: str = ""
@@ -131,19 +133,23 @@ def _shards_of(pool: str, modality: Modality) -> tuple[list[Shard], list[File]]:
         mark = f".{file_fingerprint(beside)}" if beside else ""
         shards.append(_shard(tar, mark, beside.name if beside else None))
     judged = list(files.together(partial(_is_metadata, modality), list(tables)))
-    unread = False not in judged and (True in judged or bool(tars))  # what cannot be read is as the others there
+    kinds = {is_metadata for is_metadata, _ in judged}
+    unread = False not in kinds and (True in kinds or bool(tars))  # what cannot be read is as the others there
     metadata = []
-    for table, is_metadata in zip(tables.values(), judged, strict=True):
+    for table, (is_metadata, rows) in zip(tables.values(), judged, strict=True):
         if unread if is_metadata is None else is_metadata:
             metadata.append(table)
         else:
-            shards.append(_shard(table))
+            shards.append(dataclasses.replace(_shard(table), samples=rows))
     if not tars and not tables:
         lists = [f.name for f in listing if is_list(f.name)]
         if not lists:  # Hugging Face's image folders have one in each folder
             lists = [f.name for f in files.listed(pool, deep=True) or () if LIST_NAME.search(f.name)]
         for base in lists or [pool]:
-            shards += [Shard(path=p, fingerprint=f, size=size, index=0) for p, f, size in folder_shards(base)]
+            shards += [
+                Shard(path=path, fingerprint=fingerprint, size=size, index=0, samples=entries_in(path))
+                for path, fingerprint, size in folder_shards(base)
+            ]
     if not shards and not metadata:
         raise UserError(
             f"--pool {pool}: holds no .tar, .parquet, list of captions (.csv, .tsv, .jsonl) or picture; "
@@ -157,16 +163,16 @@ def _shard(file: File, mark: str = "", sidecar: str | None = None) -> Shard:
     return Shard(path=file.name, fingerprint=fingerprint, size=file.size, index=0, sidecar=sidecar)
 
 
-def _is_metadata(modality: Modality, name: str) -> bool | None:
-    """Whether a parquet file has no samples of its own; None for one that cannot be read, which is an error row as a
-    shard and stops the run as metadata."""
+def _is_metadata(modality: Modality, name: str) -> tuple[bool | None, int | None]:
+    """Whether a parquet file has no samples of its own, and its rows; None for one that cannot be read, which is an
+    error row as a shard and stops the run as metadata."""
     try:
-        schema = read_schema(name)
+        schema, rows = read_footer(name)
     except (OSError, pa.ArrowException):
-        return None
+        return None, None
     if image_column(schema) is not None:
-        return False
-    return modality != "texts" or caption_column(schema) is None
+        return False, rows
+    return modality != "texts" or caption_column(schema) is None, rows
 
 
 def _with_tables(shard: Shard, index: int, metadata: Mapping[str, File]) -> Shard:

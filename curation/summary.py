@@ -11,6 +11,7 @@ OUT/report/summary.json, because the page is drawn twice and the card once.
 
 import heapq
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from curation.signals.concepts import read_entries
 SAMPLED = 20_000  # about so many rows decide a histogram's ends; a smaller pool decides with all of its rows
 TAIL = 0.005  # of the values at either end are gathered in the end bins
 BINS = 60
+LARGEST = sys.float_info.max / 256  # what is beyond is in an end bin: sums of such ends have a value
 SHOWN_KEPT, SHOWN_DROPPED = 18, 6  # samples of the page
 Place = tuple[int, int, int]
 """(hash, part, row) of a sample to show"""
@@ -166,15 +168,19 @@ def _numbers(table: pa.Table, column: str) -> np.ndarray:
 
 def _axis(values: np.ndarray, bounds: Sequence[float], whole: bool) -> Axis:
     """From the sampled values (finite, float64 [m]) and the thresholds, which are always in sight."""
-    low, high = np.quantile(values, [TAIL, 1 - TAIL]).tolist()
-    low, high = min([low, *bounds]), max([high, *bounds])
-    if whole:  # bins that hold equally many whole numbers
+    low, high = np.quantile(np.clip(values, -LARGEST, LARGEST), [TAIL, 1 - TAIL]).tolist()
+    low, high = max(min([low, *bounds]), -LARGEST), min(max([high, *bounds]), LARGEST)
+    if whole:
         low, high = math.floor(low) - 0.5, math.ceil(high) + 0.5
+    elif low == high:
+        low, high = low - 0.5, high + 0.5
+    finest = max(float(np.spacing(max(abs(low), abs(high)))), sys.float_info.min)
+    if max((high - low) / BINS, float(whole)) <= finest:  # as of ids of 18 digits: such bins would have no ends
+        return Axis(low=low - finest, high=high + finest, bins=1)
+    if whole:  # bins that hold equally many whole numbers
         each = math.ceil((high - low) / BINS)
         bins = math.ceil((high - low) / each)
         return Axis(low=low, high=low + bins * each, bins=bins)
-    if low == high:
-        low, high = low - 0.5, high + 0.5
     return Axis(low=low, high=high, bins=BINS)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from curation import shards as building
+from curation.budget import check_budget
 from curation.documents import judge, measure, repeats
 from curation.documents.build import Writing
 from curation.documents.config import DocumentsConfig
@@ -27,7 +28,6 @@ from curation.documents.source import DocumentShard, list_documents
 from curation.errors import UserError, full_disk_named
 from curation.hashing import config_hash
 from curation.manifest import claim, read_manifest, write_manifest
-from curation.phases import check_budget
 from curation.plan import plan
 from curation.selection.engine import Part, partitions
 from curation.workers import Workers, alive, progress, say

@@ -11,7 +11,7 @@ signals carry, so that its tape can be opened from the name alone:
 A new kind is a file beside these and a line in `_of_file`.
 """
 
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 from curation import files
 from curation.errors import UserError
@@ -25,6 +25,9 @@ from curation.tar import Sample
 
 class Source(Protocol):
     """The tape of one shard."""
+
+    headers: ClassVar[bool]
+    """Whether members lie on it as in a tar: a header before each, and padding to whole blocks behind."""
 
     def samples(self) -> tuple[list[Sample], str | None]:
         """All samples in their order, and what is wrong with the rest of the shard: "reason: detail", or None."""

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import IO, Any, Self
+from typing import IO, Any, ClassVar, Self
 
 from curation import files
 from curation.errors import UserError
@@ -40,6 +40,13 @@ _RANGE = re.compile(r"(.+)#(\d+)-(\d+)(?:@(\d+)-(\d+))?", re.DOTALL)
 
 def is_range(name: str) -> bool:
     return _RANGE.fullmatch(name) is not None
+
+
+def entries_in(name: str) -> int:
+    """How many entries a shard has; none where its list cannot be read."""
+    found = _RANGE.fullmatch(name)
+    assert found is not None, name
+    return int(found[3]) - int(found[2])
 
 
 def folder_shards(base: str) -> list[tuple[str, str, int]]:
@@ -128,6 +135,8 @@ def _folder_of(base: str) -> str:
 
 class FolderSource:
     """Reads a file where a range of it is asked for; after `fetch`, all of a remote shard is here."""
+
+    headers: ClassVar[bool] = False
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -9,7 +9,7 @@ reader holds one row group at a time.
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -35,13 +35,15 @@ def caption_column(schema: pa.Schema) -> str | None:
     return first_of(CAPTION_COLUMNS, (field.name for field in schema if _is_text(field.type)))
 
 
-def read_schema(name: str) -> pa.Schema:
-    """Raises OSError or pa.ArrowException where this is no parquet file."""
-    with files.opened(name) as f:
-        return pq.read_schema(f)
+def read_footer(name: str) -> tuple[pa.Schema, int]:
+    """The schema, and how many rows there are; raises OSError or pa.ArrowException where this is no parquet file."""
+    with files.opened(name) as f, pq.ParquetFile(f) as parquet:
+        return parquet.schema_arrow, parquet.metadata.num_rows
 
 
 class ParquetSource:
+    headers: ClassVar[bool] = False
+
     def __init__(self, name: str, *, whole: bool) -> None:
         self._file = files.fetched(name) if whole else files.opened(name)
         self._group: tuple[int, list[Piece]] = (-1, [])

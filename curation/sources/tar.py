@@ -2,7 +2,7 @@
 
 import os
 from functools import cached_property
-from typing import Self
+from typing import ClassVar, Self
 
 from curation import files, tar
 from curation.tar import Sample
@@ -12,6 +12,8 @@ VERSION = 2  # goes up when the same file gives other samples
 
 class TarSource:
     """A remote tar that is not read `whole` is read by ranges."""
+
+    headers: ClassVar[bool] = True
 
     def __init__(self, name: str, *, whole: bool) -> None:
         self._file = files.fetched(name) if whole else files.opened(name)

@@ -1,17 +1,26 @@
 """The copy loop's ends: tars laid out from a damaged-looking tape, against the plain way; files reserved or refused."""
 
 import io
+import itertools
+import json
 import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from curation import copying
+from curation.config import parse_config
 from curation.copying import Outputs, lay_out
+from curation.pipeline import curate
+from curation.sources import open_shard
 from curation.sources.tar import TarSource
 from curation.tar import BLOCK, headers, padded
+from tests.curation.conftest import picture
+from tests.curation.test_kill import in_this_process
 
 RNG = np.random.default_rng(0)
 
@@ -85,8 +94,46 @@ def test_a_disk_that_is_too_small_is_known_at_the_first_write(tmp_path: Path) ->
         outputs.write(0, 0, memoryview(b"x"))
 
 
-def test_samples_a_header_apart_by_chance_are_read_one_by_one(tmp_path: Path) -> None:
-    """As on the tape of a parquet file, where what lies between two kept rows may be as long as header and padding."""
+@pytest.mark.parametrize("modality", ["pairs", "texts"])
+def test_every_row_of_row_groups_of_any_size_is_built_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modality: str
+) -> None:
+    """On a parquet file's tape, members of a row may lie a header and padding apart, and other rows' between them."""
+    in_this_process(monkeypatch)
+    draw = np.random.default_rng(0)
+    groups = [[64] * 16, [128] * 8, [256] * 4, [512] * 2]  # of 1,024 bytes: the first row's json begins 1,024 after txt
+    groups += [draw.integers(1, 200, n).tolist() for n in draw.integers(1, 24, 60)]
+    expected: dict[str, bytes] = {}
+    path, writer = tmp_path / "rows.parquet", None
+    for lengths in groups:
+        rows = []
+        for length in lengths:
+            uid, caption = f"{len(expected):032x}", ("a cat " * 99)[:length].replace(" ", "_")
+            row: dict[str, object] = {"uid": uid, "caption": caption}
+            expected |= {f"{uid}-0.txt": caption.encode(), f"{uid}-0.json": json.dumps(row).encode()}
+            if modality == "pairs":
+                row["image"] = expected[f"{uid}-0.png"] = picture(len(expected), (length % 5 + 1, 2), "PNG")
+            rows.append(row)
+        table = pa.Table.from_pylist(rows)
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer.write_table(table, row_group_size=len(rows))
+    assert writer is not None
+    writer.close()
+    with open_shard(str(path)) as tape:
+        members = [list(sample.members.values()) for sample in tape.samples()[0]]
+    pairs = [pair for ranges in members for pair in itertools.pairwise(ranges)]
+    assert sum(b.offset - a.offset == BLOCK + padded(a.size) for a, b in pairs) >= 4, "no row is a case of it"
+
+    out = tmp_path / "out"
+    curate(parse_config({"modality": modality, "unit_samples": 200}), pools=[str(path)], out=out)
+    found: dict[str, bytes] = {}
+    for shard in (out / "shards").glob("*.tar"):
+        with tarfile.open(shard) as tar:
+            found |= {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+    assert found == expected
+
+
+def test_what_lies_side_by_side_in_a_tar_comes_by_one_read(tmp_path: Path) -> None:
     (tmp_path / "tape").write_bytes(bytes(4 * BLOCK))
     asked: list[tuple[int, int]] = []
 
@@ -99,4 +146,4 @@ def test_samples_a_header_apart_by_chance_are_read_one_by_one(tmp_path: Path) ->
     starts, sizes, one = np.array([0, 2 * BLOCK]), np.array([100, 100]), np.array([1, 1])
     with Asked(str(tmp_path / "tape"), whole=True) as tape:
         assert len(list(lay_out(tape, heads, starts, sizes, one, ()))) == 2
-    assert asked == [(0, 100), (2 * BLOCK, 100)]
+    assert asked == [(0, 2 * BLOCK + 100)]

@@ -1,4 +1,5 @@
-"""`gemsmith inspect` against the ledger and the tars themselves, and the page where the pool has changed."""
+"""`gemsmith inspect` against the ledger and the tars themselves, the page where the pool has changed, and what is there
+when signals were there already."""
 
 import json
 import os
@@ -8,6 +9,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +22,7 @@ from curation.manifest import read_manifest
 from curation.phases import recorded_parts
 from curation.pipeline import curate
 from curation.report import write_report
+from curation.share import share
 from curation.sources.folder import forget_names
 from tests.curation.conftest import picture, sample, write_tar
 from tests.curation.test_kill import in_this_process
@@ -218,3 +221,31 @@ def test_what_each_selector_inside_a_union_says_is_what_it_says_alone(
         assert [line[:28].rstrip() for line in lines] == names
         assert ("not recorded" in lines[1]) == (listed["passes"] is None)
     assert recorded[True] and recorded[False]
+
+
+def test_what_is_selected_over_signals_that_are_there_is_inspected_shared_and_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
+    pool, store = str(write_tar(tmp_path / "pool" / "0.tar", {str(n): sample(n) for n in range(8)})), tmp_path / "store"
+
+    def run(out: str, least: int, **more: Any) -> dict[str, Any]:
+        selectors = {"long": {"kind": "threshold", "column": "caption_chars", "min": least}}
+        config = parse_config({"signals": {"text": {"kind": "text"}}, "selectors": selectors})
+        return curate(config, pools=[pool], out=tmp_path / out, **more)
+
+    run("first", 0, signals=store)
+    run("own", 0)
+    for out, more in (("new", {"signals": store}), ("own", {"overwrite": True})):
+        assert run(out, 40, phase="select", **more)["kept"] == 8
+        (told,) = inspect(f"{3:032x}", tmp_path / out)
+        assert (told["verdict"], told["signals"]["caption_chars"]) == ("kept", len(sample(3)["txt"]))
+        assert share(tmp_path / out, tmp_path / f"{out}-shared", "datacomp") == 8
+    run("new", 40, phase="build", part="1/1", signals=store)
+    assert run("new", 40, phase="build", signals=store)["kept"] == 8
+    (tmp_path / "own" / "measure.manifest.json").unlink()  # as it was left before select wrote one
+    assert run("own", 40, phase="build")["kept"] == 8
+    for out in ("first", "new", "own"):
+        assert {"manifest.json", "README.md", "croissant.json"} <= {path.name for path in (tmp_path / out).iterdir()}
+    with pytest.raises(UserError, match="not measured there with this recipe's signals; run --phase measure"):
+        run("none", 40, phase="select")

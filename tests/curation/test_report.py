@@ -215,6 +215,37 @@ def test_counts_are_exact_and_the_same_for_any_parts(table: pa.Table, tmp_path: 
         assert {table["reason"][row].as_py() for row in rows} == {reason or None}
 
 
+STRANGE = {  # values, and the bins that they get
+    "same_instant": (np.full(70, 1_700_000_000_123_456_789), 1),
+    "following_ids": (10**17 + np.arange(70), 1),
+    "far_apart": (np.array([-(2**63), 2**63 - 1] * 35), BINS),
+    "same_large": (np.full(70, 1e17), 1),
+    "some_roundings_apart": (0.1 + np.arange(70) % 4 * np.spacing(0.1), 1),
+    "all_there_is": (np.array([-1.7e308, 1.7e308] * 35), BINS),
+    "next_to_nothing": (np.array([0, 5e-324] * 35), 1),
+    "small": (np.arange(70), 35),
+    "around_2_to_52": (2**52 + np.arange(70) % 3, 1),
+    "of_15_digits": (10**15 + np.arange(70) % 7, 7),
+    "zero": (np.zeros(70), BINS),
+}
+
+
+def test_numbers_too_close_together_for_their_size_are_one_bar(tmp_path: Path) -> None:
+    """int64 beyond 2^53 and neighbours among floats: no bin can be narrower than what is between two of them."""
+    columns = {name: values for name, (values, _) in STRANGE.items()}
+    table = pa.table({"uid": [f"{n:032x}" for n in range(70)], "reason": [None, "rare"] * 35, **columns})
+    shown = summary_of(tmp_path / "all", table, [33])["histograms"]
+    bins = {}
+    for h in shown:  # type: ignore[attr-defined]
+        assert sum(h["kept"]) == sum(h["dropped"]) == 35, h
+        edges = np.linspace(h["low"], h["high"], len(h["kept"]) + 1)
+        assert (np.diff(edges) > 0).all(), h
+        drawn = figures.histogram(h)
+        assert drawn["kept"].count("M") == sum(n > 0 for n in h["kept"]) and "nan" not in str(drawn)
+        bins[h["column"]] = len(h["kept"])
+    assert bins == {name: expected for name, (_, expected) in STRANGE.items()}
+
+
 def test_ticks_and_bars() -> None:
     assert figures.nice_ticks(0, 97, 5) == [0, 20, 40, 60, 80]
     assert figures.nice_ticks(-0.21, 0.38, 5) == [-0.2, 0, 0.2]
