@@ -85,6 +85,20 @@ def test_a_disk_that_is_too_small_is_known_at_the_first_write(tmp_path: Path) ->
         outputs.write(0, 0, memoryview(b"x"))
 
 
+def test_a_range_that_comes_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux reads at most 2 GiB by one call, and a file system of the user's what it likes."""
+    content, preadv = RNG.bytes(5000), os.preadv
+    (tmp_path / "tape").write_bytes(content)
+    monkeypatch.setattr(os, "preadv", lambda file, views, at: preadv(file, [views[0][:700]], at))
+    with TarSource(str(tmp_path / "tape"), whole=True) as tape:
+        for start, size in ((0, 0), (0, 700), (13, 4987)):
+            found = bytearray(size)
+            tape.read_into(memoryview(found), start)
+            assert found == content[start : start + size]
+        with pytest.raises(OSError, match="the shard ended before byte 5001"):
+            tape.read_into(memoryview(bytearray(4000)), 1001)
+
+
 def test_samples_a_header_apart_by_chance_are_read_one_by_one(tmp_path: Path) -> None:
     """As on the tape of a parquet file, where what lies between two kept rows may be as long as header and padding."""
     (tmp_path / "tape").write_bytes(bytes(4 * BLOCK))
