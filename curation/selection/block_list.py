@@ -63,14 +63,17 @@ class BlockList:
     def decide(self) -> Program:
         """The distinct entries as the column has its values; of domains, lower case without dots at the ends."""
         kind = (yield Fold(self._kind, _either)) or pa.string()  # a pool without samples has no parts
-        text = pa.types.is_string(kind)
-        if not text and (self.match == "domain" or not _is_bytes(kind)):
+        self.check(kind)
+        listed: Listed = yield Apart(partial(self._listed, None if pa.types.is_string(kind) else kind))
+        return listed
+
+    def check(self, kind: pa.DataType) -> None:
+        """Raises: UserError: a column of this type has no values that a list could name."""
+        if not pa.types.is_string(kind) and (self.match == "domain" or not _is_bytes(kind)):
             raise UserError(
                 f"block_list: column {self.column} is {kind}; match {self.match} needs text"
                 + (" or bytes" if self.match == "exact" else "")
             )
-        listed: Listed = yield Apart(partial(self._listed, None if text else kind))
-        return listed
 
     def _kind(self, table: pa.Table) -> pa.DataType:
         return table.schema.field(self.column).type
