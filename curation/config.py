@@ -38,8 +38,10 @@ from curation import store
 from curation.errors import UserError, one_line
 from curation.pool import MAX_EXTENSION, Modality
 from curation.selection import SELECTORS
+from curation.selection.block_list import BlockList
 from curation.selection.cluster_balance import ClusterBalance
 from curation.selection.concept_balance import ConceptBalance
+from curation.selection.decontamination import Decontamination
 from curation.selection.exact_duplicates import ExactDuplicates
 from curation.selection.fraction import Fraction
 from curation.selection.fusion import ScoreFusion
@@ -204,7 +206,7 @@ def _check_columns(config: CurateConfig) -> None:
         for setting, column in compared.items():
             if not fits(kinds[column]):
                 raise UserError(f"selectors.{name}.{setting}: {column} {lacks}")
-        if isinstance(selector, Values):
+        if isinstance(selector, Values | BlockList):
             try:
                 selector.check(kinds[selector.column])
             except UserError as reason:
@@ -229,7 +231,9 @@ def _compared(selector: Selector) -> tuple[dict[str, str], Fits, str]:
                 is_uint64,
                 "holds no hashes; name phash, by a signal of kind fingerprints",
             )
-        case ClusterBalance() | SemanticDuplicates() | ImageBased():
+        case Decontamination(cosine=None):
+            pass  # its column is not read
+        case ClusterBalance() | SemanticDuplicates() | ImageBased() | Decontamination():
             lacks = "holds no embeddings; name a column that ends in _image_embedding"
             return {"column": selector.column}, is_fixed_size_list, lacks
         case ExactDuplicates():

@@ -3,8 +3,8 @@
 A pool is a folder or one file, here or behind a URL: img2dataset tars, with
 parquet beside them; parquet files that hold the pictures; a list of captions;
 or pictures and texts by their names. `curation.sources` reads each. All shards
-are put in one order, by path, so that the order in which pools are named changes
-nothing. A shard is known by a fingerprint of path, size and modification time
+are put in one order, by path and in the order of a list, so that the order in
+which pools are named changes nothing. A shard is known by a fingerprint of path, size and modification time
 (or what the store says instead): what was measured of it stays valid until one
 of them changes. Whatever is wrong with a sample becomes a reason in its row,
 here and in `curation.images`; nothing raises.
@@ -27,7 +27,7 @@ from curation.errors import UserError
 from curation.files import File
 from curation.hashing import config_hash
 from curation.sources import file_fingerprint
-from curation.sources.folder import entries_in, folder_shards
+from curation.sources.folder import entries_in, folder_shards, pool_order
 from curation.sources.lists import is_list
 from curation.sources.parquet import caption_column, image_column, read_footer
 from curation.tar import IMAGE_EXTENSIONS, Member, Sample
@@ -91,7 +91,7 @@ class Row:
 
 
 def list_shards(pools: Sequence[str], modality: Modality = "pairs") -> list[Shard]:
-    """All shards of these folders, files and URLs, by path.
+    """All shards of these folders, files and URLs, by path; those of a list in its order.
 
     Raises:
         UserError: no pool is named, one does not exist, or holds nothing that this reads.
@@ -112,7 +112,7 @@ def list_shards(pools: Sequence[str], modality: Modality = "pairs") -> list[Shar
             f"--pool {next(iter(metadata))}: has no column of pictures, so it is metadata; "
             "name the tars as well, or set modality: texts"
         )
-    return [_with_tables(found[path], index, metadata) for index, path in enumerate(sorted(found))]
+    return [_with_tables(found[path], index, metadata) for index, path in enumerate(sorted(found, key=pool_order))]
 
 
 def _shards_of(pool: str, modality: Modality) -> tuple[list[Shard], list[File]]:

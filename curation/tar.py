@@ -26,6 +26,8 @@ BLOCK = 512
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """The members that are a sample's image, the preferred first."""
 REGULAR, DIRECTORY = (b"0", b"\0", b"7"), b"5"
+APPLE_DOUBLE = "._"
+"""So begins the name that macOS's tar puts beside every member, with what its disks know of the file."""
 Bytes = bytes | mmap.mmap
 
 
@@ -160,7 +162,8 @@ def samples(data: Bytes, *, strays: bool = False) -> tuple[list[Sample], str | N
 
     Args:
         strays: also what no loader sees. A member without an extension, or with nothing before it, is a sample without
-            members, "stray_member"; a link or a device makes the sample that it is named for "not_a_file".
+            members, "stray_member"; a link or a device makes the sample that it is named for "not_a_file". AppleDouble
+            members are passed over all the same, as webdataset does.
     """
     by_key: dict[str, Sample] = {}
     found: list[Sample] = []
@@ -171,8 +174,9 @@ def samples(data: Bytes, *, strays: bool = False) -> tuple[list[Sample], str | N
                 continue
             unsafe = "unsafe_name" if member.name.startswith("/") or ".." in member.name.split("/") else None
             key, extension = split_name(member.name)
-            if not extension or key.rpartition("/")[2] == "":
-                if strays:
+            base = member.name.rpartition("/")[2]
+            if not extension or base.startswith("."):
+                if strays and not base.startswith(APPLE_DOUBLE):
                     found.append(Sample(member.name, error=unsafe or "stray_member"))
                 continue
             sample = by_key.get(key)

@@ -22,7 +22,7 @@ from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.selection.interface import Apart, Fold, Program
 from curation.selection.listed import Listed, write_listed
-from curation.selection.subset import PAIR, numbers, paired
+from curation.selection.subset import PAIR, is_subset, numbers, paired
 from curation.selection.uids import line_blocks, uid_blocks
 
 # What urllib calls the hostname: after the last @ of what stands before the path, and before the port.
@@ -35,7 +35,7 @@ class BlockList:
     """Drop rows whose `column` is named in `file`; a missing value is named by nothing.
 
     `file`: text in UTF-8, one entry a line; a "#" at the start of a line or after white space begins a comment.
-    For `uid` also a DataComp subset (.npy) or a parquet with a column `uid`.
+    For `uid` also a DataComp subset (.npy, or without a header) or a parquet with a column `uid`.
     `match`: "exact" compares whole values, text with its case, binary columns (image_sha256) with entries in hex, and
     uids as the numbers that they are for a build (`curation.selection.subset`).
     "domain" drops a URL whose host is an entry or lies below one, whatever the case, user, port or dot at the end;
@@ -63,14 +63,17 @@ class BlockList:
     def decide(self) -> Program:
         """The distinct entries as the column has its values; of domains, lower case without dots at the ends."""
         kind = (yield Fold(self._kind, _either)) or pa.string()  # a pool without samples has no parts
-        text = pa.types.is_string(kind)
-        if not text and (self.match == "domain" or not _is_bytes(kind)):
+        self.check(kind)
+        listed: Listed = yield Apart(partial(self._listed, None if pa.types.is_string(kind) else kind))
+        return listed
+
+    def check(self, kind: pa.DataType) -> None:
+        """Raises: UserError: a column of this type has no values that a list could name."""
+        if not pa.types.is_string(kind) and (self.match == "domain" or not _is_bytes(kind)):
             raise UserError(
                 f"block_list: column {self.column} is {kind}; match {self.match} needs text"
                 + (" or bytes" if self.match == "exact" else "")
             )
-        listed: Listed = yield Apart(partial(self._listed, None if text else kind))
-        return listed
 
     def _kind(self, table: pa.Table) -> pa.DataType:
         return table.schema.field(self.column).type
@@ -78,7 +81,7 @@ class BlockList:
     def _listed(self, kind: pa.DataType | None, folder: Path) -> Listed:
         """Of entries that are text, or stand for bytes of a kind."""
         file = Path(self.file)
-        if self.column == "uid" and file.suffix in (".npy", ".parquet"):
+        if self.column == "uid" and (file.suffix == ".parquet" or is_subset(file)):
             blocks: Iterator[list[str]] = (block.to_pylist() for block in uid_blocks(file))
         else:
             blocks = entry_blocks(file)

@@ -4,13 +4,15 @@ A uid of 32 hex digits, in either case, is the number that it spells; of any
 other uid, which DataComp's never are, it is the md5. The build names its samples
 by the same numbers (`sample_ids.npy`), so its list selects what it lists.
 
-A subset (.npy of u8,u8: the halves, sorted, repeats legal) may name as many uids
-as the pool has, so no process reads it whole. The pool's uids are cut into
+A subset (.npy of u8,u8: the halves, sorted, repeats legal; or those alone, without
+a header, as a memory map leaves them) may name as many uids as the pool has, so no
+process reads it whole. The pool's uids are cut into
 ranges at the subset's own quantiles; each range is brought together (a shuffle)
 and met with its stretch of the file, block by block, so that all of the file is
 read once.
 """
 
+import codecs
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,8 @@ from curation.errors import UserError
 
 PAIR = np.dtype("u8,u8")
 BLOCK = 1 << 20  # uids of the file in memory at once
+MAGIC = b"\x93NUMPY"  # at the start of a .npy
+HEAD = 1 << 16  # bytes by which a file without a header is known for a subset
 HEX = "^[0-9a-fA-F]{32}$"
 Pairs = tuple[np.ndarray, np.ndarray]
 """The high and the low halves of uids as numbers: uint64 [n] both."""
@@ -44,6 +48,41 @@ def paired(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return np.stack([high, low], axis=1).reshape(-1).view(PAIR)
 
 
+def is_subset(path: Path) -> bool:
+    """Whether a list of uids has them as numbers: one called .npy, and by its content one of any name but .parquet.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if path.suffix in (".npy", ".parquet"):
+        return path.suffix == ".npy"
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC or _is_raw(path)
+    except OSError as reason:
+        raise UserError(f"uids: {path}: cannot be read as a list of uids ({reason})") from None
+
+
+def _is_raw(path: Path) -> bool:
+    """Whether a file is a subset without a header, of which nothing in it says so: whole pairs, no text, and in order
+    as far as is looked, which text in another encoding, or a packed file, of such a size is not."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if not head or path.stat().st_size % PAIR.itemsize or _is_text(head):
+        return False
+    pairs = np.frombuffer(head, PAIR)
+    high, low = pairs["f0"], pairs["f1"]
+    return not before((high[1:], low[1:]), (high[:-1], low[:-1])).any()
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether a file that begins so may be UTF-8."""
+    try:
+        return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut
+    except UnicodeDecodeError:
+        return False
+
+
 @dataclass(frozen=True)
 class Subset:
     """The file of a subset; of one that is not sorted only `blocks` and `sizes` mean something."""
@@ -57,7 +96,11 @@ class Subset:
             UserError: the file is no subset.
         """
         try:
-            pairs: np.memmap = np.load(self.path, mmap_mode="r")
+            with self.path.open("rb") as file:
+                raw = file.read(len(MAGIC)) != MAGIC
+            if raw and not _is_raw(self.path):
+                raise ValueError("it has no header of .npy, nor are its bytes pairs of u8 in order")
+            pairs: np.memmap = np.memmap(self.path, PAIR, "r") if raw else np.load(self.path, mmap_mode="r")
         except (OSError, ValueError) as reason:
             raise UserError(f"uids: {self.path}: cannot be read as a list of uids ({reason})") from None
         if pairs.dtype != PAIR or pairs.ndim != 1:

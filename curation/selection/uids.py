@@ -1,4 +1,5 @@
-"""Keep the uids of a list: a DataComp subset (.npy of u8,u8), a text file with one uid a line, or a parquet column.
+"""Keep the uids of a list: a DataComp subset (u8,u8 as .npy or without a header), a text file with one uid a line, or
+a parquet column.
 
 A list may name a uid more than once, as DataComp's subsets may: then its sample
 is in the shards as often, its copies spread by their own hashes. Uids are
@@ -24,7 +25,7 @@ from curation.errors import UserError
 from curation.hashing import file_hash
 from curation.selection.interface import Apart, Program, Shuffle
 from curation.selection.listed import PARTS, sorted_parts
-from curation.selection.subset import PAIR, Subset, numbers
+from curation.selection.subset import PAIR, Subset, is_subset, numbers
 from curation.shuffle import write_npy
 
 BLOCK = 1 << 17  # lines of a list in memory at once
@@ -46,7 +47,7 @@ class Uids:
 
     def __post_init__(self) -> None:
         if not Path(self.file).is_file():
-            raise UserError(f"uids: {self.file}: no such file; name a .npy, .txt or .parquet list")
+            raise UserError(f"uids: {self.file}: no such file; name a subset (.npy), a text or a .parquet list")
 
     def content(self) -> str:
         return file_hash([Path(self.file)])
@@ -78,7 +79,7 @@ class Uids:
 def in_order(path: Path, folder: Path) -> tuple[Subset, int, int]:
     """(a list as a subset, which is in this folder where the list itself is none; its distinct uids, all of them)"""
     subset = Subset(path)
-    distinct, total, ordered = subset.sizes() if path.suffix == ".npy" else (0, 0, False)
+    distinct, total, ordered = subset.sizes() if is_subset(path) else (0, 0, False)
     if not ordered:
         folder = folder / f"uids-{uuid.uuid4().hex}"
         folder.mkdir(parents=True)
@@ -94,8 +95,7 @@ def in_order(path: Path, folder: Path) -> tuple[Subset, int, int]:
 
 def _halves(path: Path) -> Iterator[np.ndarray]:
     """The uids of a list as numbers, some at a time: uint64 [n, 2]."""
-    npy = path.suffix == ".npy"
-    pairs = Subset(path).blocks() if npy else (numbers(block.to_pylist()) for block in uid_blocks(path))
+    pairs = Subset(path).blocks() if is_subset(path) else (numbers(block.to_pylist()) for block in uid_blocks(path))
     return (np.stack(pair, axis=1) for pair in pairs)
 
 
@@ -114,7 +114,7 @@ def uid_blocks(path: Path) -> Iterator[pa.Array]:
         UserError: the file is none of the three forms.
     """
     try:
-        if path.suffix == ".npy":
+        if is_subset(path):
             for high, low in Subset(path).blocks():
                 yield pa.array([f"{a:016x}{b:016x}" for a, b in zip(high.tolist(), low.tolist())], pa.string())
         elif path.suffix == ".parquet":

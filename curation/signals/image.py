@@ -18,7 +18,8 @@ class ImageShape:
     """Columns `width`, `height`, `min_side` (pixels), `aspect` (longer / shorter), `image_bytes`, `image_format`.
 
     `original`: `min_side` and `aspect` are of the json's original_width and original_height, where both are whole
-    numbers above 0. `width` and `height` are of the decoded picture in any case.
+    numbers above 0, 512.0 too, since pandas makes floats of a column in which one is missing. `width` and `height` are
+    of the decoded picture in any case.
     """
 
     original: bool = False
@@ -36,7 +37,7 @@ class ImageShape:
         }
 
     def content(self) -> dict[str, Any]:
-        return {"original": True} if self.original else {}
+        return {"original": 2} if self.original else {}  # goes up with what counts as an original size
 
     def load(self, name: str) -> "ImageShape":
         return self
@@ -53,7 +54,11 @@ class ImageShape:
 
 
 def _original(record: Mapping[str, Any]) -> tuple[int, int] | None:
-    width, height = (typed(record.get(f"original_{side}"), "int64") for side in ("width", "height"))
+    width, height = (_whole(record.get(f"original_{side}")) for side in ("width", "height"))
     if width is None or height is None or not (0 < width <= LARGEST and 0 < height <= LARGEST):
         return None
     return width, height
+
+
+def _whole(value: Any) -> int | None:
+    return int(value) if isinstance(value, float) and value.is_integer() else typed(value, "int64")

@@ -84,9 +84,14 @@ class Service:
             if not getattr(self, name) >= least:
                 raise UserError(f"service: {name} {getattr(self, name)} is not at least {least}")
         if self.url is not None:
-            parts = urlsplit(self.url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise UserError(f"service: url {self.url!r} is no address of HTTP; write https://host/path")
+            shown = self.url.rpartition("@")[2]  # without credentials
+            try:
+                parts = urlsplit(self.url)
+                host, _ = (parts.hostname or "").encode("idna"), parts.port  # these raise, and again where it is asked
+            except ValueError as reason:
+                raise UserError(f"service: url {shown!r}: {reason}; write https://host:8080/path") from None
+            if parts.scheme not in ("http", "https") or not host:
+                raise UserError(f"service: url {shown!r} is no address of HTTP; write https://host/path")
             if parts.username is not None or parts.password is not None:
                 raise UserError(f"service: the url of {parts.hostname} holds credentials; name a variable in token_env")
 

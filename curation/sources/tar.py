@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 from curation import files, tar
 from curation.tar import Sample
 
-VERSION = 2  # goes up when the same file gives other samples
+VERSION = 3  # goes up when the same file gives other samples
 
 
 class TarSource:
@@ -40,8 +40,12 @@ class TarSource:
 
     def read_into(self, view: memoryview, start: int) -> None:
         """Without the memory map, whose page faults cost more than the copying."""
-        if os.preadv(self._file.fileno(), [view], start) != len(view):
-            raise OSError(f"the shard ended before byte {start + len(view)}")
+        done = 0
+        while done < len(view):  # one call gives no more than 2 GiB, and of some file systems less
+            came = os.preadv(self._file.fileno(), [view[done:]], start + done)
+            if not came:
+                raise OSError(f"the shard ended before byte {start + len(view)}")
+            done += came
 
     @cached_property
     def _bytes(self) -> tar.Bytes:

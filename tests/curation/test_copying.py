@@ -133,6 +133,20 @@ def test_every_row_of_row_groups_of_any_size_is_built_as_it_is(
     assert found == expected
 
 
+def test_a_range_that_comes_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux reads at most 2 GiB by one call, and a file system of the user's what it likes."""
+    content, preadv = RNG.bytes(5000), os.preadv
+    (tmp_path / "tape").write_bytes(content)
+    monkeypatch.setattr(os, "preadv", lambda file, views, at: preadv(file, [views[0][:700]], at))
+    with TarSource(str(tmp_path / "tape"), whole=True) as tape:
+        for start, size in ((0, 0), (0, 700), (13, 4987)):
+            found = bytearray(size)
+            tape.read_into(memoryview(found), start)
+            assert found == content[start : start + size]
+        with pytest.raises(OSError, match="the shard ended before byte 5001"):
+            tape.read_into(memoryview(bytearray(4000)), 1001)
+
+
 def test_what_lies_side_by_side_in_a_tar_comes_by_one_read(tmp_path: Path) -> None:
     (tmp_path / "tape").write_bytes(bytes(4 * BLOCK))
     asked: list[tuple[int, int]] = []

@@ -59,7 +59,9 @@ def pool() -> Pool:
     odd = [{}, {"original_width": 900}, {"original_width": "900", "original_height": 900}, {"original_width": None}]
     odd += [{"original_width": 0, "original_height": 900}, {"original_width": -300, "original_height": 900}]
     odd += [{"original_width": 2**40, "original_height": 900}, {"original_width": True, "original_height": 900}]
-    records = [{"original_width": w, "original_height": h, "width": 9} for w, h in original.tolist()]
+    odd += [{"original_width": w, "original_height": 900.0} for w in (900.5, float("nan"), float("inf"), -900.0)]
+    floats = [[float(w), h] if n % 2 else [w, h] for n, (w, h) in enumerate(original.tolist())]  # as pandas writes some
+    records = [{"original_width": w, "original_height": h, "width": 9} for w, h in floats]
     records = [r if n % 3 == 0 else odd[n % len(odd)] if n % 3 == 1 else {} for n, r in enumerate(records)]
     score = rng.normal(0.25, 0.05, ROWS).round(3).astype(np.float32)
     score[::40] = np.float32(0.28)

@@ -1,5 +1,6 @@
 """Block lists, decontamination and score fusion against plain Python, over parts cut in two ways."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -327,6 +328,27 @@ def test_one_column_fused_is_the_exact_fraction(cuts: list[list[Part]]) -> None:
 def test_settings_are_refused_by_name(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_config({"signals": {"text": {"kind": "text"}}, "selectors": {"x": settings}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "block_list", "column": "phash"}, r"selectors\.x: .*column phash is uint64; .*needs text or bytes"),
+        ({"kind": "block_list", "column": "image_sha256", "match": "domain"}, r"selectors\.x: .*domain needs text"),
+        ({"kind": "decontamination", "cosine": 0.9, "column": "url"}, r"selectors\.x\.column: url holds no embeddings"),
+        ({"kind": "block_list", "column": "image_sha256"}, None),
+        ({"kind": "block_list", "column": "url", "match": "domain"}, None),
+        ({"kind": "decontamination", "column": "of no signal"}, None),  # nor is it read
+    ],
+)
+def test_a_column_of_another_type_is_refused_before_it_is_measured(
+    settings: dict[str, object], message: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "list.txt").write_text("example.com")
+    file = {"file": str(tmp_path / "list.txt")} if settings["kind"] == "block_list" else {"reference": str(tmp_path)}
+    recipe = {"signals": {"it": {"kind": "fingerprints"}}, "selectors": {"x": {**settings, **file}}}
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        parse_config(recipe)
 
 
 def test_the_laion_recipe() -> None:

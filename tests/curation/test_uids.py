@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import string
+import struct
 from collections import Counter
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from curation.ledger import write_ledger
 from curation.plan import plan
 from curation.selection import engine, subset, uids
 from curation.selection import listed as listing
+from curation.selection.block_list import BlockList
 from curation.selection.engine import Part
 from curation.selection.fraction import Fraction
 from curation.selection.interface import Apart
 from curation.selection.uids import Uids
 from tests.curation.selecting import select
-from tests.curation.test_selection import valid_of, write_parts
+from tests.curation.test_selection import keeps, valid_of, write_parts
 
 ROWS = 10_000
 ODD = ["g" * 32, "0" * 31, "0" * 33, "0" * 32, "F" * 32, "a" * 32 + "\n", " " + "b" * 31, "٣" * 32, "x", "ü/7 8", ""]
@@ -35,6 +37,11 @@ def number(uid: str) -> int:
 def save(path: Path, listed: list[int]) -> str:
     np.save(path, np.array([(n >> 64, n & (2**64 - 1)) for n in listed], "u8,u8"))
     return str(path)
+
+
+def raw(listed: list[int]) -> bytes:
+    """As DataComp's subsets are without a header: both halves, the lowest byte first."""
+    return b"".join(struct.pack("<QQ", n >> 64, n & (2**64 - 1)) for n in listed)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +86,7 @@ def test_the_list_of_a_build_selects_what_was_built(table: pa.Table, parts: list
     assert stage["listed"] == stage["found"] == stage["copies"] == len(wanted) > 2_900
 
 
-@pytest.mark.parametrize("form", ["sorted.npy", "mixed.npy", "list.txt", "list.parquet"])
+@pytest.mark.parametrize("form", ["sorted.npy", "mixed.npy", "raw.npy", "raw.bin", "list.txt", "list.parquet"])
 def test_every_form_in_either_case_and_what_is_not_in_the_pool(
     form: str, table: pa.Table, parts: list[Part], tmp_path: Path
 ) -> None:
@@ -87,7 +94,9 @@ def test_every_form_in_either_case_and_what_is_not_in_the_pool(
     listed = [uid for uid in uids[::7] if uid.strip() and uid == uid.strip()]
     listed = [uid.swapcase() if number(uid.swapcase()) == number(uid) else uid for uid in listed] + ["of others"] * 3
     wanted, file = {number(uid) for uid in listed}, tmp_path / form
-    if file.suffix == ".npy":
+    if form.startswith("raw"):
+        file.write_bytes(raw(sorted(map(number, listed))))
+    elif file.suffix == ".npy":
         save(file, sorted(map(number, listed)) if form == "sorted.npy" else list(map(number, listed)))
     elif file.suffix == ".parquet":
         pq.write_table(pa.table({"uid": pa.array([*listed, None])}), file)
@@ -100,6 +109,7 @@ def test_every_form_in_either_case_and_what_is_not_in_the_pool(
     stage = found.stages[0]
     assert (stage["listed"], stage["found"], stage["copies"]) == (len(wanted), len(here), len(listed))
     assert 1_000 < stage["found"] < stage["listed"]
+    np.testing.assert_array_equal(keeps(BlockList(column="uid", file=str(file)), parts)[valid], ~expected[valid])
 
 
 @pytest.mark.parametrize("name", ["list.txt", "list.npy"])
@@ -137,8 +147,12 @@ def test_what_is_no_list_is_refused(parts: list[Part], tmp_path: Path) -> None:
     (tmp_path / "text.npy").write_text("no array")
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe\xfa")
     (tmp_path / "text.parquet").write_text("no table")
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "falls.npy").write_bytes(raw([2**127, 2**126]))
+    (tmp_path / "cut.npy").write_bytes(raw([2**126, 2**127])[:-1])
+    (tmp_path / "latin.txt").write_bytes("über alles hier\nöde\nähren der Erde\n".encode("latin-1")[:32])
     for name, message in (("list.npy", "a DataComp subset has u8,u8"), *((n, "cannot be read") for n in (
-        "text.npy", "list.txt", "text.parquet"))):  # fmt: skip
+        "text.npy", "list.txt", "text.parquet", "empty.npy", "falls.npy", "cut.npy", "latin.txt"))):  # fmt: skip
         with pytest.raises(UserError, match=f"{name}: .*{message}"):
             select({"uids": Uids(file=str(tmp_path / name))}, parts)
 
