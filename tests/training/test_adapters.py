@@ -239,6 +239,7 @@ def test_qlora_without_bitsandbytes_is_one_clear_line(monkeypatch):
     [
         ({"r": 0}, "adapter.r"),
         ({"dropout": 1.0}, "adapter.dropout"),
+        ({"target_modules": "*.q_proj"}, r"adapter.target_modules: '\*\.q_proj' is no regular expression"),
         ({"kind": "prompt", "merge": True}, "adapter.merge"),
         ({"kind": "prompt", "modules_to_save": ["x"]}, "adapter.modules_to_save"),
     ],

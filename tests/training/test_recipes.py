@@ -139,6 +139,8 @@ def test_what_recipes_name_is_there_and_their_batches_divide(recipe):
         (["--samples", "10"], "samples"),
         (["--loader.captions", "{txt: 0.5, recaption.txt: 0}"], "loader.captions"),
         (["--loader.captions", "{}"], "loader.captions"),
+        (["--loader.captions", "{txt: 0.5, json: 0.5}"], r"^loader\.captions: 'json' is no text"),
+        (["--loader.captions", "{uid: 1}"], r"^loader\.captions: 'uid'"),
         (["--loader.captions", "first"], "captions"),
         (["--config", "recipes/train/tiny_vlm2vec.yaml", "--vlm2vec.patch_dropout", "0.5"], "patch_dropout"),
         (["--mmgem.vision.patch_dropout", "1.0"], r"^mmgem\.vision\.patch_dropout: 1.0 is no share"),
