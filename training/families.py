@@ -90,7 +90,10 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Captions, made
     recipe = config.mmgem
     kind: type[MMGem] = MMGem if recipe.mapping is None else Bridge
     load = load_tokenizer if recipe.mapping is None else partial(load_tokenizer, added=())
-    tokenizer = _kept_tokenizer(load, recipe.tokenizer, tokenizer_folder, captions)
+    words = recipe.tokenizer
+    if words.name_or_path is None and made_of is None:
+        words = replace(words, name_or_path=recipe.language.name_or_path)  # ids of other words would mean nothing to it
+    tokenizer = _kept_tokenizer(load, words, tokenizer_folder, captions)
     objective = {k: v for k, v in vars(config.objective).items() if k != "weights"}
     begins = recipe.init is not None and made_of is None
     if begins:

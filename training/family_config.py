@@ -111,6 +111,7 @@ class MMGemRecipe:
     init: RUN/export or RUN/checkpoints/step_* to begin from, whose vision, language, tokenizer and embed_dim it takes ·
     stage2: what trains on regions, all else frozen: captioning (h3 and the prompts) or retrieval (h4) ·
     prompts: soft prompts in place of [CAP]; 0: none yet · h4: whether there is a layer for regions after h1 ·
+    tokenizer: where it names none, that of the LLM in `language.name_or_path`; trained where that is from scratch ·
     embed_tokens: what a text is cut to when it is embedded outside training; null: loader.max_tokens.
     """
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from curation.errors import UserError
 from curation.manifest import write_manifest
@@ -119,6 +120,27 @@ def test_a_run_of_mmgem_begins_from_one_of_mmgem(folder, named, folders):
 def test_a_tower_that_pools_for_a_decoder_is_none_of_mmgem(folders):
     with pytest.raises(UserError, match=r"mmgem\.vision\.arch: .* no plain ViT"):
         pretrained_tower(VisionConfig(arch=f"local-dir:{folders['coca']}"))
+
+
+@pytest.mark.parametrize("words", ["its own", "nothing", "an empty one"])
+def test_a_named_language_model_brings_its_own_words(words, backbones, tmp_path):
+    """A vocabulary trained on the captions would give it ids that mean other words to it."""
+    lm = shutil.copytree(backbones / "lm", tmp_path / "lm")
+    if words != "its own":
+        for file in lm.glob("*token*"):
+            file.unlink()
+    if words == "an empty one":  # transformers makes GPT-2's and Gemma's of no file at all
+        (lm / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    config = tiny_config("--mmgem.language.name_or_path", str(lm))
+    if words == "its own":
+        tokenizer = build(config, tmp_path / "tokenizer", lambda: CAPTIONS).tokenizer
+        theirs = AutoTokenizer.from_pretrained(lm)
+        assert tokenizer(CAPTIONS)["input_ids"] == theirs(CAPTIONS)["input_ids"]
+        assert train_bpe(CAPTIONS, 320).get_vocab() != theirs.get_vocab()
+        return
+    with pytest.raises(UserError, match=r"mmgem\.tokenizer\.name_or_path: .*lm .*; name ") as refused:
+        build(config, tmp_path / "tokenizer", lambda: CAPTIONS)
+    assert "\n" not in str(refused.value)
 
 
 def language(name):
