@@ -1,5 +1,6 @@
 """Adapters: only they train, peft opens the export, merged weights are the adapted model, foreign ones are named."""
 
+import os
 import sys
 
 import pytest
@@ -164,6 +165,17 @@ def test_a_foreign_adapter_is_one_clear_line(tmp_path):
     adapters.apply(model, config(r=2))
     with pytest.raises(UserError, match="of another backbone"):
         adapters.read_export(model, config(r=2), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", adapters.BACKBONE])
+def test_an_adapter_that_is_cut_short_is_one_clear_line(name, tmp_path):
+    model, _ = adapted(config())
+    adapters.export(model, config(), tmp_path)
+    file = tmp_path / adapters.FOLDER / name
+    os.truncate(file, file.stat().st_size - 8)
+    with pytest.raises(UserError, match=rf"adapter\.init_from: .*{name} cannot be read .*write it again") as error:
+        adapters.apply(tiny("llava_next")[0], config(init_from=str(file.parent)))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)

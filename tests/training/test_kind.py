@@ -1,6 +1,7 @@
 """A folder of another kind, code that nobody asked for, a tokenizer that lacks a token: one line, before any weight."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -106,6 +107,39 @@ def test_the_own_folder_opens(folders):
     assert torch.equal(opened.h1.weight, MMGem.from_pretrained(str(folders["mmgem"])).h1.weight)
     for kind, folder in ((Flava, "flava"), (OpenClip, "coca"), (Bridge, "limber")):
         assert isinstance(kind.from_pretrained(folders[folder]), kind)
+
+
+@pytest.mark.parametrize("kind", [MMGem, Flava, OpenClip, Bridge])
+def test_an_export_that_is_cut_short_is_one_line(kind, folders, tmp_path):
+    """Its weights, whose reader raises no OSError, and its config."""
+    names = {MMGem: "mmgem", Flava: "flava", OpenClip: "coca", Bridge: "limber"}
+    folder = shutil.copytree(folders[names[kind]], tmp_path / "export")
+    (weights,) = folder.glob("*.safetensors")
+    for opening in (kind.from_pretrained, load):
+        for size in (weights.stat().st_size - 8, 4):
+            os.truncate(weights, size)
+            with pytest.raises(UserError, match=rf": .*{weights.name} cannot be read .*write it again") as refused:
+                opening(folder)
+            assert "\n" not in str(refused.value)
+        shutil.copy(folders[names[kind]] / weights.name, weights)
+    config = folder / ("open_clip_config.json" if kind is OpenClip else "config.json")
+    os.truncate(config, 40)
+    with pytest.raises(UserError, match=rf"--checkpoint: .*{config.name} cannot be read .*write it again") as refused:
+        load(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_backbone_that_is_cut_short_is_one_line(backbones, tmp_path):
+    tower, lm = (shutil.copytree(backbones / name, tmp_path / name) for name in ("clip", "lm"))
+    for file in (tower / "open_clip_model.safetensors", lm / "model.safetensors"):
+        os.truncate(file, file.stat().st_size - 8)
+    for opening, named in [
+        (lambda: pretrained_tower(VisionConfig(arch=f"local-dir:{tower}")), r"mmgem\.vision\.arch: .*safetensors"),
+        (lambda: language(lm), r"mmgem\.language\.name_or_path: .*lm cannot be read"),
+    ]:
+        with pytest.raises(UserError, match=named) as refused:
+            opening()
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
