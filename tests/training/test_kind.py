@@ -14,7 +14,7 @@ from curation.errors import UserError
 from curation.manifest import write_manifest
 from curation.signals.clip import Clip as ClipSignal
 from tests.training.bridges import bridge_config
-from tests.training.conftest import coca_config, flava_config, tiny_config, vlm2vec_config
+from tests.training.conftest import clip_config, coca_config, flava_config, tiny_config, vlm2vec_config
 from training import begin
 from training.auto import AutoModel
 from training.config import ObjectiveConfig, as_dict
@@ -94,6 +94,23 @@ def test_recipes_that_name_a_folder_of_another_family(folders, tmp_path):
         with pytest.raises(UserError, match=named) as refused:
             opening()
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("config", [clip_config, coca_config])
+@pytest.mark.parametrize(
+    ("section", "typo", "named"),
+    [
+        ("vision_cfg", {"imagesize": 64}, r"unexpected keyword argument 'imagesize'"),
+        ("text_cfg", {"head": 2}, r"unexpected keyword argument 'head'"),
+        (None, {"embed": 16}, r"unexpected keyword argument 'embed'"),
+    ],
+)
+def test_sizes_that_open_clip_does_not_know_are_one_line(config, section, typo, named):
+    model_cfg = json.loads(json.dumps(config().clip.model_cfg))
+    (model_cfg[section] if section else model_cfg).update(typo)
+    with pytest.raises(UserError, match=rf"^clip\.model_cfg: open_clip cannot build it .*{named}") as refused:
+        Clip.from_recipe(ClipRecipe(model_cfg=model_cfg), ObjectiveConfig(weights={}))
+    assert "\n" not in str(refused.value)
 
 
 def test_stage_2_begins_from_its_own_family(folders):
