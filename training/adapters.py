@@ -33,6 +33,7 @@ from curation.hashing import config_hash, hash64
 from training.config import AdapterConfig, GroupConfig
 from training.models import dropout
 from training.models.head import Head
+from training.models.kind import check_whole, json_of
 
 BLOCK = 64  # weights that share a scale, as in QLoRA
 FOLDER, TRAINED, BACKBONE = "adapter", "trained.safetensors", "backbone.json"
@@ -300,7 +301,7 @@ def _same_backbone(module: Any, folder: Path, field: str) -> None:
     """
     if not (folder / BACKBONE).exists():
         return  # peft's own
-    written = json.loads((folder / BACKBONE).read_text())
+    written = json_of(folder / BACKBONE, field)
     found = _fingerprint(module, written)
     if name := next((name for name in sorted(found) if found[name] != written[name]), None):
         base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
@@ -326,10 +327,11 @@ def load(module: Any, folder: Path) -> None:
     """Give a module's adapter the values in a peft folder.
 
     Raises:
-        UserError: no adapter there, or one of another kind, rank or backbone.
+        UserError: no adapter there, one that is cut short, or one of another kind, rank or backbone.
     """
+    check_whole(folder, "adapter.init_from")
     try:
-        written = json.loads((folder / "adapter_config.json").read_text())
+        written = json_of(folder / "adapter_config.json", "adapter.init_from")
         tensors = load_file(folder / "adapter_model.safetensors")
     except FileNotFoundError as error:
         raise UserError(f"adapter.init_from: {folder} holds no {Path(error.filename or str(error)).name}") from None

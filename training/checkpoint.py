@@ -23,6 +23,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,12 +161,17 @@ class Saver:
                 hashes.append(json.loads(opened.metadata()["table"])["weights"])
         named = config_hash([hashes, facts["shapes"]])
         write_manifest(folder / "manifest.json", {"weights_hash": named, "files": sizes, **facts})
-        for remains in set(folder.parent.glob("step_*")) - set(complete(self.run)):
-            shutil.rmtree(remains)  # of saves and removals that were cut short
+        self._drop()
+
+    def _drop(self) -> None:
+        """Remove older checkpoints, and remains of saves and removals that were cut short. What cannot go now (it is
+        read-only, or open on another host) is tried again at the next save: the new one is whole."""
         for old in complete(self.run)[: -self.keep_last]:
             if old.name != best(self.run):
-                (old / "manifest.json").unlink()  # first, so that no reader takes the rest for complete
-                shutil.rmtree(old)
+                with suppress(OSError):
+                    (old / "manifest.json").unlink()  # first, so that no reader takes the rest for complete
+        for remains in set((self.run / "checkpoints").glob("step_*")) - set(complete(self.run)):
+            shutil.rmtree(remains, ignore_errors=True)
 
 
 def _weights_hash(tensors: dict[str, torch.Tensor]) -> str:

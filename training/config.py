@@ -17,6 +17,14 @@ from training.family_config import KINDS, LOSSES, ClipRecipe, FlavaRecipe, MMGem
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def _check_pattern(field: str, pattern: str) -> None:
+    """Raises UserError where it is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{field}: {pattern!r} is no regular expression ({error}); mend it") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """A small part that trains in place of a frozen module, by peft.
@@ -43,6 +51,7 @@ class AdapterConfig:
         for name, value in {"r": self.r, "alpha": self.alpha, "tokens": self.tokens}.items():
             if value <= 0:
                 raise UserError(f"adapter.{name}: {value} is not above 0; give a positive value")
+        _check_pattern("adapter.target_modules", self.target_modules)
         if not 0 <= self.dropout < 1:
             raise UserError(f"adapter.dropout: {self.dropout} is not in [0, 1); 0 drops nothing")
         if self.modules_to_save and self.kind == "prompt":
@@ -115,10 +124,7 @@ class GroupConfig:
     frozen: bool = False
 
     def __post_init__(self) -> None:
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise UserError(f"optim.groups: {self.pattern!r} is no regular expression ({error}); mend it") from None
+        _check_pattern("optim.groups", self.pattern)
         if self.frozen and (self.lr, self.weight_decay) != (None, None):
             raise UserError(
                 f"optim.groups: {self.pattern!r} is frozen and has a rate or decay; remove one or the other"
@@ -193,7 +199,7 @@ class LoaderConfig:
     unit takes, by exact shares of the weights in every block, at random by weight, or in turn ·
     window_shards: shards that samples are mixed over · prefetch: batches made ahead ·
     cache_dir, cache_gib: where remote shards are kept (null = gemsmith-shards in the temporary folder), and how much
-    · max_error_rate: share of samples that may be unreadable, in any stretch of `error_window` samples.
+    · max_error_rate: share of samples that may be unreadable (above 0: or one), in any stretch of `error_window`.
     """
 
     batch: int = 256
@@ -246,6 +252,8 @@ class LoaderConfig:
             raise UserError(f"loader.color_jitter: {list(self.color_jitter)} are not 0 or more, the hue's at most 0.5")
         if isinstance(self.captions, dict) and not all(w > 0 for w in self.captions.values() or [0]):
             raise UserError(f"loader.captions: {self.captions} needs members with weights above 0")
+        if isinstance(self.captions, dict) and (named := {"json", "uid"} & self.captions.keys()):
+            raise UserError(f"loader.captions: {min(named)!r} is no text; name txt, or write random for the json's")
         for name, source in self.sources.items():
             if not name.isidentifier():
                 raise UserError(f"loader.sources: {name!r} is no name; take letters, digits and _")

@@ -90,7 +90,10 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Captions, made
     recipe = config.mmgem
     kind: type[MMGem] = MMGem if recipe.mapping is None else Bridge
     load = load_tokenizer if recipe.mapping is None else partial(load_tokenizer, added=())
-    tokenizer = _kept_tokenizer(load, recipe.tokenizer, tokenizer_folder, captions)
+    words = recipe.tokenizer
+    if words.name_or_path is None and made_of is None:
+        words = replace(words, name_or_path=recipe.language.name_or_path)  # ids of other words would mean nothing to it
+    tokenizer = _kept_tokenizer(load, words, tokenizer_folder, captions)
     objective = {k: v for k, v in vars(config.objective).items() if k != "weights"}
     begins = recipe.init is not None and made_of is None
     if begins:
@@ -120,13 +123,18 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Captions, made
 
     longest_text = getattr(model.llm.config, "max_position_embeddings", math.inf)
     embed_tokens = recipe.embed_tokens or config.loader.max_tokens
-    before = max(1, recipe.prompts)  # a caption's, with the picture in the place of [EMB]
+    if recipe.mapping is None:
+        before = max(1, recipe.prompts)  # a caption's, with the picture in the place of [EMB]
+    else:
+        before = math.prod(model.grid) if recipe.mapping.kind == "linear" else recipe.mapping.tokens
+        before -= 1  # so is the last of the visual tokens
     for name, tokens, places in [
         ("loader.max_tokens", config.loader.max_tokens, longest_text - before),
         ("mmgem.embed_tokens", embed_tokens, longest_text),
     ]:
         if tokens > places:
-            raise UserError(f"{name}: {tokens} is more than the {places} positions of the LLM; lower it")
+            beside = f" beside {before + 1} visual tokens" if recipe.mapping is not None else ""
+            raise UserError(f"{name}: {tokens} is more than the {places} positions of the LLM{beside}; lower it")
 
     def encode_text(texts: list[str], max_tokens: int = config.loader.max_tokens) -> dict[str, torch.Tensor]:
         ids = caption_ids(tokenizer, texts, max_tokens - 1)

@@ -35,6 +35,18 @@ def check_patch_dropout(field: str, share: float | None) -> None:
         raise UserError(f"{field}: {share} is no share of patches; give 0 to below 1")
 
 
+def check_divides(field: str, part: int, whole: str, size: int) -> None:
+    """
+    Args:
+        whole, size: the name and the value of what `part` should divide.
+
+    Raises:
+        UserError: it does not.
+    """
+    if part < 1 or size < 1 or size % part:
+        raise UserError(f"{field}: {part} does not divide {whole} {size}; take one that does")
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """A ViT: an open_clip architecture by name (with weights), or sizes for one from scratch.
@@ -57,6 +69,14 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         check_patch_dropout("mmgem.vision.patch_dropout", self.patch_dropout)
+        if self.arch is not None:
+            return
+        for name in ("patch_size", "layers"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"mmgem.vision.{name}: {value} is not above 0; give a positive value")
+        if self.patch_size > self.image_size:
+            raise UserError(f"mmgem.vision.patch_size: {self.patch_size} is above image_size {self.image_size}")
+        check_divides("mmgem.vision.head_width", self.head_width, "width", self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +90,15 @@ class LanguageConfig:
     num_attention_heads: int = 32
     num_key_value_heads: int = 4
     max_position_embeddings: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.name_or_path is not None:
+            return
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        check_divides("mmgem.language.num_attention_heads", heads, "hidden_size", self.hidden_size)
+        check_divides("mmgem.language.num_key_value_heads", groups, "num_attention_heads", heads)
+        if (width := self.hidden_size // heads) % 2:  # rotary positions turn twos
+            raise UserError(f"mmgem.language.num_attention_heads: {heads} are {width} wide, which is odd; take fewer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +127,7 @@ class MappingConfig:
         for name in ("tokens", "width", "layers", "heads"):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"mmgem.mapping.{name}: {value} is not above 0; give a positive value")
-        if self.width % self.heads:
-            raise UserError(f"mmgem.mapping.heads: {self.heads} does not divide width {self.width}")
+        check_divides("mmgem.mapping.heads", self.heads, "width", self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +139,7 @@ class MMGemRecipe:
     init: RUN/export or RUN/checkpoints/step_* to begin from, whose vision, language, tokenizer and embed_dim it takes ·
     stage2: what trains on regions, all else frozen: captioning (h3 and the prompts) or retrieval (h4) ·
     prompts: soft prompts in place of [CAP]; 0: none yet · h4: whether there is a layer for regions after h1 ·
+    tokenizer: where it names none, that of the LLM in `language.name_or_path`; trained where that is from scratch ·
     embed_tokens: what a text is cut to when it is embedded outside training; null: loader.max_tokens.
     """
 
@@ -183,8 +212,27 @@ class ClipRecipe:
 
     def __post_init__(self) -> None:
         check_patch_dropout("clip.patch_dropout", self.patch_dropout)
+        if self.model_cfg is not None:
+            self._check_model_cfg(self.model_cfg)
         if self.negatives < 0:
             raise UserError(f"clip.negatives: {self.negatives} is below 0; 0 takes none")
+
+    @staticmethod
+    def _check_model_cfg(model_cfg: dict[str, Any]) -> None:
+        """
+        Raises:
+            UserError: a section that lacks, or heads that do not divide a transformer's width. (open_clip itself checks
+                the rest where it is built, in training/models/clip.py.)
+        """
+        for name in ("vision_cfg", "text_cfg"):
+            if not isinstance(model_cfg.get(name), dict):
+                raise UserError(f"clip.model_cfg.{name}: is needed; write it as open_clip's files have it")
+        vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+        if not vision.get("timm_model_name") and isinstance(vision.get("layers", 12), int):
+            width, head = vision.get("width", 768), vision.get("head_width", 64)
+            check_divides("clip.model_cfg.vision_cfg.head_width", head, "width", width)
+        if not text.get("hf_model_name"):
+            check_divides("clip.model_cfg.text_cfg.heads", text.get("heads", 8), "width", text.get("width", 512))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,11 +290,8 @@ class FlavaRecipe:
         """
         from training.masks import check_masks
 
-        if self.image_size % self.patch_size:
-            raise UserError(f"flava.patch_size: {self.patch_size} does not divide image_size {self.image_size}")
-        if self.hidden_size % self.num_attention_heads:
-            heads = self.num_attention_heads
-            raise UserError(f"flava.num_attention_heads: {heads} does not divide hidden_size {self.hidden_size}")
+        check_divides("flava.patch_size", self.patch_size, "image_size", self.image_size)
+        check_divides("flava.num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
         check_patch_dropout("flava.patch_dropout", self.patch_dropout)
         check_masks(self.masks, self.image_size // self.patch_size)
 

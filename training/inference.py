@@ -5,7 +5,6 @@ the one that exports are saved with, in fp32 on the device at hand.
 """
 
 import copy
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from training.adapters import FOLDER as ADAPTER
 from training.config import TrainConfig, as_dict
 from training.families import Family, build
 from training.models.clip_export import OPEN_CLIP
+from training.models.kind import check_whole, json_of
 from training.processor import processor_of
 from training.regions import Region, region_weights
 
@@ -195,6 +195,7 @@ def _exported(folder: Path, embed_tokens: int | None, trust_remote_code: bool) -
     """An export's family, from the recipe in it."""
     import training.auto  # noqa: F401  transformers knows the folder's kind then, and does not warn of it
 
+    check_whole(folder, "--checkpoint")
     record = read_manifest(folder / "gemsmith.json")
     if record is None:
         raise UserError(f"--checkpoint {folder}: has no gemsmith.json; name an export that `gemsmith train` wrote")
@@ -220,4 +221,4 @@ def _exported(folder: Path, embed_tokens: int | None, trust_remote_code: bool) -
 def export_made_of(folder: Path) -> dict[str, Any] | None:
     """What the model of an export is made of (families.py); None of an adapter alone."""
     files = [folder / name for name in (OPEN_CLIP, "config.json")]
-    return next((json.loads(file.read_text()) for file in files if file.exists()), None)
+    return next((json_of(file, "--checkpoint") for file in files if file.exists()), None)

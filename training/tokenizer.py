@@ -42,7 +42,7 @@ def load_tokenizer(config: TokenizerConfig, captions: Any, *, added: tuple[str, 
     trained.
 
     Raises:
-        UserError: no tokenizer there, or one without an end token.
+        UserError: no tokenizer there, one without words, or one without an end token.
     """
     from transformers import AutoTokenizer
 
@@ -51,6 +51,11 @@ def load_tokenizer(config: TokenizerConfig, captions: Any, *, added: tuple[str, 
     if config.name_or_path is None:
         return train_bpe(list(captions()), config.vocab_size)
     tokenizer = opened(AutoTokenizer, config.name_or_path, "mmgem.tokenizer.name_or_path")
+    if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):  # transformers', of a model's folder without
+        raise UserError(
+            f"mmgem.tokenizer.name_or_path: {config.name_or_path} holds no tokenizer; name a folder, or a model of the "
+            "hub, that does"
+        )
     if tokenizer.eos_token is None:
         raise UserError(
             f"mmgem.tokenizer.name_or_path: {config.name_or_path} has no end token, at which a caption would stop; "

@@ -1,5 +1,6 @@
 """Adapters: only they train, peft opens the export, merged weights are the adapted model, foreign ones are named."""
 
+import os
 import sys
 
 import pytest
@@ -166,6 +167,17 @@ def test_a_foreign_adapter_is_one_clear_line(tmp_path):
         adapters.read_export(model, config(r=2), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", adapters.BACKBONE])
+def test_an_adapter_that_is_cut_short_is_one_clear_line(name, tmp_path):
+    model, _ = adapted(config())
+    adapters.export(model, config(), tmp_path)
+    file = tmp_path / adapters.FOLDER / name
+    os.truncate(file, file.stat().st_size - 8)
+    with pytest.raises(UserError, match=rf"adapter\.init_from: .*{name} cannot be read .*write it again") as error:
+        adapters.apply(tiny("llava_next")[0], config(init_from=str(file.parent)))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_of_the_same_backbone_with_other_weights_is_one_clear_line(kind, tmp_path):
     """As it is of one that was trained on; rounded to bf16, as a checkpoint may hold it, it is the same."""
@@ -239,6 +251,7 @@ def test_qlora_without_bitsandbytes_is_one_clear_line(monkeypatch):
     [
         ({"r": 0}, "adapter.r"),
         ({"dropout": 1.0}, "adapter.dropout"),
+        ({"target_modules": "*.q_proj"}, r"adapter.target_modules: '\*\.q_proj' is no regular expression"),
         ({"kind": "prompt", "merge": True}, "adapter.merge"),
         ({"kind": "prompt", "modules_to_save": ["x"]}, "adapter.modules_to_save"),
     ],

@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from curation.errors import UserError
 from tests.training.bridges import CAPTIONS, COLOURS, MAPPINGS, bridge_config
@@ -110,6 +111,34 @@ def test_float64_equals_the_full_batch_written_plainly(backbones, tmp_path, name
         whole, worst = differences({n: p.grad for n, p in own.items()}, expected)
         assert whole < 1e-12 and worst < 1e-11, (chunk, whole, worst)
         assert abs(float(metrics["loss"] - expected_loss.detach())) < 1e-12 and "loss_embed" not in metrics
+
+
+@pytest.mark.parametrize(("name", "k"), [("limber", 4), ("mapl", 3)])
+def test_a_caption_has_the_positions_that_the_visual_tokens_leave(backbones, tmp_path, name, k):
+    """Of a GPT-2, whose positions are the rows of a table."""
+    vocabulary = json.loads((backbones / "lm" / "config.json").read_text())["vocab_size"]
+    GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_positions=20, n_embd=32, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "lm"
+    )
+    most = 20 - k + 1  # of the caption and </s>: the last visual token stands where its first word comes from
+
+    def family(tokens):
+        more = ("--mmgem.language.name_or_path", str(tmp_path / "lm"), "--loader.max_tokens", str(tokens))
+        return build(bridge_config(backbones, name, *more), tmp_path / "tokenizer", list)
+
+    def loss(tokens):
+        text = made.encode_text([" ".join(CAPTIONS)], tokens)
+        assert text["input_ids"].shape == (1, tokens)
+        chunk = {"pixel_values": torch.zeros(1, 3, 32, 32), **text, "valid": torch.ones(1, dtype=torch.bool)}
+        return made.model(chunk, separable=True)["sums"]["generate"]
+
+    made = family(most)
+    assert loss(most).isfinite()
+    with pytest.raises(IndexError):
+        loss(most + 1)
+    named = rf"^loader\.max_tokens: {most + 1} is more than the {most} positions of the LLM beside {k} visual tokens"
+    with pytest.raises(UserError, match=named):
+        family(most + 1)
 
 
 def test_mmgem_begins_from_a_clip_that_was_trained_here(backbones, tmp_path):

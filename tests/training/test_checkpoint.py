@@ -2,7 +2,9 @@
 cannot be gone on from is named."""
 
 import dataclasses
+import errno
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +93,32 @@ def test_the_last_ones_are_kept(trained, tmp_path):
     for step in (1, 2, 3, 4):
         saver.save(*trained, step, {"zero_stage": 0})
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_00000003", "step_00000004"]
+
+
+@pytest.mark.parametrize("refused", ["unlink", "rmdir"])
+@pytest.mark.parametrize("background", [False, True])
+def test_an_old_one_that_cannot_go_yet_ends_no_run(trained, tmp_path, monkeypatch, background, refused):
+    """Its manifest is of a read-only folder; or NFS keeps its files, which a reader on another host has open."""
+    saver, do = checkpoint.Saver(tmp_path, keep_last=1, background=background), getattr(os, refused)
+
+    def busy(path, *args, **settings):
+        if str(path).endswith(("step_00000001/manifest.json", "step_00000001")):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        do(path, *args, **settings)
+
+    def folders():
+        saver.wait()
+        return sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+
+    saver.save(*trained, 1, {"zero_stage": 0})
+    with monkeypatch.context() as kept:
+        kept.setattr(os, refused, busy)
+        saver.save(*trained, 2, {"zero_stage": 0})
+        assert folders() == ["step_00000001", "step_00000002"]
+        assert checkpoint.check(checkpoint.latest(tmp_path))["step"] == 2
+    assert len(checkpoint.complete(tmp_path)) == (2 if refused == "unlink" else 1), "whole, or for no reader"
+    saver.save(*trained, 3, {"zero_stage": 0})
+    assert folders() == ["step_00000003"]
 
 
 def test_a_checkpoint_of_another_model_is_named(trained, tmp_path):

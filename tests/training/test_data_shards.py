@@ -244,6 +244,16 @@ def test_the_budget_sees_a_bad_stretch_late_in_a_long_run():
     Budget(0.01, 1_000).check(100, {"unreadable": 1})
 
 
+def test_one_hole_is_no_share_of_a_run_that_has_begun():
+    budget = Budget(0.01, 1_000)
+    budget.check(32, {"image_broken": 1})
+    budget.check(64, {"image_broken": 1})
+    with pytest.raises(UserError, match="2 of the last 96 samples"):
+        budget.check(96, {"image_broken": 2})
+    with pytest.raises(UserError, match="1 of the last 32 samples"):
+        Budget(0.0, 1_000).check(32, {"image_broken": 1})
+
+
 def test_a_resumed_run_keeps_its_budgets_past():
     """A shard that vanishes late is within the budget of the run, and not of the steps since a resume."""
 

@@ -1,18 +1,20 @@
 """A folder of another kind, code that nobody asked for, a tokenizer that lacks a token: one line, before any weight."""
 
 import json
+import os
 import shutil
 import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from curation.errors import UserError
 from curation.manifest import write_manifest
 from curation.signals.clip import Clip as ClipSignal
 from tests.training.bridges import bridge_config
-from tests.training.conftest import coca_config, flava_config, tiny_config, vlm2vec_config
+from tests.training.conftest import clip_config, coca_config, flava_config, tiny_config, vlm2vec_config
 from training import begin
 from training.auto import AutoModel
 from training.config import ObjectiveConfig, as_dict
@@ -94,6 +96,23 @@ def test_recipes_that_name_a_folder_of_another_family(folders, tmp_path):
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("config", [clip_config, coca_config])
+@pytest.mark.parametrize(
+    ("section", "typo", "named"),
+    [
+        ("vision_cfg", {"imagesize": 64}, r"unexpected keyword argument 'imagesize'"),
+        ("text_cfg", {"head": 2}, r"unexpected keyword argument 'head'"),
+        (None, {"embed": 16}, r"unexpected keyword argument 'embed'"),
+    ],
+)
+def test_sizes_that_open_clip_does_not_know_are_one_line(config, section, typo, named):
+    model_cfg = json.loads(json.dumps(config().clip.model_cfg))
+    (model_cfg[section] if section else model_cfg).update(typo)
+    with pytest.raises(UserError, match=rf"^clip\.model_cfg: open_clip cannot build it .*{named}") as refused:
+        Clip.from_recipe(ClipRecipe(model_cfg=model_cfg), ObjectiveConfig(weights={}))
+    assert "\n" not in str(refused.value)
+
+
 def test_stage_2_begins_from_its_own_family(folders):
     write_manifest(folders["flava"] / "gemsmith.json", {"config": as_dict(flava_config()), "steps": 1})
     with pytest.raises(UserError, match=r"mmgem\.init: .* is a checkpoint of flava; name one of mmgem"):
@@ -105,6 +124,39 @@ def test_the_own_folder_opens(folders):
     assert torch.equal(opened.h1.weight, MMGem.from_pretrained(str(folders["mmgem"])).h1.weight)
     for kind, folder in ((Flava, "flava"), (OpenClip, "coca"), (Bridge, "limber")):
         assert isinstance(kind.from_pretrained(folders[folder]), kind)
+
+
+@pytest.mark.parametrize("kind", [MMGem, Flava, OpenClip, Bridge])
+def test_an_export_that_is_cut_short_is_one_line(kind, folders, tmp_path):
+    """Its weights, whose reader raises no OSError, and its config."""
+    names = {MMGem: "mmgem", Flava: "flava", OpenClip: "coca", Bridge: "limber"}
+    folder = shutil.copytree(folders[names[kind]], tmp_path / "export")
+    (weights,) = folder.glob("*.safetensors")
+    for opening in (kind.from_pretrained, load):
+        for size in (weights.stat().st_size - 8, 4):
+            os.truncate(weights, size)
+            with pytest.raises(UserError, match=rf": .*{weights.name} cannot be read .*write it again") as refused:
+                opening(folder)
+            assert "\n" not in str(refused.value)
+        shutil.copy(folders[names[kind]] / weights.name, weights)
+    config = folder / ("open_clip_config.json" if kind is OpenClip else "config.json")
+    os.truncate(config, 40)
+    with pytest.raises(UserError, match=rf"--checkpoint: .*{config.name} cannot be read .*write it again") as refused:
+        load(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_backbone_that_is_cut_short_is_one_line(backbones, tmp_path):
+    tower, lm = (shutil.copytree(backbones / name, tmp_path / name) for name in ("clip", "lm"))
+    for file in (tower / "open_clip_model.safetensors", lm / "model.safetensors"):
+        os.truncate(file, file.stat().st_size - 8)
+    for opening, named in [
+        (lambda: pretrained_tower(VisionConfig(arch=f"local-dir:{tower}")), r"mmgem\.vision\.arch: .*safetensors"),
+        (lambda: language(lm), r"mmgem\.language\.name_or_path: .*lm cannot be read"),
+    ]:
+        with pytest.raises(UserError, match=named) as refused:
+            opening()
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +171,27 @@ def test_a_run_of_mmgem_begins_from_one_of_mmgem(folder, named, folders):
 def test_a_tower_that_pools_for_a_decoder_is_none_of_mmgem(folders):
     with pytest.raises(UserError, match=r"mmgem\.vision\.arch: .* no plain ViT"):
         pretrained_tower(VisionConfig(arch=f"local-dir:{folders['coca']}"))
+
+
+@pytest.mark.parametrize("words", ["its own", "nothing", "an empty one"])
+def test_a_named_language_model_brings_its_own_words(words, backbones, tmp_path):
+    """A vocabulary trained on the captions would give it ids that mean other words to it."""
+    lm = shutil.copytree(backbones / "lm", tmp_path / "lm")
+    if words != "its own":
+        for file in lm.glob("*token*"):
+            file.unlink()
+    if words == "an empty one":  # transformers makes GPT-2's and Gemma's of no file at all
+        (lm / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    config = tiny_config("--mmgem.language.name_or_path", str(lm))
+    if words == "its own":
+        tokenizer = build(config, tmp_path / "tokenizer", lambda: CAPTIONS).tokenizer
+        theirs = AutoTokenizer.from_pretrained(lm)
+        assert tokenizer(CAPTIONS)["input_ids"] == theirs(CAPTIONS)["input_ids"]
+        assert train_bpe(CAPTIONS, 320).get_vocab() != theirs.get_vocab()
+        return
+    with pytest.raises(UserError, match=r"mmgem\.tokenizer\.name_or_path: .*lm .*; name ") as refused:
+        build(config, tmp_path / "tokenizer", lambda: CAPTIONS)
+    assert "\n" not in str(refused.value)
 
 
 def language(name):

@@ -130,6 +130,9 @@ def test_what_recipes_name_is_there_and_their_batches_divide(recipe):
         assert named.pretrained is None or get_pretrained_cfg(named.arch, named.pretrained)
 
 
+CLIP = ("--config", "recipes/train/tiny_clip.yaml", "--clip.model_cfg")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -139,11 +142,22 @@ def test_what_recipes_name_is_there_and_their_batches_divide(recipe):
         (["--samples", "10"], "samples"),
         (["--loader.captions", "{txt: 0.5, recaption.txt: 0}"], "loader.captions"),
         (["--loader.captions", "{}"], "loader.captions"),
+        (["--loader.captions", "{txt: 0.5, json: 0.5}"], r"^loader\.captions: 'json' is no text"),
+        (["--loader.captions", "{uid: 1}"], r"^loader\.captions: 'uid'"),
         (["--loader.captions", "first"], "captions"),
         (["--config", "recipes/train/tiny_vlm2vec.yaml", "--vlm2vec.patch_dropout", "0.5"], "patch_dropout"),
         (["--mmgem.vision.patch_dropout", "1.0"], r"^mmgem\.vision\.patch_dropout: 1.0 is no share"),
         (["--config", "recipes/train/tiny_clip.yaml", "--clip.patch_dropout", "-0.1"], r"^clip\.patch_dropout: -0.1"),
         (["--config", "recipes/train/tiny_flava.yaml", "--flava.patch_dropout", "1.5"], r"flava\.patch_dropout: 1.5"),
+        (["--mmgem.vision.width", "32"], r"^mmgem\.vision\.head_width: 64 does not divide width 32"),
+        (["--mmgem.vision.patch_size", "128"], r"^mmgem\.vision\.patch_size: 128 is above image_size 64"),
+        (["--mmgem.vision.layers", "0"], r"^mmgem\.vision\.layers: 0"),
+        (["--mmgem.language.hidden_size", "129"], r"^mmgem\.language\.num_attention_heads: 2 does not divide"),
+        (["--mmgem.language.num_attention_heads", "128"], r"^mmgem\.language\.num_attention_heads: 128 are 1 wide"),
+        (["--mmgem.language.num_key_value_heads", "4"], r"^mmgem\.language\.num_key_value_heads: 4 does not divide"),
+        ([*CLIP, "{embed_dim: 16, vision_cfg: {}}"], r"^clip\.model_cfg\.text_cfg: is needed"),
+        ([*CLIP, "{vision_cfg: {width: 32}, text_cfg: {}}"], r"^clip\.model_cfg\.vision_cfg\.head_width: 64 does not"),
+        ([*CLIP, "{vision_cfg: {}, text_cfg: {heads: 3}}"], r"^clip\.model_cfg\.text_cfg\.heads: 3 does not"),
         (["--adapter", "{kind: lora, module: llm, r: 0}"], "^adapter.r: 0"),
         (["--config", "recipes/train/tiny_flava.yaml", "--flava.masks.tokens", "1e-6"], r"flava\.masks\.tokens: 1e-06"),
     ],

@@ -1,4 +1,8 @@
-"""How many samples may be holes: a share of any stretch of the run, so that a bad shard is not lost in a long past."""
+"""How many samples may be holes: a share of any stretch of the run, so that a bad shard is not lost in a long past.
+
+One is always forgiven, where any are: else a single broken picture would end a run that has only begun, since one of
+the first hundred is more than a hundredth of them.
+"""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -33,7 +37,7 @@ class Budget:
             self._past.popleft()
         since, before = self._past[0]
         new = {reason: n - before.get(reason, 0) for reason, n in holes.items() if n > before.get(reason, 0)}
-        if sum(new.values()) > self.rate * (drawn - since):
+        if sum(new.values()) > max(self.rate * (drawn - since), bool(self.rate)):
             said = ", ".join(f"{reason} {n}" for reason, n in sorted(new.items(), key=lambda item: -item[1]))
             raise UserError(
                 f"loader.max_error_rate: {sum(new.values())} of the last {drawn - since} samples could not be read "

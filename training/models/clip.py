@@ -44,7 +44,7 @@ class Clip(nn.Module):
         """pretrained: open_clip's model of this kind with weights, which becomes the towers; None: from scratch."""
         super().__init__()
         own = {ours: model_cfg[name] for ours, name in BEGIN.items() if model_cfg.get(name) is not None}
-        self.towers = self._towers(model_cfg) if pretrained is None else pretrained
+        self.towers = self._built(model_cfg) if pretrained is None else pretrained
         if pretrained is not None:
             ended = {ours: getattr(pretrained, theirs, None) for ours, theirs in SCALARS.items()}
             own |= {name: float(scalar.detach()) for name, scalar in ended.items() if scalar is not None}
@@ -58,6 +58,19 @@ class Clip(nn.Module):
         self.model_cfg["vision_cfg"] = {k: v for k, v in model_cfg["vision_cfg"].items() if k != "patch_dropout"}
         if "logit_bias" in self.scalars:  # open_clip has one where its config does
             self.model_cfg["init_logit_bias"] = model_cfg.get("init_logit_bias") or START["logit_bias"]
+
+    @classmethod
+    def _built(cls, model_cfg: dict[str, Any]) -> Any:
+        """
+        Raises:
+            UserError: open_clip's classes do not take it; their words name the key.
+        """
+        try:
+            return cls._towers(model_cfg)
+        except (TypeError, KeyError, AssertionError, ZeroDivisionError) as error:
+            raise UserError(
+                f"clip.model_cfg: open_clip cannot build it ({one_line(repr(error), 200)}); mend the key"
+            ) from None
 
     @staticmethod
     def _towers(model_cfg: dict[str, Any]) -> Any:

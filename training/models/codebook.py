@@ -30,6 +30,7 @@ from training.config import LoaderConfig
 from training.data import Order, Source, decode
 from training.data import picture as image_member
 from training.family_config import CodebookConfig
+from training.models.kind import check_whole
 
 PATCH = 8
 """Side in pixels of what a code stands for; DALL-E's encoder pools three times by two."""
@@ -209,6 +210,7 @@ def _named(name_or_path: str) -> Codebook:
         why = str(error).splitlines()[0]
         raise UserError(f"flava.codebook.name_or_path: {name_or_path} cannot be read ({why})") from None
     if kind == "patch_codebook":
+        check_whole(Path(name_or_path), "flava.codebook.name_or_path")
         return PatchCodebook.from_pretrained(Path(name_or_path))
     if kind != "flava_image_codebook":
         raise UserError(

@@ -6,11 +6,12 @@ What a recipe names is loaded here, by its own library, from files that are mapp
 one parameter of them after the other (training/partitioned.py).
 """
 
+import json
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from curation.errors import UserError, one_line
@@ -18,10 +19,39 @@ from curation.preprocess import HUB, LOCAL, check_activation
 from training.partitioned import lasting_sources
 
 
+def check_whole(folder: Path, field: str) -> None:
+    """
+    Raises:
+        UserError: weights in this folder are cut short, which safetensors tells by an exception of its own.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(file, field, error) from None
+
+
+def json_of(file: Path, field: str) -> Any:
+    """
+    Raises:
+        FileNotFoundError: it is not there.
+        UserError: it is cut short.
+    """
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise _unreadable(file, field, error) from None
+
+
+def _unreadable(file: Path, field: str, error: Exception) -> UserError:
+    return UserError(f"{field}: {file} cannot be read ({one_line(error, 200)}); copy or write it again")
+
+
 def check_kind(folder: Any, expected: str, field: str) -> None:
     """
     Raises:
-        UserError: no model there, or one of another kind.
+        UserError: no model there, one of another kind, or one that is cut short.
     """
     try:
         kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
@@ -32,21 +62,22 @@ def check_kind(folder: Any, expected: str, field: str) -> None:
     if kind != expected:
         where = Path(str(folder)).name
         raise UserError(f"{field}: {folder} holds a {kind!r}, not a {expected!r}; name another than {where}")
+    check_whole(Path(str(folder)), field)
 
 
 def opened(auto: Any, name: str, field: str, trust_remote_code: bool = False, **settings: Any) -> Any:
     """`auto.from_pretrained(name)`, without code that the folder brings unless it is trusted.
 
     Raises:
-        UserError: nothing there that this class opens.
+        UserError: nothing there that this class opens, or weights that are cut short.
     """
     try:
         with lasting_sources():
             return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **settings)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(f"{field}: {name} brings code of its own, which is not run here; name another") from None
-        raise UserError(f"{field}: {name} cannot be read ({one_line(error, 200)})") from None
+        raise UserError(f"{field}: {name} cannot be read ({one_line(error, 200)}); name another") from None
 
 
 def opened_clip(arch: str, pretrained: str | None, field: str) -> Any:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from curation.errors import UserError, one_line
 from curation.preprocess import HUB, LOCAL
 from training.family_config import VisionConfig
-from training.models.kind import opened_clip
+from training.models.kind import check_whole, opened_clip
 from training.models.patches import take_over
 
 ARCH = "mmgem.vision.arch"
@@ -92,8 +92,9 @@ def from_export(folder: Path, vision: VisionConfig) -> tuple[dict[str, Any], dic
     """The settings and the weights of the vision tower in an open_clip export, without its projection.
 
     Raises:
-        UserError: no such export, or no plain ViT's.
+        UserError: no such export, one that is cut short, or no plain ViT's.
     """
+    check_whole(folder, ARCH)
     try:
         model_cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
         sizes = model_cfg["vision_cfg"]
