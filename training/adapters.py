@@ -83,6 +83,14 @@ def _module(model: nn.Module, config: AdapterConfig) -> Any:
         raise UserError(f"adapter.module: the model has no {config.module!r}; it has {named}") from None
 
 
+def round_matrices(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring VeRA's frozen matrices to the type of the vectors that peft multiplies them with: they are buffers, and the
+    engine rounds parameters alone."""
+    for name, buffer in model.named_buffers():
+        if {"vera_A", "vera_B"} & {*name.split(".")}:
+            buffer.data = buffer.data.to(dtype)
+
+
 def check_groups(model: nn.Module, config: AdapterConfig, groups: Sequence[GroupConfig]) -> None:
     """
     Raises:

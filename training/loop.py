@@ -8,8 +8,9 @@ save together, which a signal handler could not.
 
 import contextlib
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from curation.errors import UserError
 from curation.hashing import config_hash, hash64
 from curation.manifest import write_manifest
-from training import checkpoint, retention, zero
+from training import adapters, checkpoint, retention, zero
 from training.config import TrainConfig, as_dict
 from training.data import REASONS, Budget, Loader, Shards, Source, every_caption, open_sources
 from training.deepspeed_config import deepspeed_config, reduces_once
@@ -121,7 +122,7 @@ def _on(device: torch.device, chunk: Chunk) -> Chunk:
 
 
 def into_training(model: nn.Module, section: str) -> None:
-    """All of the model but frozen batch norms, which keep the statistics that they came with.
+    """All of the model but frozen batch norms, which keep the statistics that they came with, to the bit.
 
     One that trains would normalise by its chunk, take every chunk in twice, and end up another on each rank.
 
@@ -141,6 +142,17 @@ def into_training(model: nn.Module, section: str) -> None:
                     "take an architecture without (a ViT), or freeze it by optim.groups"
                 )
             module.eval()
+            module.forward = partial(_normalised, module, module.forward)  # type: ignore[method-assign]
+
+
+def _normalised(norm: Any, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """A batch norm's output, for which its statistics are rounded: torch takes them in the weights' type alone."""
+    exact = norm.running_mean, norm.running_var
+    try:
+        norm.running_mean, norm.running_var = (kept.to(x.dtype) for kept in exact)
+        return forward(x)
+    finally:  # recomputed activations end a forward pass early
+        norm.running_mean, norm.running_var = exact
 
 
 def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path) -> Trainer:
@@ -148,6 +160,7 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     import deepspeed
 
     world = World.current()
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     settings, tokenizer = deepspeed_config(config, world.size), run / "tokenizer"
     cut_up = settings["zero_optimization"]["stage"] == 3
     deferred = Deferred()
@@ -166,12 +179,12 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
         family.model.checkpoint_activations()
     groups = parameter_groups(family.model.named_parameters(), config.optim)
     into_training(family.model, config.family)
+    adapters.round_matrices(family.model, dtype)
     optimizer, used = Sharded(groups, config.optim), zero.Used(family.model.named_parameters())
     # ZeRO-3 gathers a transformer block at a time: its hooks on every small module of a block cost more than they save.
     deepspeed.utils.set_z3_leaf_modules(family.model, sorted(family.model.blocks), raise_if_not_found=False)
     if cut_up:
         zero.ask_gradients(family.model, family.model.blocks)
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         frozen = partition(family.model, deferred, settings, dtype)
     else:
         frozen = {n: (0, p.data.view(-1)) for n, p in family.model.named_parameters() if not p.requires_grad}
@@ -191,7 +204,7 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
-        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        dtype=dtype,
         cache=run / "decoded" if config.loader.cache_decoded else None,
         extra=family.extra,
         mismatched=family.mismatched,

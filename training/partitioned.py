@@ -231,7 +231,8 @@ def partition(
 
     Args:
         settings: of `deepspeed.initialize`.
-        dtype: that the engine computes in; parameters and buffers are brought to it, as the engine would.
+        dtype: that the engine computes in; parameters are brought to it. Buffers keep theirs, as the engine would have
+            it (rotary frequencies, statistics), and go where the parameters are.
 
     Returns:
         This rank's part of each frozen parameter before it was rounded, as (first element, values), by name.
@@ -252,6 +253,5 @@ def partition(
                 exact[name] = (dist.get_rank() * size, before[dist.get_rank() * size :][:size].clone())
     deferred.histories.clear()
     for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.data = buffer.data.to(dtype)
+        buffer.data = buffer.data.to(init.local_device)
     return exact

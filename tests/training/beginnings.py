@@ -9,6 +9,7 @@ import torch
 from tests.training.bridges import bridge_config, write_backbones
 from tests.training.conftest import clip_config, coca_config, flava_config, tiny_config
 from tests.training.stage2 import region_shards, stage1, stage2_config
+from tests.training.step import rounded
 from tests.training.vlm import ADAPTER, QWEN, RECIPE
 from training.config import TrainConfig
 from training.data import Loader, Source, every_caption, named, open_sources
@@ -69,7 +70,7 @@ def begun(config: TrainConfig, shards: Path, tokenizer: Path) -> tuple[Family, l
 def first_step(config: TrainConfig, family: Family, sources: list[Source]) -> tuple[float, float]:
     """(loss, gradient's norm) of a run's first step in one process, without an engine; gradients stay."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    model: Any = family.model.to(dtype)
+    model: Any = rounded(family.model, dtype)
     loader = Loader(
         sources, config.loader, family.image, family.encode_text, seed=config.seed, rank=0, world_size=1,
         dtype=dtype, extra=family.extra, mismatched=family.mismatched,

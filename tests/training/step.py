@@ -36,6 +36,14 @@ def chunks_of(shards, family, config, chunk=None, hole=None, retain=0):
     return chunks
 
 
+def rounded(model, dtype):
+    """The model as an engine takes it: its parameters in this type, its buffers in their own."""
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(dtype)
+    return model
+
+
 def cached_gradients(model, chunks, objective, retain=False, forward=None):
     """(metrics, {parameter: gradient}) of the gradient-cached step.
 

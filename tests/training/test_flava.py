@@ -354,12 +354,22 @@ def test_an_export_opens_again_and_embeds_the_same(family, tmp_path):
 def test_published_weights_load(family, tmp_path):
     published(family).save_pretrained(tmp_path / "published")
     path = str(tmp_path / "published")
-    model = build(flava_config("--flava.name_or_path", path), tmp_path / "tokenizer", lambda: CAPTIONS).model
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in family.model.state_dict().items())
-    other = flava_config("--flava.name_or_path", path, "--flava.embed_dim", "16")
-    with pytest.raises(UserError, match=r"flava.name_or_path.*shape.*checkpoint's sizes") as error:
-        build(other, tmp_path / "tokenizer", lambda: CAPTIONS)
-    assert "\n" not in str(error.value)
+    for temperature in ("null", "0.02"):  # the checkpoint's, or what the recipe says
+        words = ("--flava.name_or_path", path, "--objective.temperature", temperature)
+        found = build(flava_config(*words), tmp_path / "tokenizer", lambda: CAPTIONS).model.state_dict()
+        scale = found.pop("log_scale")
+        expected = family.model.log_scale if temperature == "null" else torch.tensor([50.0]).log()
+        torch.testing.assert_close(scale, expected.detach(), rtol=0, atol=1e-6)
+        assert all(torch.equal(tensor, family.model.state_dict()[name]) for name, tensor in found.items())
+    for section, value, named in [
+        ("embed_dim", 16, r"image_projection.bias is \[24\] there and \[16\] in the recipe"),
+        ("image_layers", 3, r"layer\.2\.\S+ is missing there and \[\d+\] in the recipe"),
+        ("text_layers", 1, r"text_model\.\S+layer\.1\.\S+ is \[\d+\] there and missing in the recipe"),
+    ]:
+        other = flava_config("--flava.name_or_path", path, f"--flava.{section}", str(value))
+        with pytest.raises(UserError, match=f"flava.name_or_path.*{named}; give the checkpoint's sizes") as error:
+            build(other, tmp_path / "tokenizer", lambda: CAPTIONS)
+        assert "\n" not in str(error.value)
 
 
 def test_other_families_are_named(family, tmp_path):

@@ -16,7 +16,7 @@ from tests.training.plain import (
     whole_batch,
 )
 from tests.training.ranks import launched
-from tests.training.step import cached_gradients, chunks_of
+from tests.training.step import cached_gradients, chunks_of, rounded
 from training.data import Shards
 from training.families import build
 
@@ -78,7 +78,7 @@ def test_512_chunks_under_bf16_are_summed_in_fp32(shards, tmp_path, stage):
     assert saved["chunks"] == 512
     config = tiny_config(*batch)
     family = build(config, run / "mmgem" / "tokenizer", Shards(shards).every_caption)
-    model = family.model.bfloat16()
+    model = rounded(family.model, torch.bfloat16)
     log_scale = model.log_scale.detach().double().requires_grad_()  # fp32 masters begin from bf16, as ZeRO has it
     chunks = chunks_of(shards, family, config, 1)
     chunks = [{k: v.bfloat16() if v.is_floating_point() else v for k, v in c.items()} for c in chunks]

@@ -1,6 +1,7 @@
 """MM-GEM stage 2 against its formulas written plainly, and what it begins from, pools, writes and refuses."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(shards, tmp_path_factory):
-    return stage1(tmp_path_factory.mktemp("stage1"), shards)
+    return stage1(tmp_path_factory.mktemp("stage1"), shards, "--objective.temperature", "0.1")
 
 
 def family_of(stage, first, folder):
@@ -112,6 +113,7 @@ def test_gradients_are_those_of_the_formulas(stage, chunk, retain, shards, first
 def test_stage_2_begins_where_stage_1_ended(shards, first, tmp_path):
     before = build(begin_config(first), tmp_path / "one", lambda: [])
     before.model.load_state_dict(before.read_export(first))
+    assert float(before.model.log_scale) == pytest.approx(math.log(10)), "not where one from scratch begins"
     for stage in ("captioning", "retrieval"):
         model = family_of(stage, first, tmp_path / stage).model
         for name, value in before.model.state_dict().items():
@@ -122,6 +124,13 @@ def test_stage_2_begins_where_stage_1_ended(shards, first, tmp_path):
         else:
             pooled = torch.randn(7, 24)
             assert torch.equal(model.region_embedding(pooled), before.model.region_embedding(pooled)), "the identity"
+
+
+def test_a_temperature_that_the_recipe_names_is_begun_with(shards, first, tmp_path):
+    """null takes stage 1's, above."""
+    family = build(stage2_config("retrieval", first, "--objective.temperature", "0.02"), tmp_path / "t", lambda: [])
+    family.prepare([])
+    assert float(family.model.log_scale) == pytest.approx(math.log(50))
 
 
 def begin_config(first):
@@ -226,5 +235,6 @@ def test_the_papers_numbers_are_in_the_recipes(stage, batch, steps, prompts):
     recipe = ["--config", f"recipes/train/mmgem_stage2_{stage}.yaml", "--data", "d", "--out", "o"]
     config = parse(recipe)[0]
     assert (config.loader.batch, config.steps, config.mmgem.prompts) == (batch, steps, prompts)
+    assert config.objective.temperature is None, "stage 1's, which stays as it is"
     with pytest.raises(UserError, match=r"mmgem\.init: stage 2 begins from"):
         begin.check(config)

@@ -17,6 +17,7 @@ A chunk holds pictures, texts or both, the same kind on every rank. Clean and
 masked inputs run stacked, so that ZeRO-3 gathers each layer once.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -41,8 +42,12 @@ from training.models.head import Head
 from training.models.kind import check_kind, opened
 from training.models.mmgem import MEAN, STD
 from training.models.patches import KeptPatches, only
-from training.models.scalars import add_scalars, read_scalars
+from training.models.scalars import add_scalars, read_scalars, unsaid
 from training.partitioned import lasting_sources
+
+THEIRS = re.compile(r"^image_codebook\.|_model\.pooler\.|_head\.bias$")
+"""What transformers' checkpoints have and we do not: its codebook, poolers that no loss uses, second names of
+`decoder.bias`."""
 
 
 class FlavaConfig(PretrainedConfig):
@@ -131,7 +136,7 @@ class Flava(PreTrainedModel):
         """Build from the recipe: from scratch, or with the weights of a transformers checkpoint.
 
         Raises:
-            UserError: the checkpoint is of another family or of other sizes.
+            UserError: the checkpoint is of another family, of other sizes or another number of layers.
         """
         shared = {
             "hidden_size": recipe.hidden_size,
@@ -160,17 +165,18 @@ class Flava(PreTrainedModel):
         check_kind(name_or_path, "flava", "flava.name_or_path")
         published = opened(FlavaForPreTraining, name_or_path, "flava.name_or_path").state_dict()
         published = {name.removeprefix("flava."): tensor for name, tensor in published.items()}
+        published = {name: tensor for name, tensor in published.items() if not THEIRS.search(name)}
         published["log_scale"] = published.pop("logit_scale").reshape(1)
         own = {name: tensor for name, tensor in self.state_dict().items() if name != "logit_bias"}
-        for name, tensor in own.items():
-            found = tuple(published[name].shape)
-            if found != tuple(tensor.shape):
+        for name in sorted(published.keys() | own.keys()):
+            there, here = (list(side[name].shape) if name in side else "missing" for side in (published, own))
+            if there != here:
                 raise UserError(
-                    f"flava.name_or_path: {name_or_path} has {name} of shape {list(found)}, the recipe "
-                    f"{list(tensor.shape)}; give the checkpoint's sizes, tokenizer and codebook"
+                    f"flava.name_or_path: {name_or_path}: {name} is {there} there and {here} in the recipe; "
+                    "give the checkpoint's sizes, layers, tokenizer and codebook"
                 )
         with lasting_sources():
-            self.load_state_dict({name: published[name] for name in own}, strict=False)
+            self.load_state_dict(unsaid(self.config.objective, published), strict=False)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "Flava":

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from curation.errors import UserError
-from training.models.scalars import read_scalars
+from training.models.scalars import read_scalars, unsaid
 from training.partitioned import lasting_sources
 
 TRAINED = {"captioning": ("h3.weight", "h3.bias", "prompts"), "retrieval": ("h4.weight", "h4.bias")}
@@ -62,7 +62,8 @@ def outputs(model: Any, chunk: Any, separable: bool) -> dict[str, Any]:
 
 
 def begin_from(model: Any, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load a checkpoint's weights; new soft prompts begin as copies of [CAP], h4 as the identity.
+    """Load a checkpoint's weights; new soft prompts begin as copies of [CAP], h4 as the identity, and the temperature
+    where the recipe says, if it does.
 
     Raises:
         UserError: `source` is of another model.
@@ -74,7 +75,7 @@ def begin_from(model: Any, state: dict[str, torch.Tensor], source: str) -> None:
         if shapes[0] != shapes[1]:
             raise UserError(f"mmgem.init: {source} is of another model: {name} is {shapes[0]} there, {shapes[1]} here")
     with lasting_sources():
-        model.load_state_dict(state, strict=False)
+        model.load_state_dict(unsaid(model.config.objective, state), strict=False)
     if "prompts" in new:
         with torch.no_grad():
             model.prompts.copy_(model.llm.get_input_embeddings().weight[model.config.cap_token_id])

@@ -7,6 +7,7 @@ pass what belongs to that very module.
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,18 @@ START = {"log_scale": -math.log(0.07), "logit_bias": -10.0}
 """CLIP's and SigLIP's."""
 
 
+def _said(objective: ObjectiveConfig) -> dict[str, float | None]:
+    """{scalar that the objective learns: where the recipe has it begin, or None}."""
+    said = {"log_scale": None if objective.temperature is None else -math.log(objective.temperature)}
+    return said | ({"logit_bias": objective.logit_bias} if objective.coupled == "siglip" else {})
+
+
+def unsaid(objective: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A pretrained model's state without the scalars whose beginning the recipe names."""
+    named = {name for name, value in _said(ObjectiveConfig(**objective)).items() if value is not None}
+    return {name: tensor for name, tensor in state.items() if name not in named}
+
+
 def add_scalars(
     model: nn.Module, objective: ObjectiveConfig, own: Mapping[str, float] | None = None
 ) -> tuple[str, ...]:
@@ -24,9 +37,7 @@ def add_scalars(
 
     own: where a pretrained model's ended, or its architecture's begin; what the recipe says comes before.
     """
-    said = {"logit_bias": objective.logit_bias} if objective.coupled == "siglip" else {}
-    said = {"log_scale": None if objective.temperature is None else -math.log(objective.temperature)} | said
-    for name, value in said.items():
+    for name, value in (said := _said(objective)).items():
         start = {**START, **(own or {})}[name] if value is None else value
         model.register_parameter(name, nn.Parameter(torch.tensor([float(start)])))
     return tuple(said)
