@@ -146,7 +146,8 @@ def as_text(summary: Mapping[str, Any]) -> str:
         lines[0] += f"; at sizes that were registered before: {sizes}"
     for test in map(in_words, summary["tests"]):
         interval = f"{test['difference']} {test['interval']}, bound {test['bound']}"
-        lines.append(f"  {test['verdict']:12} {test['asks']}: {interval}, {test['signs']} of {summary['seeds']} seeds")
+        seeds = f"more in {test['signs']} of {summary['seeds']} seeds"
+        lines.append(f"  {test['verdict']:12} {test['asks']}: {interval}, {seeds}")
     return "\n".join(lines)
 
 
