@@ -212,10 +212,10 @@ class ClipRecipe:
 
     def __post_init__(self) -> None:
         check_patch_dropout("clip.patch_dropout", self.patch_dropout)
-        if self.model_cfg is not None:
-            self._check_model_cfg(self.model_cfg)
         if self.negatives < 0:
             raise UserError(f"clip.negatives: {self.negatives} is below 0; 0 takes none")
+        if self.model_cfg is not None:
+            self._check_model_cfg(self.model_cfg)
 
     @staticmethod
     def _check_model_cfg(model_cfg: dict[str, Any]) -> None:
