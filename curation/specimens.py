@@ -19,16 +19,18 @@ from curation.drawing import render
 from curation.hashing import hash64
 from curation.languages import translate
 from curation.noise import BREAKAGES, again, boilerplate, damage, file_name, kind_of, paint_text
-from curation.scenes import SHAPES, Scene, long_size, sample_scene, small_size, usual_size
+from curation.scenes import COLOURS, SHAPES, Scene, long_size, sample_scene, small_size, usual_size
 from curation.wording import caption, region_phrase
 
 PARAPHRASES = 5
+CLASSES = {"classification": ("shape", SHAPES), "colours": ("colour", tuple(COLOURS))}
+"""By law: what the classes of single things are."""
 _SITES = ("img.example.com", "cdn.example.net", "static.example.org", "photos.example.com", "media.example.net")
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Everything that a sample depends on beside its index. `law`: pool, clean or classification."""
+    """Everything that a sample depends on beside its index. `law`: pool, clean or one of CLASSES."""
 
     seed: int
     law: str
@@ -86,11 +88,17 @@ def _scene(world: World, use: str, index: int, kind: str = "clean") -> Scene:
     random = world.random(use, index)
     size = {"too_small": small_size, "too_long": long_size}.get(kind, usual_size)
     width, height = size(random)
-    if world.law != "classification":
+    if world.law not in CLASSES:
         return sample_scene(random, tail=world.tail, width=width, height=height)
     # Classes take turns, so that every class is equally frequent.
+    kind, classes = CLASSES[world.law]
+    wanted = classes[index % len(classes)]
     scene = sample_scene(random, tail=world.tail, width=width, height=height, count=1)
-    return replace(scene, things=(replace(scene.things[0], shape=SHAPES[index % len(SHAPES)]),))
+    if kind == "shape":
+        return replace(scene, things=(replace(scene.things[0], shape=wanted),))
+    while scene.things[0].colour != wanted:  # which the backdrop stands apart from
+        scene = sample_scene(random, tail=world.tail, width=width, height=height, count=1)
+    return scene
 
 
 def _caption(world: World, scene: Scene, use: str, index: int, k: int = 0) -> str:
@@ -178,8 +186,9 @@ def metadata(world: World, specimen: Specimen, key: str) -> dict[str, Any]:
 
 def members(world: World, specimen: Specimen, key: str) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The files of a sample by extension, and its metadata (whole, also where the json member is broken)."""
-    if world.law == "classification":
-        label = str(SHAPES.index(specimen.scene.things[0].shape))
+    if world.law in CLASSES:
+        kind, classes = CLASSES[world.law]
+        label = str(classes.index(getattr(specimen.scene.things[0], kind)))
         return {specimen.extension: specimen.image, "cls": label.encode()}, metadata(world, specimen, key)
     image, text = specimen.image, specimen.captions[0].encode()
     if specimen.kind != "broken":

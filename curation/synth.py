@@ -11,7 +11,8 @@ OUT/{shard:05d}.parquet        img2dataset's table of the shard; OUT/{shard:05d}
 OUT/truth.parquet              one row a sample, `TRUTH`: what the tars do not tell
 OUT/manifest.json              written last
 
-The layout "classification" is CLIP_benchmark's instead of the first two.
+The layouts "classification" (of shapes) and "colours" are CLIP_benchmark's
+instead of the first two.
 """
 
 import multiprocessing
@@ -34,7 +35,7 @@ from curation.errors import UserError
 from curation.manifest import claim, read_manifest, write_json, write_manifest
 from curation.noise import KINDS
 from curation.scenes import SHAPES
-from curation.specimens import Specimen, World, make, members
+from curation.specimens import CLASSES, Specimen, World, make, members
 from curation.workers import progress
 
 TRUTH = pa.schema(
@@ -59,12 +60,15 @@ _TABLE = pa.schema(
     + [(name, pa.int64()) for name in ("width", "height", "original_width", "original_height")]
     + [(name, pa.string()) for name in ("exif", "sha256")]
 )
-LAYOUTS = ("pairs", "classification")
-TEMPLATES = (
-    "a {c}", "a picture of a {c}", "an image of a {c}", "a drawing of a {c}", "a photo of a {c} by itself",
-    "a striped {c}", "a dotted {c}", "a large {c}", "a small {c}", "the picture shows a {c}",
-)  # fmt: skip
-"""Prompts for the classification layout, worded as the captions are."""
+LAYOUTS = ("pairs", *CLASSES)
+TEMPLATES = {
+    "shape": (
+        "a {c}", "a picture of a {c}", "an image of a {c}", "a drawing of a {c}", "a photo of a {c} by itself",
+        "a striped {c}", "a dotted {c}", "a large {c}", "a small {c}", "the picture shows a {c}",
+    ),
+    "colour": tuple(f"a {{c}} {shape}" for shape in SHAPES),
+}  # fmt: skip
+"""Prompts for what the classes are, worded as the captions are."""
 _PARTS = ".parts"  # unfinished files, and the truth of each shard until all are there
 
 
@@ -180,8 +184,8 @@ def synthesise(
 
     Args:
         noise: as web pools are (`curation.noise.KINDS`); False gives a clean set with five captions and regions.
-        layout: "pairs" (img2dataset) or "classification" (CLIP_benchmark's webdataset; always clean, one thing a
-            picture, classes are the shapes).
+        layout: "pairs" (img2dataset), or CLIP_benchmark's webdataset, always clean and of one thing a picture:
+            "classification", whose classes are the shapes, or "colours".
         workers: processes; as many as there are cores where None.
         tail: exponent of the law of concepts, see `sample_concept`; where None, 1 for a pool and 0 for clean sets.
 
@@ -218,11 +222,12 @@ def synthesise(
 
     truth = pa.concat_tables(pq.read_table(parts / f"truth-{shard:05d}.parquet") for shard in range(shards))
     _write_parquet(truth, out / "truth.parquet", parts)
-    if layout == "classification":
+    if layout in CLASSES:
+        kind, classes = CLASSES[layout]
         for path, lines in (
             ("test/nshards.txt", [str(shards)]),
-            ("classnames.txt", SHAPES),
-            ("zeroshot_classification_templates.txt", TEMPLATES),
+            ("classnames.txt", classes),
+            ("zeroshot_classification_templates.txt", TEMPLATES[kind]),
             ("dataset_type.txt", ["single"]),
         ):
             (out / path).write_text("\n".join(lines))

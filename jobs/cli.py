@@ -42,7 +42,7 @@ def synth(arguments: list[str]) -> int:
     parser.add_argument("--pairs", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clean", action="store_true", help="no noise: trusted pairs or an evaluation set")
-    parser.add_argument("--layout", choices=["pairs", "classification"], default="pairs")
+    parser.add_argument("--layout", choices=["pairs", "classification", "colours"], default="pairs")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--overwrite", action="store_true")
     a = parser.parse_args(arguments)

@@ -21,7 +21,7 @@ from PIL import Image
 from curation import noise, tar
 from curation.drawing import render
 from curation.errors import UserError
-from curation.scenes import SHAPES
+from curation.scenes import COLOURS, SHAPES
 from curation.specimens import World, make, members
 from curation.synth import synthesise
 
@@ -233,11 +233,14 @@ def test_clean_sets_have_paraphrases_and_regions(tmp_path):
         assert [region["bbox_xywh"] for region in meta["regions"]] == row["boxes"]
 
 
-def test_classification_layout(tmp_path):
-    out = tmp_path / "classes"
-    manifest = synthesise(out=out, pairs=96, seed=0, layout="classification", workers=1, shard_size=50)
+@pytest.mark.parametrize(
+    ("layout", "kind", "classes"), [("classification", "shape", SHAPES), ("colours", "colour", tuple(COLOURS))]
+)
+def test_layouts_of_classification(tmp_path, layout, kind, classes):
+    out, pairs = tmp_path / "classes", 6 * len(classes)
+    manifest = synthesise(out=out, pairs=pairs, seed=0, layout=layout, workers=1, shard_size=50)
     assert manifest["noise"] is False and (out / "test" / "nshards.txt").read_text() == "2"
-    assert (out / "classnames.txt").read_text().split("\n") == list(SHAPES)
+    assert (out / "classnames.txt").read_text().split("\n") == list(classes)
     assert (out / "dataset_type.txt").read_text() == "single"
     assert all("{c}" in line for line in (out / "zeroshot_classification_templates.txt").read_text().split("\n"))
     truth = iter(pq.read_table(out / "truth.parquet").to_pylist())
@@ -245,9 +248,9 @@ def test_classification_layout(tmp_path):
     for shard in (0, 1):
         for sample in webdataset.WebDataset(str(out / "test" / f"{shard}.tar"), shardshuffle=False).decode("pil"):
             row = next(truth)
-            assert [thing["shape"] for thing in row["objects"]] == [SHAPES[sample["cls"]]]
+            assert [thing[kind] for thing in row["objects"]] == [classes[sample["cls"]]]
             labels.append(sample["cls"])
-    assert Counter(labels) == {k: 6 for k in range(len(SHAPES))}
+    assert Counter(labels) == {k: 6 for k in range(len(classes))}
 
 
 def test_resume_makes_missing_shards_alone(pool, tmp_path):
