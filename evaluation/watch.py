@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -79,27 +79,23 @@ def watch(
     if best is not None and best.endswith(LOWER_IS_BETTER):
         raise UserError(f"--best {best}: less of it is better; take a metric of which more is, such as a recall")
     config = config or EvaluateConfig()
-    seen: set[Path] = set()
+    seen: set[tuple[Path, int]] = set()
     met, graded, last_news = 0, 0, time.monotonic()
     with _stop_on_sigterm() as stop:
-        from training.checkpoint import complete  # loads torch, for seconds in which SIGTERM counts already
-
         limit_threads(threads)
 
         while not stop.is_set():
             finished = (run / "manifest.json").exists()  # before listing: a checkpoint may land in between
-            there = complete(run)
-            seen &= set(there)  # a run that is begun anew has other checkpoints of the same names
-            for checkpoint in there:
-                if checkpoint in seen or stop.is_set():
+            for checkpoint, written in _landed(run):
+                if (checkpoint, written) in seen or stop.is_set():
                     continue
-                seen.add(checkpoint)
+                seen.add((checkpoint, written))
                 met += 1
                 try:
                     rows = _grade_all(checkpoint, sources, out, cache, config, load, stop)
                 except Exception as error:
                     stop.wait(poll_seconds)  # a removal that is under way gets the time to end
-                    if not (checkpoint / "manifest.json").exists():
+                    if (checkpoint, written) not in _landed(run):
                         print(f"{checkpoint}: removed before it was graded", flush=True)
                     elif isinstance(error, UserError):
                         print(f"{checkpoint}: not graded: {error}", flush=True)
@@ -120,6 +116,17 @@ def watch(
             stop.wait(poll_seconds)
     print(f"{run}: stopped, {graded} checkpoints graded into {out}", flush=True)
     return graded
+
+
+def _landed(run: Path) -> list[tuple[Path, int]]:
+    """Complete checkpoints and when they were (ns): a run that is begun anew has other ones of the same names."""
+    from training.checkpoint import complete
+
+    landed = []
+    for checkpoint in complete(run):
+        with suppress(FileNotFoundError):  # dropped since it was listed
+            landed.append((checkpoint, (checkpoint / "manifest.json").stat().st_mtime_ns))
+    return landed
 
 
 def _grade_all(

@@ -110,18 +110,32 @@ def test_no_head_and_a_wrong_token_are_one_line(head: Head) -> None:
 
 
 def test_sigterm_stops_the_job(head: Head, raw_pool: Path, tmp_path: Path) -> None:
+    """Its recipe is a pipe that nobody writes, so the job is in the midst of its work whenever the signal comes."""
     from ray.job_submission import JobStatus
 
-    words = ["--config", "recipes/curate/flickr8k.yaml", "--pool", raw_pool, "--out", tmp_path / "out"]
+    os.mkfifo(recipe := tmp_path / "recipe.yaml")
+    words = ["--config", recipe, "--pool", raw_pool, "--out", tmp_path / "out"]
     process = subprocess.Popen(command(head, *words), cwd=ROOT, env=head[1], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     job = process.stdout.readline().split()[1]
-    process.stdout.readline()
+    writer = opened_by_a_reader(recipe)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert client(head).get_job_status(job) == JobStatus.STOPPED
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(BrokenPipeError):  # the job's process has ended
+        os.write(writer, b"curate: {}")
+    os.close(writer)
+
+
+def opened_by_a_reader(pipe: Path) -> int:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            assert time.monotonic() < deadline, f"nobody opens {pipe}"
+            time.sleep(0.1)
 
 
 def client(head: Head) -> Any:
