@@ -19,6 +19,7 @@ Both are shares of a peak that is measured on this device before the run begins,
 from a table. "Model FLOPs utilisation" as in PaLM (arXiv 2204.02311, appendix B): computing again is no use.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -68,6 +69,7 @@ class Count(TorchDispatchMode):
         return out
 
 
+@functools.lru_cache(4096)  # a run meets the same shapes over and over
 def elements(key: Any) -> int:
     """Elements of all the tensors whose shapes are in a key."""
     if isinstance(key, tuple) and key and all(type(n) is int for n in key):
@@ -75,6 +77,7 @@ def elements(key: Any) -> int:
     return sum(map(elements, key)) if isinstance(key, tuple) else 0
 
 
+@functools.lru_cache(4096)
 def kind(key: Any) -> Any:
     """A key without the sizes in it: what keys of the same sort of work have in common."""
     if isinstance(key, tuple):

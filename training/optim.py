@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -105,6 +105,14 @@ class State:
             self.steps[number] += used is None or stretch.name in used
 
 
+class Held(NamedTuple):
+    """A shard to be stepped, flat."""
+
+    state: State
+    weights: torch.Tensor
+    gradient: torch.Tensor
+
+
 class Sharded(torch.optim.Optimizer):
     """AdamW or LAMB over ZeRO shards; does nothing until `attach` has told it what the shards hold.
 
@@ -141,22 +149,34 @@ class Sharded(torch.optim.Optimizer):
                 return
             if 0 < self.clip < self.norm:
                 torch._foreach_mul_(gradients, self.clip / (self.norm + 1e-6))
-        update = {"adamw": self._adamw, "lamb": self._lamb}[self.config.name]
         for group in self.param_groups:
-            for p in group["params"]:
-                if (state := self.states.get(id(p))) is not None and p.grad is not None:
-                    update(state, p.detach().view(-1), p.grad.detach().view(-1), group)
-                    state.count(self.used)
+            held = [
+                Held(state, p.detach().view(-1), p.grad.detach().view(-1))
+                for p in group["params"]
+                if (state := self.states.get(id(p))) is not None and p.grad is not None
+            ]
+            if self.config.name == "adamw":
+                self._adamw(held, group)
+            else:
+                for one in held:
+                    self._lamb(*one, group)
+            for state, *_ in held:
+                state.count(self.used)
 
-    def _adamw(self, state: State, weights: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
-        """Loshchilov & Hutter 2019, by torch's own fused kernel."""
+    def _adamw(self, held: list[Held], group: dict[str, Any]) -> None:
+        """Loshchilov & Hutter 2019, by torch's own fused kernel: one call for all shards of a group."""
         beta1, beta2 = self.config.betas
-        runs = list(state.runs(self.used))
-        w, g, m, v = ([x[a:b] for a, b, _ in runs] for x in (weights, gradient, *(state.moments[k] for k in MOMENTS)))
-        steps = [torch.tensor(float(taken), device=weights.device) for _, _, taken in runs]
+        lists: list[list[torch.Tensor]] = [[], [], [], []]  # weights, gradients and both moments, a run each
+        steps = []
+        for state, weights, gradient in held:
+            for a, b, taken in state.runs(self.used):
+                steps.append(torch.tensor(float(taken), device=weights.device))
+                for into, x in zip(lists, (weights, gradient, *(state.moments[k] for k in MOMENTS))):
+                    into.append(x[a:b])
         settings: dict[str, Any] = {"lr": group["lr"], "weight_decay": group["weight_decay"], "eps": self.config.eps}
         settings |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False, "fused": True}
-        if runs:
+        if steps:
+            w, g, m, v = lists
             adamw(w, g, m, v, [], steps, **settings)
 
     def _lamb(self, state: State, weights: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
