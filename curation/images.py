@@ -19,6 +19,29 @@ FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bm
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
+class StripTooLong(ValueError):
+    """A picture so narrow that a transform would make gigabytes of it; the message gives the sizes."""
+
+
+def check_strip(image: Image.Image, wanted: tuple[int, int]) -> None:
+    """Transforms that bring the shorter edge to a model's size enlarge the longer one with it: 1 x 100,000 pixels, of
+    a few bytes, would become 224 x 22,400,000.
+
+    Args:
+        wanted: width and height that the picture is made to cover.
+
+    Raises:
+        StripTooLong: it would have more than MAX_PIXELS.
+    """
+    scale = max(want / side for want, side in zip(wanted, image.size, strict=True))
+    width, height = (round(side * scale) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise StripTooLong(
+            f"a picture of {image.width} x {image.height} would be resized to {width} x {height}, "
+            f"more than {MAX_PIXELS} pixels"
+        )
+
+
 def decode(raw: bytes) -> tuple[Image.Image | None, str, str | None]:
     """Decode the first frame of an image.
 

@@ -24,7 +24,7 @@ from curation.documents.pictures import InPool, Item, Limits
 from curation.documents.source import Document, DocumentShard, read_documents
 from curation.errors import UserError
 from curation.hashing import config_hash
-from curation.images import decode
+from curation.images import StripTooLong, decode
 from curation.signals.fingerprints import FingerprintsMeter
 from curation.signals.interface import Decoded
 from curation.store import NOT_FINITE, SIGNAL_FAILED, write_part
@@ -196,6 +196,8 @@ class _Measure:
             pixels = self._sentences.pixels(image) if self._sentences else None
         except (UserError, MemoryError):
             raise
+        except StripTooLong:
+            return {"error": "decompression_bomb"}
         except Exception:  # of a transform, on a mode that it does not know
             return {"error": "image_decode"}
         if self._sentences:
