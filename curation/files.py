@@ -27,6 +27,8 @@ from typing import IO, Any, TypeVar
 
 from curation.errors import UserError, one_line
 
+OUT_MARK, STORE_MARK = ".identity.json", ".signal_store.json"
+"""What lies in a folder that a command of ours fills, and in a signal store: below a pool these are no part of it."""
 NOWHERE = 0  # the stamp of a link that leads nowhere
 ATTEMPTS = 5
 PAUSE = 0.5  # seconds before the second attempt, doubled for each after it
@@ -79,7 +81,8 @@ def look(name: str) -> File | None:
 def listed(folder: str, *, deep: bool = False) -> list[File] | None:
     """The files of a folder by name, those of its folders too if `deep`; None where there is no such folder.
 
-    Hidden files (a dot before the name) are left out; a link to nowhere is a file that cannot be read.
+    Hidden files (a dot before the name) are left out, and below the folder whatever lies in one with a mark of ours; a
+    link to nowhere is a file that cannot be read.
     """
     found = _listed_there(folder, deep) if is_remote(folder) else _listed_here(folder, deep)
     return None if found is None else sorted(found, key=lambda file: file.name)
@@ -101,9 +104,13 @@ def _listed_here(folder: str, deep: bool) -> list[File] | None:
                     continue
                 if is_file:
                     found.append(File(entry.path, told.st_size, told.st_mtime_ns))
-                elif deep and entry.is_dir(follow_symlinks=False):
+                elif deep and entry.is_dir(follow_symlinks=False) and not _ours(entry.path):
                     folders.append(entry.path)
     return found
+
+
+def _ours(folder: str) -> bool:
+    return any(os.path.lexists(os.path.join(folder, mark)) for mark in (OUT_MARK, STORE_MARK))
 
 
 def _listed_there(folder: str, deep: bool) -> list[File] | None:

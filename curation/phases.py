@@ -86,6 +86,8 @@ def signal_set_of(run: Run, units: list[Unit] | None) -> SignalSet:
 
 def measure(run: Run) -> dict[str, Any]:
     began, started = time.perf_counter(), run.workers.start_seconds
+    if not run.root.is_relative_to(run.out.resolve()):
+        store.mark(run.root)
     mine = run.mine(run.pool)
     unscanned = [shard for shard in mine if store.shard_record(run.root, shard) is None]
     setup = Measuring(signals=run.config.signals, signal_set=signal_set_of(run, None))

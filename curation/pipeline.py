@@ -20,6 +20,7 @@ from curation.card import write_cards
 from curation.config import CurateConfig
 from curation.dry_run import dry_run as say_what_would_be_done
 from curation.errors import UserError, full_disk_named
+from curation.files import OUT_MARK
 from curation.hashing import config_hash
 from curation.manifest import claim, read_manifest, write_manifest
 from curation.pool import Shard, list_shards
@@ -142,7 +143,7 @@ def _claim(run: phases.Run, overwrite: bool) -> None:
             claim(run.out, run.identity, keep=KEPT)
             return
         except UserError:
-            if (run.out / ".identity.json").exists():
+            if (run.out / OUT_MARK).exists():
                 break
             time.sleep(0.1)
     claim(run.out, run.identity, overwrite=overwrite, keep=KEPT)

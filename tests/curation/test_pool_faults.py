@@ -186,6 +186,23 @@ def test_files_that_cannot_be_read_are_rows(tmp_path: Path) -> None:
     assert [row["reason"] for row in rows(tmp_path / "out")] == [None, "unreadable", "unreadable"]
 
 
+def test_what_is_written_into_the_pool_is_no_part_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    for n in range(6):
+        (folder / f"{n}.jpg").write_bytes(picture(n))
+        (folder / f"{n}.json").write_text(json.dumps({"caption": f"words {n}"}))
+    run(folder, tmp_path / "beside")
+    expected = list_shards([str(folder)])
+    config = parse_config(RECIPE)
+    inside = {"pools": [str(folder)], "out": folder / "curated", "signals": folder / "measured" / "store"}
+    for phase in ("measure", "select", "build", "all"):
+        curate(config, **inside, phase=phase)
+        assert list_shards([str(folder)]) == expected
+    assert digests(folder / "curated") == digests(tmp_path / "beside")
+    assert list_shards([str(folder / "curated" / "shards")]), "what is named itself is a pool, whoever made it"
+
+
 def test_pools_of_pictures_and_of_texts(tmp_path: Path) -> None:
     pictures, texts, tables = (tmp_path / name for name in ("pictures", "texts", "tables"))
     for folder in (pictures, texts, tables):
