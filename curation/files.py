@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -78,22 +79,29 @@ def look(name: str) -> File | None:
     return _file(url, info) if info["type"] == "file" else None
 
 
-def listed(folder: str, *, deep: bool = False) -> list[File] | None:
+def listed(folder: str, *, deep: bool = False, linked: bool = True) -> list[File] | None:
     """The files of a folder by name, those of its folders too if `deep`; None where there is no such folder.
 
     Hidden files (a dot before the name) are left out, and below the folder whatever lies in one with a mark of ours; a
-    link to nowhere is a file that cannot be read.
+    link to nowhere is a file that cannot be read. Links to folders are followed if `linked`, each folder once.
     """
-    found = _listed_there(folder, deep) if is_remote(folder) else _listed_here(folder, deep)
+    found = _listed_there(folder, deep) if is_remote(folder) else _listed_here(folder, deep, linked)
     return None if found is None else sorted(found, key=lambda file: file.name)
 
 
-def _listed_here(folder: str, deep: bool) -> list[File] | None:
+def _listed_here(folder: str, deep: bool, linked: bool) -> list[File] | None:
     if not os.path.isdir(folder):
         return None
-    found, folders = [], [folder]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
+    found: list[File] = []
+    seen: set[tuple[int, int]] = set()
+    waiting = [(0, folder)]  # how many links led there; of several names for a folder, the same one always comes first
+    while waiting:
+        links, here = heappop(waiting)
+        told = os.stat(here)
+        if (told.st_dev, told.st_ino) in seen:
+            continue
+        seen.add((told.st_dev, told.st_ino))
+        with os.scandir(here) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
@@ -104,8 +112,8 @@ def _listed_here(folder: str, deep: bool) -> list[File] | None:
                     continue
                 if is_file:
                     found.append(File(entry.path, told.st_size, told.st_mtime_ns))
-                elif deep and entry.is_dir(follow_symlinks=False) and not _ours(entry.path):
-                    folders.append(entry.path)
+                elif deep and entry.is_dir(follow_symlinks=linked) and not _ours(entry.path):
+                    heappush(waiting, (links + entry.is_symlink(), entry.path))
     return found
 
 

@@ -81,7 +81,7 @@ def list_documents(pools: Sequence[str], unit_documents: int) -> list[DocumentSh
     found: dict[tuple[str, tuple[str, ...]], str] = {}
     for pool in pools:
         folder = files.full_name(pool)
-        listing = files.listed(folder, deep=True)
+        listing = files.listed(folder, deep=True, linked=False)  # a link may lead out of the pool
         if listing is None:
             raise UserError(f"--pool {pool}: no such folder; name a folder of pages, tars or jsonl files")
         before = len(found)

@@ -1,6 +1,7 @@
 """Pools with something wrong in them: counted and named; and pools of pictures or texts alone."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from functools import partial
@@ -201,6 +202,37 @@ def test_what_is_written_into_the_pool_is_no_part_of_it(tmp_path: Path) -> None:
         assert list_shards([str(folder)]) == expected
     assert digests(folder / "curated") == digests(tmp_path / "beside")
     assert list_shards([str(folder / "curated" / "shards")]), "what is named itself is a pool, whoever made it"
+
+
+def test_links_to_folders_are_followed_each_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, other = tmp_path / "pool", tmp_path / "other"
+    for where in (pool / "z", other / "deep"):
+        where.mkdir(parents=True)
+        (where / "1.jpg").write_bytes(picture(1))
+    (other / "2.jpg").write_bytes(picture(2))
+    (pool / "train").symlink_to(other)
+    (pool / "again").symlink_to(other / "deep")  # comes before train/deep
+    (pool / "a").symlink_to(pool / "z")
+    (pool / "z" / "up").symlink_to(pool)
+    (other / "deep" / "loop").symlink_to(other)
+    expected = [str(pool / name) for name in ("again/1.jpg", "train/2.jpg", "z/1.jpg")]
+    scandir = os.scandir
+    for order in (False, True):
+
+        class Entries:
+            def __init__(self, path: str, order: bool = order) -> None:
+                self.found = sorted(scandir(path), key=lambda entry: entry.name, reverse=order)
+
+            def __enter__(self) -> list[Any]:
+                return self.found
+
+            def __exit__(self, *exception: object) -> None:
+                pass
+
+        monkeypatch.setattr(files.os, "scandir", Entries)
+        assert [file.name for file in files.listed(str(pool), deep=True) or ()] == expected
+    monkeypatch.undo()
+    assert [file.name for file in files.listed(str(pool), deep=True, linked=False) or ()] == expected[2:]
 
 
 def test_pools_of_pictures_and_of_texts(tmp_path: Path) -> None:
