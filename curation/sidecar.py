@@ -32,7 +32,7 @@ from curation.errors import UserError, one_line
 from curation.hashing import config_hash, hash64, hash64_many
 from curation.pool import Shard
 from curation.shuffle import MapParts, buckets_for, gather, hash_buckets, scatter, write_npy
-from curation.sources.parquet import plain_rows
+from curation.sources.parquet import plain_rows, plain_values
 
 UIDS = ("uid", "UID")
 ROW_BYTES = 16  # of a row while it is sorted
@@ -138,7 +138,7 @@ def _hashed(number: int, name: str, buckets: int) -> Iterator[pa.Table]:
     first = 0
     for uids in _uids(name):
         rows = np.flatnonzero(uids.is_valid().to_numpy(zero_copy_only=False))
-        hashes = hash64_many("uid", uids.drop_null().to_pylist())
+        hashes = hash64_many("uid", plain_values(uids.drop_null()))
         places = {"file": np.full(len(rows), number, np.int32), "at": (first + rows).astype(np.int32)}
         yield pa.table({"hash": hashes, **places, "bucket": hash_buckets(hashes, buckets)})
         first += len(uids)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tarfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from curation.config import parse_config
 from curation.errors import UserError
 from curation.pipeline import curate
 from curation.pool import list_shards
-from tests.curation.conftest import picture, sample, write_tar
+from tests.curation.conftest import picture, sample, with_unheard_values, write_tar
 from tests.curation.test_kill import digests, in_this_process, run_until
 
 RECIPE: dict[str, Any] = {
@@ -305,6 +306,20 @@ def test_credentials_and_backends_that_are_not_there(tmp_path: Path) -> None:
     assert files.look(str(tmp_path)) is None
 
 
+def test_values_that_python_has_not_are_left_out_and_of_two_columns_the_first_counts(tmp_path: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    table = with_unheard_values({"image": [picture(1), picture(2)], "TEXT": ["words"] * 2, "uid": ["aa", "bb"]})
+    pq.write_table(table.append_column("image", pa.array([b"not", b"these"])), tmp_path / "pool" / "0.parquet")
+    assert run(tmp_path / "pool", tmp_path / "out")["kept"] == 2
+    with tarfile.open(next((tmp_path / "out" / "shards").glob("*.tar"))) as tar:
+        first, second = (json.loads(tar.extractfile(f"{uid}-0.json").read()) for uid in ("aa", "bb"))  # type: ignore[union-attr]
+    assert second == {"caption": "words", "uid": "bb", "score": 2}
+    assert first == {
+        **{"caption": "words", "uid": "aa", "score": 1, "day": "1970-01-01", "at": "1970-01-01 00:00:00"},
+        **{"zoned": "1970-01-01 05:00:00+05:00", "days": ["1970-01-01"]},
+    }
+
+
 def test_the_json_holds_the_other_columns(tmp_path: Path) -> None:
     (tmp_path / "pool").mkdir()
     columns = {"URL": "u", "uid": "ab", "width": 7, "score": 0.5, "tags": ["a", "b"], "mask": b"bytes", "none": None}
@@ -312,8 +327,6 @@ def test_the_json_holds_the_other_columns(tmp_path: Path) -> None:
     table = pa.table({"image": [picture(1)], "TEXT": ["words"], **{k: [v] for k, v in columns.items()}})
     pq.write_table(table, tmp_path / "pool" / "0.parquet")
     run(tmp_path / "pool", tmp_path / "out")
-    import tarfile
-
     with tarfile.open(next((tmp_path / "out" / "shards").glob("*.tar"))) as tar:
         said = json.loads(tar.extractfile("ab-0.json").read())  # type: ignore[union-attr]
     expected = {"caption": "words", "url": "u", "uid": "ab", "width": 7, "score": 0.5, "tags": ["a", "b"]}

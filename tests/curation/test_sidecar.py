@@ -21,7 +21,7 @@ from curation.pool import list_shards
 from curation.signals import SIGNALS
 from curation.signals.interface import Decoded
 from curation.workers import Workers
-from tests.curation.conftest import sample, write_tar
+from tests.curation.conftest import sample, with_unheard_values, write_tar
 from tests.curation.test_kill import here, nothing
 
 
@@ -42,7 +42,7 @@ class Said:
         return self
 
     def see(self, sample: Decoded) -> str:
-        return json.dumps(dict(sample.record))
+        return json.dumps(dict(sample.record), default=str)
 
     def columns(self, seen: Sequence[str]) -> dict[str, pa.Array]:
         return {"said": pa.array(seen, pa.string())}
@@ -153,6 +153,15 @@ def test_a_table_that_cannot_be_read_is_one_row_of_its_tar(tmp_path: Path) -> No
         *((str(n), None) for n in range(4)),
         ("", "sidecar_damaged"),
     ]
+
+
+@pytest.mark.parametrize("beside", ["0", "metadata"])
+def test_values_that_python_has_not_are_left_out_of_the_record(tmp_path: Path, beside: str) -> None:
+    write_tar(tmp_path / "pool" / "0.tar", {"a": sample(0), "b": sample(1)})
+    pq.write_table(with_unheard_values({"uid": [uid(0), uid(1)]}), tmp_path / "pool" / f"{beside}.parquet")
+    rows = measured([tmp_path / "pool"], tmp_path / "out")
+    assert [row["said"]["score"] for row in rows] == [1, 2] and [row["error"] for row in rows] == [None, None]
+    assert {"day", "at", "zoned", "days"} <= set(rows[0]["said"]) and not {"day", "at", "zoned"} & set(rows[1]["said"])
 
 
 @pytest.mark.parametrize("damaged", ["rows", "footer"])
