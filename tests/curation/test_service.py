@@ -17,7 +17,9 @@ import pytest
 from curation.config import parse_config
 from curation.errors import UserError
 from curation.pipeline import curate
+from curation.workers import Workers
 from tests.curation.conftest import sample, write_tar
+from tests.curation.test_kill import here
 from tests.curation.test_signals import measure_alone
 
 COLUMNS = {"nsfw": "float32", "label": "string"}
@@ -219,6 +221,33 @@ def test_a_run_selects_by_what_a_function_said(
     manifest = curate(parse_config(recipe), pools=[str(samples[0])], out=tmp_path / "out", workers=1)
     assert (manifest["kept"], manifest["dropped"]) == (50, {"hit": 50})
     assert manifest["config"]["signals"]["hit"]["function"] == f"{__name__}:known"
+
+
+def test_the_unanswered_are_counted(
+    samples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Workers, "map", here)
+    service = {"kind": "service", "function": f"{__name__}:half_known", "columns": {"match": "bool"}}
+    services = {name: {**service, "revision": name} for name in ("<hit>", "again")}
+    services["again"]["columns"] = {"other": "bool"}
+    recipe = {
+        "signals": services,
+        "selectors": {"hit": {"kind": "values", "column": "match", "deny": [True]}},
+        "unit_samples": 7,
+    }
+    manifest = curate(parse_config(recipe), pools=[str(samples[0])], out=tmp_path / "out")
+    assert (manifest["kept"], manifest["dropped"]) == (75, {"hit": 25}), "a deny list lets the unanswered through"
+    measured = json.loads((tmp_path / "out" / "measure.manifest.json").read_text())
+    assert measured["unanswered"] == {"<hit>": 50, "again": 50} and not measured["errors"]
+    assert "measure: service <hit> gave no answer for 50 samples; another `revision`" in capsys.readouterr().err
+    assert "Without an answer of &lt;hit&gt;: 50." in (tmp_path / "out" / "report" / "index.html").read_text()
+    again = curate(parse_config(recipe), pools=[str(samples[0])], out=tmp_path / "out", overwrite=True, phase="measure")
+    assert again["measured"] == 0 and again["unanswered"] == measured["unanswered"], "what the store has counts too"
+
+
+def half_known(items: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
+    """Of one in two no answer, of one in four a match."""
+    return [None if (n := int(one["caption"].split()[7])) % 2 else {"match": n % 4 == 0} for one in items]
 
 
 def known(items: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
