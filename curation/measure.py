@@ -20,7 +20,7 @@ from PIL import Image
 from curation import store
 from curation.columns import Gathering
 from curation.images import decode
-from curation.pool import UNREADABLE, Row, Shard, damaged_uid, read_row, unreadable_row
+from curation.pool import UNREADABLE, Row, Shard, damaged_uid, read_row, uid_said, unreadable_row
 from curation.selection.engine import read_columns
 from curation.sidecar import Sidecar
 from curation.signals.interface import Decoded, Meter, Signal
@@ -131,6 +131,8 @@ class _Measurer:
         known = store.taken_over(self._set, unit)
         meters = {name: self._meter(name) for name in self._signals if name not in known}
         gathered = Gathering(meters, self._signals)
+        if opened.sidecar is not None:
+            opened.sidecar.expect((sample.key, uid_said(data, sample)) for sample in chosen)
         for sample in chosen:
             try:
                 row = read_row(data, sample, modality, opened.sidecar)

@@ -236,13 +236,8 @@ def read_row(data: Tape, sample: Sample, modality: Modality = "pairs", beside: B
 
     meta: dict[str, Any] = {}
     if "json" in members:
-        try:
-            parsed = json.loads(_bytes(data, members["json"]))
-            if not isinstance(parsed, dict):
-                raise ValueError
-            meta = parsed
-        except (ValueError, RecursionError):
-            error = error or "json_parse"
+        found = _parsed(data, members["json"])
+        meta, error = found or {}, error or ("json_parse" if found is None else None)
     if beside is not None:
         meta = {**beside.row(sample.key, meta.get("uid")), **meta}
 
@@ -271,6 +266,20 @@ def read_row(data: Tape, sample: Sample, modality: Modality = "pairs", beside: B
         record=meta,
         error=error,
     )
+
+
+def uid_said(data: Tape, sample: Sample) -> object:
+    """What the json of a sample has as its uid."""
+    member = sample.members.get("json")
+    return None if member is None or member.size > MAX_MEMBER else (_parsed(data, member) or {}).get("uid")
+
+
+def _parsed(data: Tape, member: Member) -> dict[str, Any] | None:
+    try:
+        parsed = json.loads(_bytes(data, member))
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def unreadable_row(sample: Sample) -> Row:
