@@ -28,7 +28,7 @@ from curation.manifest import read_manifest, write_manifest
 from curation.pool import Modality, Shard
 from curation.signals.interface import Signal
 
-BASE_VERSION = 2  # goes up when the columns below, or the errors, would come out otherwise
+BASE_VERSION = 3  # goes up when the columns below, or the errors, would come out otherwise
 SIGNAL_FAILED, NOT_FINITE = "signal_failed", "not_finite"
 """The errors that depend on the signals of a set: its rows lack what other signals would have given."""
 BASE = pa.schema(

@@ -29,7 +29,7 @@ from curation.signals.fingerprints import FingerprintsMeter
 from curation.signals.interface import Decoded
 from curation.store import NOT_FINITE, SIGNAL_FAILED, write_part
 
-VERSION = 3  # goes up when the same pool and settings would give other rows
+VERSION = 4  # goes up when the same pool and settings would give other rows
 MAX_SIMILARITIES = 4_000_000  # cosines of one document
 DOCUMENTS = pa.schema(
     [

@@ -79,6 +79,8 @@ def oddities() -> dict[str, tuple[str, bytes]]:
         "empty": ("jpg", b""),
         "no picture": ("webp", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
         "bomb": ("png", bomb()),
+        "postscript": ("jpg", saved(base, "EPS")),
+        "portable": ("png", saved(base, "PPM")),
     }
 
 
@@ -87,6 +89,8 @@ BROKEN = {
     "empty": "image_decode",
     "no picture": "image_decode",
     "bomb": "decompression_bomb",
+    "postscript": "image_unknown_format",
+    "portable": "image_unknown_format",
 }
 
 
@@ -153,6 +157,14 @@ def test_rotation_is_left_to_the_reader_as_open_clip_leaves_it(
             scores.append(float((pair[0] * pair[1]).sum()))
     assert rows["rotated"]["clip_score"] == pytest.approx(scores[0], abs=1e-5)
     assert abs(scores[0] - scores[1]) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "ICO", "JPEG2000"])
+def test_the_formats_of_the_web_are_opened(kind: str) -> None:
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {kind}")
+    image, _, error = decode(saved(Image.open(io.BytesIO(picture(1, (64, 64), "PNG"))), kind))
+    assert error is None and image is not None and image.size == (64, 64)
 
 
 def test_a_bomb_costs_no_memory(pictures: dict[str, tuple[str, bytes]]) -> None:
