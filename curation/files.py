@@ -79,6 +79,20 @@ def look(name: str) -> File | None:
     return _file(url, info) if info["type"] == "file" else None
 
 
+def checked(file: File) -> File:
+    """The file, or, where it cannot be opened on this machine, as a link to nowhere: its stamp tells when it can."""
+    return file if is_remote(file.name) or why_closed(file.name) is None else File(file.name, 0, NOWHERE)
+
+
+def why_closed(name: str) -> str | None:
+    """Why a file on this machine cannot be opened; None where it can."""
+    try:
+        os.close(os.open(name, os.O_RDONLY))
+    except OSError as reason:
+        return reason.strerror or type(reason).__name__
+    return None
+
+
 def listed(folder: str, *, deep: bool = False, linked: bool = True) -> list[File] | None:
     """The files of a folder by name, those of its folders too if `deep`; None where there is no such folder.
 

@@ -124,8 +124,9 @@ def _shards_of(pool: str, modality: Modality) -> tuple[list[Shard], list[File]]:
         listing = files.listed(pool)
     if listing is None:
         raise UserError(f"--pool {pool}: no such folder or file; name one that holds samples")
-    tars = [file for file in listing if file.name.endswith(".tar")]
-    tables = {file.name: file for file in listing if file.name.endswith(".parquet")}
+    found = list(files.together(files.checked, [f for f in listing if f.name.endswith((".tar", ".parquet"))]))
+    tars = [file for file in found if file.name.endswith(".tar")]
+    tables = {file.name: file for file in found if file.name.endswith(".parquet")}
     shards = []
     for tar in tars:
         name = tar.name.removesuffix(".tar") + ".parquet"

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from curation.documents.assign import EncodingFailed, SentenceMeter
 from curation.documents.config import DocumentsConfig
-from curation.documents.pictures import InPool, Item, Limits
+from curation.documents.pictures import InPool, Item, Limits, Unreadable
 from curation.documents.source import Document, DocumentShard, read_documents
 from curation.errors import UserError
 from curation.hashing import config_hash
@@ -186,7 +186,10 @@ class _Measure:
     def _look(self, item: Item) -> dict[str, Any]:
         """Decode a picture: {"error"} where it cannot be, else format, size and hashes."""
         assert item.place is not None or item.inline is not None, "a picture that is at hand"
-        raw = self._pool.read(item.place) if item.place is not None else item.inline or b""
+        try:
+            raw = self._pool.read(item.place) if item.place is not None else item.inline or b""
+        except (Unreadable, OSError):
+            return {"error": "image_unreadable"}
         image, image_format, error = decode(raw)
         if image is None:
             return {"error": error}

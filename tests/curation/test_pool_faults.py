@@ -188,6 +188,39 @@ def test_files_that_cannot_be_read_are_rows(tmp_path: Path) -> None:
     assert [row["reason"] for row in rows(tmp_path / "out")] == [None, "unreadable", "unreadable"]
 
 
+def test_a_shard_that_cannot_be_opened_is_a_row_until_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool, store = tmp_path / "pool", {"signals": tmp_path / "store"}
+    for n in range(3):
+        write_tar(pool / f"{n}.tar", {f"{n}": sample(n)})
+    (pool / "3.tar").symlink_to("nowhere.tar")
+    pq.write_table(pa.table({"image": [picture(4)], "text": ["words"]}), pool / "4.parquet")
+    (pool / "5.parquet").symlink_to("5.parquet")
+    real = files.why_closed
+    monkeypatch.setattr(files, "why_closed", lambda n: "Permission denied" if n.endswith("/1.tar") else real(n))
+    config = parse_config(RECIPE)
+    made = curate(config, pools=[str(pool)], out=tmp_path / "out", **store)
+    assert (made["seen"], made["kept"], made["errors"]) == (6, 3, {"unreadable": 3})
+    found = {Path(row["shard"]).name for row in rows(tmp_path / "out") if row["reason"] == "unreadable"}
+    assert found == {"1.tar", "3.tar", "5.parquet"}
+    said = capsys.readouterr().err
+    assert "1.tar: unreadable: Permission denied" in said and "3.tar: unreadable: No such file" in said
+    strict = parse_config({**RECIPE, "max_error_rate": 0})
+    with pytest.raises(UserError, match=r"\d of \d+ samples cannot be used \(unreadable \d\)"):
+        curate(strict, pools=[str(pool)], out=tmp_path / "strict")
+    monkeypatch.undo()
+    in_this_process(monkeypatch)
+    mended = curate(config, pools=[str(pool)], out=tmp_path / "mended", **store)
+    assert (mended["kept"], mended["errors"]) == (4, {"unreadable": 2})
+    listed = list_shards([str(pool)])
+    (pool / "3.tar").unlink()
+    write_tar(pool / "3.tar", {"3": sample(3)})
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"3\.tar has changed since"):
+        patch.setattr(pipeline, "list_shards", lambda *a: listed)
+        curate(config, pools=[str(pool)], out=tmp_path / "late")
+
+
 def test_what_is_written_into_the_pool_is_no_part_of_it(tmp_path: Path) -> None:
     folder = tmp_path / "pool"
     folder.mkdir()
