@@ -89,8 +89,15 @@ def why_closed(name: str) -> str | None:
     try:
         os.close(os.open(name, os.O_RDONLY))
     except OSError as reason:
+        if of_the_machine(reason):
+            raise
         return reason.strerror or type(reason).__name__
     return None
+
+
+def of_the_machine(reason: OSError) -> bool:
+    """Whether it would be the same with any other file: of those to come, none could be opened."""
+    return reason.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 
 
 def listed(folder: str, *, deep: bool = False, linked: bool = True) -> list[File] | None:

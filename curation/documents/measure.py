@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curation import files
 from curation.documents.assign import EncodingFailed, SentenceMeter
 from curation.documents.config import DocumentsConfig
 from curation.documents.pictures import InPool, Item, Limits, Unreadable
@@ -188,7 +189,9 @@ class _Measure:
         assert item.place is not None or item.inline is not None, "a picture that is at hand"
         try:
             raw = self._pool.read(item.place) if item.place is not None else item.inline or b""
-        except (Unreadable, OSError):
+        except (Unreadable, OSError) as reason:
+            if isinstance(reason, OSError) and files.of_the_machine(reason):
+                raise
             return {"error": "image_unreadable"}
         image, image_format, error = decode(raw)
         if image is None:

@@ -64,10 +64,13 @@ def fetched(path: str) -> IO[bytes]:
     Raises:
         Unreadable: it cannot be opened.
         UserError: it cannot be fetched.
+        OSError: no file can be opened here now.
     """
     try:
         return files.fetched(path)
     except OSError as reason:
+        if files.of_the_machine(reason):
+            raise
         raise Unreadable(f"--pool: {path} cannot be read ({one_line(reason)}); mend it or take it out") from None
 
 
