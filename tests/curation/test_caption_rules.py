@@ -36,7 +36,7 @@ def test_the_plain_expressions_are_other_ones() -> None:
     assert all(PLAIN[name] != WHOLE[name] for name in PLAIN)
 
 
-@settings(deadline=None, max_examples=1_500)
+@settings(deadline=None, max_examples=500)
 @given(CAPTIONS)
 @example("a .jpg?b c.png?d")
 @example(".jpg?a .jpg")
@@ -51,7 +51,7 @@ def test_whole_captions_fit_as_the_plain_expressions_say(caption: str) -> None:
         assert bool(ours) == bool(re.fullmatch(plain, text, re.IGNORECASE)), name
 
 
-@settings(deadline=None, max_examples=1_500)
+@settings(deadline=None, max_examples=500)
 @given(st.lists(CAPTIONS, min_size=1, max_size=8))
 @example(["}} {{", "{{}}", "{{ }} {{", "> <a", "<a > <b", "] [a", "[a] [", "[a [b]", "[a[b ]", "[1]", "[ſ]"])
 def test_markup_is_found_as_the_plain_expression_finds_it(captions: list[str]) -> None:

@@ -109,7 +109,9 @@ def test_a_pool_that_is_named_a_level_too_high(tmp_path: Path) -> None:
     (tmp_path / "datacomp" / "shards" / "0_stats.json").write_text("{}")
     (tmp_path / "datacomp" / "metadata").mkdir()
     pq.write_table(pa.table({"uid": ["ab"], "text": ["words"]}), tmp_path / "datacomp" / "metadata" / "a.parquet")
-    below = r"datacomp: holds no samples at its top, but shards and tables in /.*/metadata, /.*/shards; name these"
+    below = (
+        r"datacomp: holds no samples at its top, but shards or tables below, in /.*/metadata, /.*/shards; name these"
+    )
     for modality in ("pairs", "images", "texts"):
         with pytest.raises(UserError, match=below):
             list_shards([str(tmp_path / "datacomp")], modality)

@@ -58,8 +58,9 @@ def test_workers_that_find_no_cpu_are_not_waited_for(
         return abs(value)
 
     with Workers(4, None) as workers:
-        for items in (range(-6, 0), [-1]):  # the second map has a worker that has started
-            assert sorted(workers.map(lambda: slow, list(items))) == sorted(map(abs, items))
+        for items in (range(-6, 0), [-1], range(-6, 0)):  # the second map has a worker that has started
+            capsys.readouterr()
+            assert sorted(workers.map(lambda: slow, items)) == sorted(map(abs, items))
         assert [actor.start is None for actor in workers._actors] == [True, True, False, False]
     assert "workers: 2 of 4 have started; the others wait for CPUs" in capsys.readouterr().err
 
