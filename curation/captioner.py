@@ -24,6 +24,7 @@ from curation.device import Device, torch_device
 from curation.dotted import function_content, load_function
 from curation.errors import UserError, one_line
 from curation.hashing import file_hash, hash64
+from curation.images import check_strip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,7 +154,10 @@ def huggingface(model: str, device: Device = "cpu") -> Captioner:
         line = one_line(reason)
         raise UserError(f"captioner model {model}: cannot be loaded ({line}); check name and network") from None
 
+    shortest = getattr(processor, "size", {}).get("shortest_edge") or 0
+
     def pixels(image: Image.Image) -> "Tensor":
+        check_strip(image, (shortest, shortest))
         return processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
     def generate(pixels_b3ss: "Tensor", **settings: Any) -> "Tensor":

@@ -22,11 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from curation.errors import UserError, one_line
 
+OUT_MARK, STORE_MARK = ".identity.json", ".signal_store.json"
+"""What lies in a folder that a command of ours fills, and in a signal store: below a pool these are no part of it."""
 NOWHERE = 0  # the stamp of a link that leads nowhere
 ATTEMPTS = 5
 PAUSE = 0.5  # seconds before the second attempt, doubled for each after it
@@ -76,21 +79,50 @@ def look(name: str) -> File | None:
     return _file(url, info) if info["type"] == "file" else None
 
 
-def listed(folder: str, *, deep: bool = False) -> list[File] | None:
+def checked(file: File) -> File:
+    """The file, or, where it cannot be opened on this machine, as a link to nowhere: its stamp tells when it can."""
+    return file if is_remote(file.name) or why_closed(file.name) is None else File(file.name, 0, NOWHERE)
+
+
+def why_closed(name: str) -> str | None:
+    """Why a file on this machine cannot be opened; None where it can."""
+    try:
+        os.close(os.open(name, os.O_RDONLY))
+    except OSError as reason:
+        if of_the_machine(reason):
+            raise
+        return reason.strerror or type(reason).__name__
+    return None
+
+
+def of_the_machine(reason: OSError) -> bool:
+    """Whether it would be the same with any other file: of those to come, none could be opened."""
+    return reason.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
+
+
+def listed(folder: str, *, deep: bool = False, linked: bool = True) -> list[File] | None:
     """The files of a folder by name, those of its folders too if `deep`; None where there is no such folder.
 
-    Hidden files (a dot before the name) are left out; a link to nowhere is a file that cannot be read.
+    Hidden files (a dot before the name) are left out, and below the folder whatever lies in one with a mark of ours; a
+    link to nowhere is a file that cannot be read. Links to folders are followed if `linked`, each folder once.
     """
-    found = _listed_there(folder, deep) if is_remote(folder) else _listed_here(folder, deep)
+    found = _listed_there(folder, deep) if is_remote(folder) else _listed_here(folder, deep, linked)
     return None if found is None else sorted(found, key=lambda file: file.name)
 
 
-def _listed_here(folder: str, deep: bool) -> list[File] | None:
+def _listed_here(folder: str, deep: bool, linked: bool) -> list[File] | None:
     if not os.path.isdir(folder):
         return None
-    found, folders = [], [folder]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
+    found: list[File] = []
+    seen: set[tuple[int, int]] = set()
+    waiting = [(0, folder)]  # how many links led there; of several names for a folder, the same one always comes first
+    while waiting:
+        links, here = heappop(waiting)
+        told = os.stat(here)
+        if (told.st_dev, told.st_ino) in seen:
+            continue
+        seen.add((told.st_dev, told.st_ino))
+        with os.scandir(here) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
@@ -101,9 +133,13 @@ def _listed_here(folder: str, deep: bool) -> list[File] | None:
                     continue
                 if is_file:
                     found.append(File(entry.path, told.st_size, told.st_mtime_ns))
-                elif deep and entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
+                elif deep and entry.is_dir(follow_symlinks=linked) and not _ours(entry.path):
+                    heappush(waiting, (links + entry.is_symlink(), entry.path))
     return found
+
+
+def _ours(folder: str) -> bool:
+    return any(os.path.lexists(os.path.join(folder, mark)) for mark in (OUT_MARK, STORE_MARK))
 
 
 def _listed_there(folder: str, deep: bool) -> list[File] | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.errors import UserError
+from curation.files import OUT_MARK
 
 SCHEMA_VERSION = 1
 EMPTYING = {"state": "being emptied"}  # the identity of a folder whose old files are half deleted: of no work
@@ -58,7 +59,7 @@ def claim(out: Path, identity: dict[str, Any], *, overwrite: bool = False, keep:
     Raises:
         UserError: `out` holds other work, or files that are nobody's, or is a file.
     """
-    mark = out / ".identity.json"
+    mark = out / OUT_MARK
     if file := next((path for path in (out, *out.parents) if path.is_file()), None):
         raise UserError(f"--out {out}: {file} is a file; name a folder")
 
@@ -84,7 +85,7 @@ def claim(out: Path, identity: dict[str, Any], *, overwrite: bool = False, keep:
 
 def differing(out: Path, identity: dict[str, Any]) -> list[str]:
     """What of the work that `out` holds is different from this; nothing where it holds this or none."""
-    found, wanted = read_manifest(out / ".identity.json"), json.loads(json.dumps(identity, default=str))
+    found, wanted = read_manifest(out / OUT_MARK), json.loads(json.dumps(identity, default=str))
     return sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k)) if found else []
 
 

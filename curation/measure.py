@@ -8,21 +8,23 @@ that it is fetched once.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from curation import store
 from curation.columns import Gathering
 from curation.images import decode
-from curation.pool import UNREADABLE, Row, Shard, damaged_uid, read_row, unreadable_row
+from curation.pool import UNREADABLE, Row, Shard, damaged_uid, read_row, uid_said, unreadable_row
 from curation.selection.engine import read_columns
 from curation.sidecar import Sidecar
 from curation.signals.interface import Decoded, Meter, Signal
+from curation.signals.service import unanswered_column
 from curation.sources import Source, whole_shard
 from curation.store import SignalSet, Unit
 from curation.tar import Sample
@@ -129,6 +131,8 @@ class _Measurer:
         known = store.taken_over(self._set, unit)
         meters = {name: self._meter(name) for name in self._signals if name not in known}
         gathered = Gathering(meters, self._signals)
+        if opened.sidecar is not None:
+            opened.sidecar.expect((sample.key, uid_said(data, sample)) for sample in chosen)
         for sample in chosen:
             try:
                 row = read_row(data, sample, modality, opened.sidecar)
@@ -224,3 +228,9 @@ def count_errors(table: pa.Table) -> dict[str, int]:
 def part_errors(path: Path) -> dict[str, int]:
     """The errors of a part that was measured before."""
     return count_errors(read_columns(path, ["error"]))
+
+
+def part_unanswered(services: Sequence[str], path: Path) -> dict[str, int]:
+    """By service, for how many samples of a part it gave no answer."""
+    table = read_columns(path, [unanswered_column(name) for name in services])
+    return {name: pc.sum(table[unanswered_column(name)]).as_py() or 0 for name in services}

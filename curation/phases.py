@@ -26,21 +26,19 @@ from curation.errors import UserError
 from curation.hashing import config_hash
 from curation.ledger import write_ledger
 from curation.manifest import read_manifest, write_manifest
-from curation.measure import Measuring, Whole, part_errors
+from curation.measure import Measuring, Whole, part_errors, part_unanswered
 from curation.plan import plan
 from curation.pool import Shard
 from curation.report import write_report
 from curation.selection import engine
 from curation.selection.engine import Part
-from curation.shuffle import MapParts
 from curation.sidecar import index_folder, make_index
 from curation.signals import made_by
+from curation.signals.service import Service
+from curation.spread import spread
 from curation.store import SignalSet, Unit
 from curation.summary import summarise
 from curation.workers import Workers, progress, say
-
-BUNDLE = 64  # items that go to a worker together, where there are many: a call costs a millisecond
-RAY_PARTITIONS = 4  # from so many on, selection is spread over Ray; below, starting it costs more than it gives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +84,8 @@ def signal_set_of(run: Run, units: list[Unit] | None) -> SignalSet:
 
 def measure(run: Run) -> dict[str, Any]:
     began, started = time.perf_counter(), run.workers.start_seconds
+    if not run.root.is_relative_to(run.out.resolve()):
+        store.mark(run.root)
     mine = run.mine(run.pool)
     unscanned = [shard for shard in mine if store.shard_record(run.root, shard) is None]
     setup = Measuring(signals=run.config.signals, signal_set=signal_set_of(run, None))
@@ -134,6 +134,7 @@ def measure(run: Run) -> dict[str, Any]:
         "signal_set": _from_out(run, signal_set.folder),
         "parts": [unit.part for unit in units],
         "rows": [unit.rows for unit in units],
+        "unanswered": _unanswered(run, signal_set, units),
         "measured": measured,
         **_speed(measured, wall, run.workers.start_seconds - started),
     }
@@ -145,18 +146,32 @@ def measure(run: Run) -> dict[str, Any]:
 def _index_metadata(run: Run, shards: Sequence[Shard]) -> None:
     """Make what finds these shards' rows of metadata, before every worker looks there."""
     for names, tables in dict.fromkeys((shard.metadata, shard.tables) for shard in shards if shard.metadata):
-        make_index(index_folder(run.root, names, tables), names, _map_parts(run, names, "index"))
+        make_index(index_folder(run.root, names, tables), names, spread(run.workers, names, "index"))
 
 
 def _errors_there(run: Run, signal_set: SignalSet, known: Sequence[Unit], missing: Sequence[Unit]) -> Counter[str]:
     """The errors of what was measured before."""
     lacking = {unit.part for unit in missing}
     there = [unit for unit in known if unit.part not in lacking]
-    parts = _in_order(signal_set.folder, [unit.part for unit in there], [unit.rows for unit in there])
-    found = Counter[str]()
-    for errors in _map_parts(run, engine.partitions(parts), "errors")(part_errors, [part.path for part in parts]):
-        found.update(errors)
-    return found
+    return sum(_of_parts(run, signal_set, there, part_errors, "errors"), Counter())
+
+
+def _unanswered(run: Run, signal_set: SignalSet, units: Sequence[Unit]) -> dict[str, int]:
+    """By service, for how many samples it gave no answer, which is said."""
+    services = [name for name, signal in run.config.signals.items() if isinstance(signal, Service)]
+    count = partial(part_unanswered, services)
+    found = sum(_of_parts(run, signal_set, units if services else [], count, "unanswered"), Counter())
+    for name in found:
+        say(f"measure: service {name} gave no answer for {found[name]} samples; another `revision` asks again")
+    return {name: found[name] for name in services}
+
+
+def _of_parts(
+    run: Run, signal_set: SignalSet, units: Sequence[Unit], count: Callable[[Path], dict[str, int]], label: str
+) -> Iterator[Counter[str]]:
+    """What is counted in each unit's part."""
+    parts = _in_order(signal_set.folder, [unit.part for unit in units], [unit.rows for unit in units])
+    return map(Counter, spread(run.workers, engine.partitions(parts), label)(count, [part.path for part in parts]))
 
 
 def _judge(run: Run, errors: Counter[str], seen: int) -> None:
@@ -215,43 +230,11 @@ def _in_order(folder: Path, names: Sequence[str], rows: Sequence[int]) -> list[P
     return [Part(path=folder / name, first=first, rows=n) for name, n, first in zip(names, rows, firsts)]
 
 
-def _map_parts(run: Run, pool: Sequence[Any], label: str) -> MapParts:
-    """The builtin map, or Ray's where there are partitions enough for it to pay; either shows how far it is."""
-
-    def shown(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-        results = map(function, items) if len(pool) < RAY_PARTITIONS else spread(function, items)
-        doing = getattr(function, "label", label)
-        return progress(results, label=doing, total=len(items), unit="steps", amount=_one, brief=True)
-
-    def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-        size = max(1, min(BUNDLE, len(items) // 256))
-        bundles = [items[start : start + size] for start in range(0, len(items), size)]
-        early: dict[int, list[Any]] = {}  # results that came before an earlier bundle's: about one for each worker
-        following = 0
-        for number, results in run.workers.map(_Bundled(function), list(enumerate(bundles))):
-            early[number] = results
-            while following in early:
-                yield from early.pop(following)
-                following += 1
-
-    return shown
-
-
-class _Bundled:
-    """A function over (number, items) that hands the number back, because results come in any order."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self._function = function
-
-    def __call__(self) -> Callable[[tuple[int, Sequence[Any]]], tuple[int, list[Any]]]:
-        return lambda numbered: (numbered[0], [self._function(item) for item in numbered[1]])
-
-
 def select(run: Run) -> dict[str, Any]:
     parts = measured_parts(run)
     began, started = time.perf_counter(), run.workers.start_seconds
     pool = engine.partitions(parts)
-    map_parts = _map_parts(run, pool, "select")
+    map_parts = spread(run.workers, pool, "select")
     for leftover in run.out.glob(".select-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     folder = run.out / f".select-{uuid.uuid4().hex}"
@@ -288,7 +271,7 @@ def summary(run: Run, selected: Mapping[str, Any], parts: Sequence[Part]) -> dic
     path = summary_path(run)
     if not path.exists():
         write_manifest(
-            path, summarise(parts, run.out / "ledger", selected, _map_parts(run, engine.partitions(parts), "page"))
+            path, summarise(parts, run.out / "ledger", selected, spread(run.workers, engine.partitions(parts), "page"))
         )
     found = read_manifest(path)
     assert found is not None
@@ -333,7 +316,7 @@ def build(run: Run) -> dict[str, Any]:
         seed=run.config.seed,
         shard_samples=run.config.shard_samples,
         members=run.config.members,
-        map_parts=_map_parts(run, pool, "plan"),
+        map_parts=spread(run.workers, pool, "plan"),
     )
     copied = Counter[str]()
     if not target.exists():

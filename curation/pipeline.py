@@ -20,6 +20,7 @@ from curation.card import write_cards
 from curation.config import CurateConfig
 from curation.dry_run import dry_run as say_what_would_be_done
 from curation.errors import UserError, full_disk_named
+from curation.files import OUT_MARK
 from curation.hashing import config_hash
 from curation.manifest import claim, read_manifest, write_manifest
 from curation.pool import Shard, list_shards
@@ -27,6 +28,7 @@ from curation.report import write_report
 from curation.workers import Workers, alive
 
 KEPT = ("signals",)  # what was measured is right for any recipe
+WRITTEN = ("ledger", "report", "shards")  # below OUT
 PACKAGES = (
     "ray",
     "torch",
@@ -76,6 +78,7 @@ def curate(
         pool = list_shards(pools, config.modality)
     identity = _identity(config, pool)
     root = (signals or out / "signals").resolve()
+    keep = _kept(root, out.resolve())
     written = (out,) if root.is_relative_to(out.resolve()) else (out, root)
     with alive("curate"), full_disk_named(*written), Workers(workers, ray_address) as ray_workers:
         run = phases.Run(
@@ -90,7 +93,7 @@ def curate(
         )
         if dry_run:
             return say_what_would_be_done(run, list(STEPS) if phase == "all" else [phase])
-        _claim(run, overwrite)
+        _claim(run, overwrite, keep)
         if phase != "measure":
             _check_selection(run)
         done = read_manifest(_manifest(out, phase))
@@ -135,17 +138,25 @@ def _identity(config: CurateConfig, pool: Sequence[Shard]) -> dict[str, Any]:
     return {**plain, "pool": config_hash([shard.fingerprint for shard in pool])}
 
 
-def _claim(run: phases.Run, overwrite: bool) -> None:
+def _kept(root: Path, out: Path) -> tuple[str, ...]:
+    """What in OUT an --overwrite leaves alone: the signal stores, whatever this run's is called."""
+    top = root.relative_to(out).parts[:1] if root.is_relative_to(out) else ()
+    if root == out or set(top) & set(WRITTEN):
+        raise UserError(f"--signals {root}: is where --out {out} has its own files; name another folder")
+    return (*KEPT, *top)
+
+
+def _claim(run: phases.Run, overwrite: bool, keep: tuple[str, ...]) -> None:
     """`claim`; slices may start at the same moment, when one makes the folder and the others see it half made."""
     for _ in range(20 if run.slice else 0):
         try:
-            claim(run.out, run.identity, keep=KEPT)
+            claim(run.out, run.identity, keep=keep)
             return
         except UserError:
-            if (run.out / ".identity.json").exists():
+            if (run.out / OUT_MARK).exists():
                 break
             time.sleep(0.1)
-    claim(run.out, run.identity, overwrite=overwrite, keep=KEPT)
+    claim(run.out, run.identity, overwrite=overwrite, keep=keep)
 
 
 def _check_selection(run: phases.Run) -> None:

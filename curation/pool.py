@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -124,8 +124,9 @@ def _shards_of(pool: str, modality: Modality) -> tuple[list[Shard], list[File]]:
         listing = files.listed(pool)
     if listing is None:
         raise UserError(f"--pool {pool}: no such folder or file; name one that holds samples")
-    tars = [file for file in listing if file.name.endswith(".tar")]
-    tables = {file.name: file for file in listing if file.name.endswith(".parquet")}
+    found = list(files.together(files.checked, [f for f in listing if f.name.endswith((".tar", ".parquet"))]))
+    tars = [file for file in found if file.name.endswith(".tar")]
+    tables = {file.name: file for file in found if file.name.endswith(".parquet")}
     shards = []
     for tar in tars:
         name = tar.name.removesuffix(".tar") + ".parquet"
@@ -141,11 +142,10 @@ def _shards_of(pool: str, modality: Modality) -> tuple[list[Shard], list[File]]:
             metadata.append(table)
         else:
             shards.append(dataclasses.replace(_shard(table), samples=rows))
-    if not tars and not tables:
-        lists = [f.name for f in listing if is_list(f.name)]
-        if not lists:  # Hugging Face's image folders have one in each folder
-            lists = [f.name for f in files.listed(pool, deep=True) or () if LIST_NAME.search(f.name)]
-        for base in lists or [pool]:
+    folders = [] if tars or shards or pool in tables else _folders_of(tables)
+    if folders or (not tars and not tables):
+        metadata = []
+        for base in folders or _lists_in(pool, listing, modality) or [pool]:
             shards += [
                 Shard(path=path, fingerprint=fingerprint, size=size, index=0, samples=entries_in(path))
                 for path, fingerprint, size in folder_shards(base)
@@ -156,6 +156,34 @@ def _shards_of(pool: str, modality: Modality) -> tuple[list[Shard], list[File]]:
             "name the folder whose top holds the shards"
         )
     return shards, metadata
+
+
+def _folders_of(tables: Iterable[str]) -> list[str]:
+    """Where img2dataset's output format `files` puts pictures on this machine: a folder beside each table, with all
+    that the table says of a picture in its json."""
+    folders = [table.removesuffix(".parquet") for table in tables if not files.is_remote(table)]
+    return [folder for folder in folders if files.listed(folder)]
+
+
+def _lists_in(pool: str, listing: Sequence[File], modality: Modality) -> list[str]:
+    """The lists of captions in a folder.
+
+    Raises:
+        UserError: it has none, and no files of samples, but shards lie further below.
+    """
+    if lists := [f.name for f in listing if is_list(f.name)]:
+        return lists
+    below = [f.name for f in files.listed(pool, deep=True) or ()]
+    if lists := [name for name in below if LIST_NAME.search(name)]:  # as Hugging Face's image folders have them
+        return lists
+    extensions = {name.rpartition(".")[2].lower() for name in below}
+    places = sorted({name.rpartition("/")[0] for name in below if name.endswith((".tar", ".parquet"))})
+    if places and extensions.isdisjoint((*IMAGE_EXTENSIONS, *(["txt"] if modality == "texts" else []))):
+        found = ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
+        raise UserError(
+            f"--pool {pool}: holds no samples at its top, but shards or tables below, in {found}; name these"
+        )
+    return []
 
 
 def _shard(file: File, mark: str = "", sidecar: str | None = None) -> Shard:
@@ -209,13 +237,8 @@ def read_row(data: Tape, sample: Sample, modality: Modality = "pairs", beside: B
 
     meta: dict[str, Any] = {}
     if "json" in members:
-        try:
-            parsed = json.loads(_bytes(data, members["json"]))
-            if not isinstance(parsed, dict):
-                raise ValueError
-            meta = parsed
-        except (ValueError, RecursionError):
-            error = error or "json_parse"
+        found = _parsed(data, members["json"])
+        meta, error = found or {}, error or ("json_parse" if found is None else None)
     if beside is not None:
         meta = {**beside.row(sample.key, meta.get("uid")), **meta}
 
@@ -244,6 +267,20 @@ def read_row(data: Tape, sample: Sample, modality: Modality = "pairs", beside: B
         record=meta,
         error=error,
     )
+
+
+def uid_said(data: Tape, sample: Sample) -> object:
+    """What the json of a sample has as its uid."""
+    member = sample.members.get("json")
+    return None if member is None or member.size > MAX_MEMBER else (_parsed(data, member) or {}).get("uid")
+
+
+def _parsed(data: Tape, member: Member) -> dict[str, Any] | None:
+    try:
+        parsed = json.loads(_bytes(data, member))
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def unreadable_row(sample: Sample) -> Row:

@@ -11,12 +11,13 @@ before anything is measured: the uids' hashes, sorted (8 bytes a row, mapped int
 memory by every worker), and where each row lies (8 more). It is sorted by a
 shuffle (`curation.shuffle`), since there are as many rows as the pool has. The
 rows of a tar mostly lie in one file, since img2dataset goes through them in
-order, so the last files read are kept.
+order, so the last files read are kept. In tars that were shuffled they lie
+anywhere: those of many samples are looked up together, each file once.
 """
 
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,10 +30,10 @@ import pyarrow.parquet as pq
 
 from curation import files
 from curation.errors import UserError, one_line
-from curation.hashing import config_hash, hash64, hash64_many
+from curation.hashing import config_hash, hash64_many
 from curation.pool import Shard
 from curation.shuffle import MapParts, buckets_for, gather, hash_buckets, scatter, write_npy
-from curation.sources.parquet import plain_rows
+from curation.sources.parquet import plain_rows, plain_values
 
 UIDS = ("uid", "UID")
 ROW_BYTES = 16  # of a row while it is sorted
@@ -47,6 +48,7 @@ class Sidecar:
         self._by_key: dict[str, dict[str, Any]] = {}
         self._by_uid: dict[str, dict[str, Any]] = {}
         self._metadata = None
+        self._looked_up: dict[str, Mapping[str, Any]] = {}  # of metadata, by uid
         if shard.sidecar is not None:
             try:
                 rows = list(plain_rows(_table(shard.sidecar)))
@@ -58,14 +60,29 @@ class Sidecar:
         if shard.metadata:
             self._metadata = Metadata(index_folder(root, shard.metadata, shard.tables), shard.metadata)
 
+    def expect(self, samples: Iterable[tuple[str, object]]) -> None:
+        """Look up what metadata says of these samples (key, and what the json has as uid), before they are asked for
+        one by one."""
+        if self._metadata:
+            uids = {uid for key, said in samples if (uid := self._uid(key, said)) is not None}
+            self._looked_up = {uid: {} for uid in uids} | self._metadata.rows(sorted(uids))
+
     def row(self, key: str, uid: object) -> Mapping[str, Any]:
         """The row of a sample, {} where there is none; its own table's columns before those of metadata."""
         own = self._by_key.get(key.rpartition("/")[2], {})
-        named = uid if isinstance(uid, str) else own.get("uid")
-        if not isinstance(named, str):
+        named = self._uid(key, uid)
+        if named is None:
             return own
         own = own or self._by_uid.get(named, {})
-        return {**self._metadata.row(named), **own} if self._metadata else own
+        if self._metadata and named not in self._looked_up:
+            self.expect([(key, uid)])
+        return {**self._looked_up.get(named, {}), **own}
+
+    def _uid(self, key: str, said: object) -> str | None:
+        """The uid by which a sample's row is looked for: the json's, else that of the table."""
+        uid = said if isinstance(said, str) else self._by_key.get(key.rpartition("/")[2], {}).get("uid")
+        whole = isinstance(uid, str) and not any("\ud800" <= c <= "\udfff" for c in uid)  # which UTF-8 cannot hold
+        return uid if whole else None
 
 
 class Metadata:
@@ -77,16 +94,25 @@ class Metadata:
         self._places = np.load(folder / "places.npy", mmap_mode="r")
         self._names = names
 
-    def row(self, uid: str) -> dict[str, Any]:
-        wanted = np.uint64(hash64("uid", uid))
-        at = int(np.searchsorted(self._hashes, wanted))
-        while at < len(self._hashes) and self._hashes[at] == wanted:
-            file, row = self._places[at].tolist()
-            found = next(plain_rows(_kept_table(self._names[file], self._content).slice(row, 1)))
-            if found.get("uid") == uid:
-                return found
-            at += 1
-        return {}
+    def rows(self, uids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """By uid the first row that has it, of those of these uids that have one. Each file is read once, or once more
+        where hashes are equal and uids are not."""
+        hashes = hash64_many("uid", uids)
+        ends = dict(zip(uids, np.searchsorted(self._hashes, hashes, "right").tolist(), strict=True))
+        waiting = dict(zip(uids, np.searchsorted(self._hashes, hashes).tolist(), strict=True))
+        found: dict[str, dict[str, Any]] = {}
+        while waiting := {uid: at for uid, at in waiting.items() if uid not in found and at < ends[uid]}:
+            by_file: dict[int, list[tuple[int, str]]] = {}
+            for uid, at in waiting.items():
+                file, row = self._places[at].tolist()
+                by_file.setdefault(file, []).append((row, uid))
+            for file, wanted in sorted(by_file.items()):
+                table = _kept_table(self._names[file], self._content).take([row for row, _ in wanted])
+                for (_, uid), record in zip(wanted, plain_rows(table), strict=True):
+                    if record.get("uid") == uid:
+                        found[uid] = record
+            waiting = {uid: at + 1 for uid, at in waiting.items()}
+        return found
 
 
 def index_folder(root: Path, names: Sequence[str], content: str) -> Path:
@@ -138,7 +164,7 @@ def _hashed(number: int, name: str, buckets: int) -> Iterator[pa.Table]:
     first = 0
     for uids in _uids(name):
         rows = np.flatnonzero(uids.is_valid().to_numpy(zero_copy_only=False))
-        hashes = hash64_many("uid", uids.drop_null().to_pylist())
+        hashes = hash64_many("uid", plain_values(uids.drop_null()))
         places = {"file": np.full(len(rows), number, np.int32), "at": (first + rows).astype(np.int32)}
         yield pa.table({"hash": hashes, **places, "bucket": hash_buckets(hashes, buckets)})
         first += len(uids)

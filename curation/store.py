@@ -22,12 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation import signals as signal_kinds
+from curation.files import STORE_MARK
 from curation.hashing import config_hash
 from curation.manifest import read_manifest, write_manifest
 from curation.pool import Modality, Shard
 from curation.signals.interface import Signal
 
-BASE_VERSION = 2  # goes up when the columns below, or the errors, would come out otherwise
+BASE_VERSION = 3  # goes up when the columns below, or the errors, would come out otherwise
 SIGNAL_FAILED, NOT_FINITE = "signal_failed", "not_finite"
 """The errors that depend on the signals of a set: its rows lack what other signals would have given."""
 BASE = pa.schema(
@@ -80,6 +81,12 @@ class SignalSet:
     def missing(self, units: Iterable[Unit]) -> list[Unit]:
         present = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         return [unit for unit in units if unit.part not in present]
+
+
+def mark(root: Path) -> None:
+    """Say that this folder is a store, so that it is no part of a pool that it lies in."""
+    if not (path := root / STORE_MARK).exists():
+        write_manifest(path, {"holds": "signals"})
 
 
 def open_set(

@@ -28,6 +28,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 REGULAR, DIRECTORY = (b"0", b"\0", b"7"), b"5"
 APPLE_DOUBLE = "._"
 """So begins the name that macOS's tar puts beside every member, with what its disks know of the file."""
+LONGEST_PADDING = 1 << 20
+"""Zeros at the end of an archive, at most: tar fills a record with them, 10 KiB, or on tapes up to a MiB."""
 Bytes = bytes | mmap.mmap
 
 
@@ -105,7 +107,9 @@ def _entries(data: Bytes) -> Iterator[tuple[bytes, Member]]:
 
     Raises:
         TarDamage: after the last whole member, where the archive is truncated,
-            lacks its end or a header or its PAX records do not check.
+            lacks its end or a header or its PAX records do not check; or where
+            more follows on its end than padding, as in archives that were put
+            one behind the other, and in a file whose rest did not come yet.
     """
     position, total = 0, len(data)
     long_name: str | None = None
@@ -115,6 +119,9 @@ def _entries(data: Bytes) -> Iterator[tuple[bytes, Member]]:
         if len(header) < BLOCK:
             raise TarDamage(f"truncated header at byte {position}")
         if header[0] == 0 and not any(header):
+            behind = total - position
+            if behind > LONGEST_PADDING or data[position:total].strip(b"\0"):
+                raise TarDamage(f"the archive ends at byte {position}, and {behind} bytes follow")
             return
         try:
             stored, size = _number(header[148:156]), _number(header[124:136])

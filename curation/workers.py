@@ -2,6 +2,8 @@
 
 An actor loads its models once, and finds its next item waiting when it has
 answered the last one, but near the end, where items wait for whoever is free.
+An actor gets its first item when it has started: on a cluster with fewer CPUs
+than --workers some do not, or only when the cluster has grown.
 That is all the scheduling that units of a thousand samples need, and it has
 none of Ray Data's object-store traffic or its starvation when the actors take
 every CPU. A killed worker is started again by Ray and its item
@@ -18,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Self
 
 from curation.errors import UserError
@@ -41,7 +44,7 @@ class Workers:
         self._count = count
         self._address = address
         self._started = False
-        self._actors: list[Any] = []
+        self._actors: list[_Hired] = []
         self._generation = 0
         self._share = 0.0  # of a GPU, that each actor has
         self.start_seconds = 0.0
@@ -54,7 +57,7 @@ class Workers:
             import ray
 
             for actor in self._actors:
-                ray.kill(actor)
+                ray.kill(actor.handle)
             if self._started:
                 ray.shutdown()
 
@@ -107,13 +110,26 @@ class Workers:
         def send(number: int) -> None:
             while waiting and held[number] < (2 if len(waiting) > len(actors) and not deadly else 1):
                 place = waiting.popleft()
-                flying[actors[number].call.remote(self._generation, shared, items[place])] = place, number
+                flying[actors[number].handle.call.remote(self._generation, shared, items[place])] = place, number
                 held[number] += 1
 
-        for number in range(len(actors)):
-            send(number)
-        while flying:
-            done, _ = ray.wait(list(flying), num_returns=1)
+        starting = {actor.start: number for number, actor in enumerate(actors) if actor.start is not None}
+        began, told = time.monotonic(), False
+        for number, actor in enumerate(actors):
+            if actor.start is None:
+                send(number)
+        while flying or waiting:
+            done, _ = ray.wait([*flying, *starting], num_returns=1, timeout=SILENT_SECONDS if starting else None)
+            if starting and not told and time.monotonic() - began >= SILENT_SECONDS:
+                what, told = "CPUs and GPUs" if self._share else "CPUs", True
+                say(f"workers: {len(actors) - len(starting)} of {len(actors)} have started; the others wait for {what}")
+            if not done:
+                continue
+            if done[0] in starting:
+                number = starting.pop(done[0])
+                actors[number].start = None
+                send(number)
+                continue
             place, number = flying.pop(done[0])
             held[number] -= 1
             try:
@@ -134,8 +150,9 @@ class Workers:
             send(number)
             yield result
 
-    def _actors_for(self, items: int, gpu: bool) -> list[Any]:
-        """As many actors as there is work for; those of earlier maps are used again, unless they have no such share."""
+    def _actors_for(self, items: int, gpu: bool) -> "list[_Hired]":
+        """As many actors as there is work for, first those that have started; those of earlier maps are used again,
+        unless they have no such share."""
         count, share = self._start(), 0.0
         import ray
 
@@ -144,12 +161,22 @@ class Workers:
             count, share = gpu_shares([(m.get("CPU", 0), m.get("GPU", 0)) for m in machines], count)
         if share != self._share:
             for actor in self._actors:
-                ray.kill(actor)  # which makes room
+                ray.kill(actor.handle)  # which makes room
             self._actors, self._share = [], share
         kind: Any = ray.remote(num_cpus=1, num_gpus=share, max_restarts=-1, max_task_retries=RETRIES)(_Actor)
         while len(self._actors) < min(count, items):
-            self._actors.append(kind.remote(os.getcwd()))
+            handle = kind.remote(os.getcwd())
+            self._actors.append(_Hired(handle, handle.start.remote()))
+        self._actors.sort(key=lambda actor: actor.start is not None)
         return self._actors[: min(count, items)]
+
+
+@dataclass(slots=True)
+class _Hired:
+    """An actor, and what `start` will have returned when it runs; None from then on."""
+
+    handle: Any
+    start: Any
 
 
 def gpu_shares(machines: Sequence[tuple[float, float]], count: int) -> tuple[int, float]:
@@ -192,6 +219,9 @@ class _Actor:
             os.chdir(folder)  # relative paths of a recipe mean the driver's folder, where the host shares it
         self._generation = 0
         self._function: Callable[[Any], Any] | None = None
+
+    def start(self) -> None:
+        """Return when the actor has a process, and the CPU for it."""
 
     def call(self, generation: int, setup: Callable[[], Callable[[Any], Any]], item: Any) -> Any:
         if self._function is None or generation != self._generation:

@@ -18,18 +18,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curation import files
 from curation.documents.assign import EncodingFailed, SentenceMeter
 from curation.documents.config import DocumentsConfig
-from curation.documents.pictures import InPool, Item, Limits
+from curation.documents.pictures import InPool, Item, Limits, Unreadable
 from curation.documents.source import Document, DocumentShard, read_documents
 from curation.errors import UserError
 from curation.hashing import config_hash
-from curation.images import decode
+from curation.images import StripTooLong, decode
 from curation.signals.fingerprints import FingerprintsMeter
 from curation.signals.interface import Decoded
 from curation.store import NOT_FINITE, SIGNAL_FAILED, write_part
 
-VERSION = 3  # goes up when the same pool and settings would give other rows
+VERSION = 4  # goes up when the same pool and settings would give other rows
 MAX_SIMILARITIES = 4_000_000  # cosines of one document
 DOCUMENTS = pa.schema(
     [
@@ -186,7 +187,12 @@ class _Measure:
     def _look(self, item: Item) -> dict[str, Any]:
         """Decode a picture: {"error"} where it cannot be, else format, size and hashes."""
         assert item.place is not None or item.inline is not None, "a picture that is at hand"
-        raw = self._pool.read(item.place) if item.place is not None else item.inline or b""
+        try:
+            raw = self._pool.read(item.place) if item.place is not None else item.inline or b""
+        except (Unreadable, OSError) as reason:
+            if isinstance(reason, OSError) and files.of_the_machine(reason):
+                raise
+            return {"error": "image_unreadable"}
         image, image_format, error = decode(raw)
         if image is None:
             return {"error": error}
@@ -196,6 +202,8 @@ class _Measure:
             pixels = self._sentences.pixels(image) if self._sentences else None
         except (UserError, MemoryError):
             raise
+        except StripTooLong:
+            return {"error": "decompression_bomb"}
         except Exception:  # of a transform, on a mode that it does not know
             return {"error": "image_decode"}
         if self._sentences:

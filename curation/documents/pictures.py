@@ -23,6 +23,10 @@ from curation.sources import file_fingerprint
 from curation.tar import Sample
 
 
+class Unreadable(UserError):
+    """A file of the pool is there and cannot be opened."""
+
+
 class InPool:
     """The file of the pool that was read last, kept open."""
 
@@ -58,12 +62,16 @@ def fetched(path: str) -> IO[bytes]:
     """A tar or list of the pool as a local file.
 
     Raises:
-        UserError: it cannot be read.
+        Unreadable: it cannot be opened.
+        UserError: it cannot be fetched.
+        OSError: no file can be opened here now.
     """
     try:
         return files.fetched(path)
     except OSError as reason:
-        raise UserError(f"--pool: {path} cannot be read ({one_line(reason)}); mend it or take it out") from None
+        if files.of_the_machine(reason):
+            raise
+        raise Unreadable(f"--pool: {path} cannot be read ({one_line(reason)}); mend it or take it out") from None
 
 
 def inside(root: str, folder: str, name: str) -> str | None:

@@ -27,6 +27,7 @@ from curation.documents.pictures import (
     Item,
     Limits,
     Locate,
+    Unreadable,
     beside,
     fetched,
     image_item,
@@ -38,7 +39,7 @@ from curation.documents.sentences import split_sentences
 from curation.documents.words import plain_spaces
 from curation.errors import UserError
 from curation.hashing import config_hash
-from curation.pool import SAFE_UID
+from curation.pool import SAFE_UID, UNREADABLE
 from curation.sources import file_fingerprint
 from curation.tar import Bytes, Member, mapped, samples
 
@@ -81,18 +82,18 @@ def list_documents(pools: Sequence[str], unit_documents: int) -> list[DocumentSh
     found: dict[tuple[str, tuple[str, ...]], str] = {}
     for pool in pools:
         folder = files.full_name(pool)
-        listing = files.listed(folder, deep=True)
+        listing = files.listed(folder, deep=True, linked=False)  # a link may lead out of the pool
         if listing is None:
             raise UserError(f"--pool {pool}: no such folder; name a folder of pages, tars or jsonl files")
         before = len(found)
-        marks = {file.name.removeprefix(folder).lstrip("/"): file_fingerprint(file) for file in listing}
-        for name in marks:
+        there = {file.name.removeprefix(folder).lstrip("/"): file for file in listing}
+        for name, file in there.items():
             if "/" not in name and name.endswith((".tar", ".jsonl")):
-                found[f"{folder}/{name}", ()] = marks[name]
-        pages = [name for name in marks if name.lower().endswith(PAGE_SUFFIXES)]
+                found[f"{folder}/{name}", ()] = file_fingerprint(files.checked(file))
+        pages = [name for name in there if name.lower().endswith(PAGE_SUFFIXES)]
         for first in range(0, len(pages), unit_documents):
             unit = tuple(pages[first : first + unit_documents])
-            found[folder, unit] = config_hash([marks[page] for page in unit])
+            found[folder, unit] = config_hash([file_fingerprint(there[page]) for page in unit])
         if len(found) == before:
             raise UserError(f"--pool {pool}: holds no .tar, .jsonl or .html; name a folder that does")
     return [
@@ -103,12 +104,17 @@ def list_documents(pools: Sequence[str], unit_documents: int) -> list[DocumentSh
 
 def read_documents(shard: DocumentShard, pool: InPool, limits: Limits) -> Iterator[Document]:
     """All documents of a unit in a fixed order; what is wrong with one is its error."""
-    if shard.pages:
-        yield from _pages(shard.path, shard.pages, limits)
-    elif shard.path.endswith(".jsonl"):
-        yield from _lines(shard.path, limits)
-    else:
-        yield from _members(shard, mapped(pool.file(shard.path)), limits)
+    try:
+        if shard.pages:
+            yield from _pages(shard.path, shard.pages, limits)
+        elif shard.path.endswith(".jsonl"):
+            yield from _lines(shard.path, limits)
+        else:
+            yield from _members(shard, mapped(pool.file(shard.path)), limits)
+    except Unreadable:  # the tar or the list itself, as it was when it was listed
+        if shard.fingerprint != file_fingerprint(files.File(shard.path, 0, files.NOWHERE)):
+            raise
+        yield Document(key="", uid=_uid({}, f"{Path(shard.path).name}: all".encode()), error=UNREADABLE)
 
 
 def _pages(root: str, pages: Sequence[str], limits: Limits) -> Iterator[Document]:

@@ -7,6 +7,7 @@ inside a true sentence ("a stock car") has to be narrow.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,20 +21,21 @@ WHOLE = {
     "camera name": r"(img|dscn?|dscf|pict?|image|photo|scan|screen ?shot|whatsapp image|unnamed|download|file|p10)"
     r"[\s_\-]*\(?[\d][\d\s_\-.:()at]*(\.\w{2,5})?",
     # my-holiday-photo-3.jpg, product_0231_large.PNG?w=300: something that ends as a file does
-    "file name": r"\S+\.(jpe?g|png|gif|webp|bmp|tiff?|svg|heic|avif|pdf|html?|php|aspx?|mp4)([?#]\S*)?",
-    "file name with spaces": r".*\.(jpe?g|png|gif|webp|bmp|tiff?|svg|heic|avif)([?#]\S*)?",
+    "file name": r"(?=\S+\Z)\S+?\.(jpe?g|png|gif|webp|bmp|tiff?|svg|heic|avif|pdf|html?|php|aspx?|mp4)([?#]\S*)?",
+    "file name with spaces": r".*\.(jpe?g|png|gif|webp|bmp|tiff?|svg|heic|avif)"
+    r"|(.*\s)?+\S*?\.(jpe?g|png|gif|webp|bmp|tiff?|svg|heic|avif)[?#]\S*",
     # red_shoe_0231, hero-banner-2-large: three or more parts without a single space
     "slug": r"[a-z0-9]+([_\-][a-z0-9]+){2,}",
     # 8f14e45fceea167a5a36dedd4bea2543, B07XJ8C8F5: an identifier
     "identifier": r"(?=\S*\d)[a-z0-9_\-]{8,}|[0-9a-f]{16,}",
     # 640x480, 1,234, 2019-03-02, $ 12.99
-    "digits": r"[\W\d_]*(\d+\s*x\s*\d+)?[\W\d_]*",
+    "digits": r"[\W\d_]*(\d\s*x\s*\d[\W\d_]*)?",
     "web address": r"(https?://|www\.)\S+",
     # placeholders that a page's author never filled in
     "placeholder": r"(untitled|no (title|caption|description|image|alt)|title|caption|alt|default|null|none|nan"
     r"|undefined|n/?a|test|unknown|placeholder|thumbnail|thumb|logo|icon|banner|image|img|photo|picture|pic|avatar|spacer|pixel"
     r"|loading|blank|product|item|slide|header|background)s?([\s_\-#.:]*(image|img|photo|picture|alt|text|here))*"
-    r"[\s_\-#.:()]*\d*[\s.!…]*",
+    r"[\s_\-#.:()]*+\d*+[\s.!…]*+",
 }
 INSIDE = {
     # what a page tells its visitor to do
@@ -50,9 +52,15 @@ INSIDE = {
     "machine alt": r"\b(image|photo|picture) may contain\b|\bno (photo )?description( of photo)? available\b"
     r"|\b(image|photo|picture) (not found|not available|unavailable|coming soon|preview|gallery|courtesy of)\b"
     r"|\b(photo|image|picture|video) (of the|#|no\.?|number) ?(day|\d+)|\bprofile (picture|photo|image)\b",
-    # <img ...>, &nbsp;, {{ title }}, [caption id=...]
-    "markup": r"</?[a-z][^>]*>|&[a-z]{2,8};|&#\d+;|\{\{.*?\}\}|\[/?[a-z]+( [^\]]*)?\]",
+    # &nbsp;
+    "entity": r"&[a-z]{2,8};|&#\d+;",
     "site title": r"\s[|»›]\s|\.(com|net|org)\b",
+}
+SPANS = {
+    # <img ...>, {{ title }}, [caption id=...]: by its end, how it begins
+    ">": r"</?[a-z]",
+    "}}": r"\{\{",
+    "]": r"\[/?[a-z]+[ \]]",
 }
 
 
@@ -87,9 +95,17 @@ class CaptionRules:
         # Not joined with those of the recipe, whose flags and backreferences would then be of something else.
         inside = ["|".join(f"(?:{p})" for p in INSIDE.values())] if self.builtin else []
         searched = [re.compile(pattern, re.IGNORECASE) for pattern in (*inside, *self.patterns)]
-        return np.fromiter((self._fits(c, whole, searched) for c in table["caption"].to_pylist()), bool, table.num_rows)
+        spans = {end: re.compile(begin, re.IGNORECASE) for end, begin in SPANS.items()} if self.builtin else {}
+        captions = table["caption"].to_pylist()
+        return np.fromiter((self._fits(c, whole, searched, spans) for c in captions), bool, table.num_rows)
 
-    def _fits(self, caption: str, whole: re.Pattern[str] | None, searched: list[re.Pattern[str]]) -> bool:
+    def _fits(
+        self,
+        caption: str,
+        whole: re.Pattern[str] | None,
+        searched: Sequence[re.Pattern[str]],
+        spans: Mapping[str, re.Pattern[str]],
+    ) -> bool:
         text = " ".join(caption.split())
         words = text.split(" ") if text else []
         if len(words) < self.min_words or len(text) < self.min_chars:
@@ -97,7 +113,11 @@ class CaptionRules:
         visible = text.replace(" ", "")
         if self.min_letters and sum(map(str.isalpha, visible)) < self.min_letters * len(visible):
             return False
-        return not (whole and whole.fullmatch(text)) and not any(pattern.search(text) for pattern in searched)
+        if whole and whole.fullmatch(text):
+            return False
+        if any(begin.search(text, 0, text.rfind(end) + len(end)) for end, begin in spans.items()):
+            return False
+        return not any(pattern.search(text) for pattern in searched)
 
     def describe(self, decision: Any) -> dict[str, Any]:
         return {}

@@ -28,6 +28,7 @@ from PIL import Image
 from curation.device import Device, device_content, torch_device
 from curation.errors import UserError, one_line
 from curation.hashing import file_hash
+from curation.images import check_strip
 from curation.preprocess import HUB, LOCAL, check_activation, preprocess_of
 from curation.signals.interface import Decoded
 from curation.signals.text_regions import detector_content, detector_name, masked, text_finder
@@ -221,6 +222,9 @@ class ClipMeter:
                 "check the pair, or give a checkpoint file where there is no network"
             ) from reason
         self._model = model.eval().to(self._device)
+        looks = model.visual.preprocess_cfg
+        high, wide = (looks["size"],) * 2 if isinstance(looks["size"], int) else looks["size"]
+        self._covered = (wide, high) if looks["resize_mode"] == "shortest" else None
         width = settings._width()
         self._heads = {head_column(name, head): _affine(head, file, width) for head, file in settings.heads.items()}
         self._finder = text_finder(settings.mask_text) if settings.mask_text else None
@@ -231,11 +235,17 @@ class ClipMeter:
         """Pixels, caption, and the pixels without text where there is some to be masked."""
         without_text = None
         if self._finder is not None and len(boxes := self._finder(sample)):
-            without_text = self._transform(masked(sample.image, boxes))
-        return self._transform(sample.image), sample.caption, without_text
+            without_text = self.pixels(masked(sample.image, boxes))
+        return self.pixels(sample.image), sample.caption, without_text
 
     def pixels(self, image: Image.Image) -> Any:
-        """The picture as the model's evaluation transform has it: fp32 [3, S, S]."""
+        """The picture as the model's evaluation transform has it: fp32 [3, S, S].
+
+        Raises:
+            StripTooLong: it would be gigabytes on the way there.
+        """
+        if self._covered:
+            check_strip(image, self._covered)
         return self._transform(image)
 
     def images(self, pixels: Sequence[Any]) -> Any:

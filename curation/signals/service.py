@@ -96,7 +96,10 @@ class Service:
                 raise UserError(f"service: the url of {parts.hostname} holds credentials; name a variable in token_env")
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
-        return {**{column: TYPES[kind][0] for column, kind in self.columns.items()}, f"{name}_unanswered": pa.bool_()}
+        return {
+            **{column: TYPES[kind][0] for column, kind in self.columns.items()},
+            unanswered_column(name): pa.bool_(),
+        }
 
     def content(self) -> dict[str, Any]:
         file = "" if self.function is None else _source(self.function)
@@ -117,6 +120,11 @@ class Service:
                 raise UserError(f"service {name}: {self.token_env} holds what no HTTP header can; set it to the token")
         reachable(self.url, name, self.timeout)
         return ServiceMeter(self, name, HttpService(self.url, name, self.timeout, token, self.token_header))
+
+
+def unanswered_column(name: str) -> str:
+    """The column that says of each sample whether the service of this name gave no answer."""
+    return f"{name}_unanswered"
 
 
 class ServiceMeter:
@@ -140,7 +148,7 @@ class ServiceMeter:
             column: pa.array([_value(one, column, kind) for one in answers], TYPES[kind][0])
             for column, kind in self._settings.columns.items()
         }
-        return {**out, f"{self._name}_unanswered": pa.array([one is None for one in answers], pa.bool_())}
+        return {**out, unanswered_column(self._name): pa.array([one is None for one in answers], pa.bool_())}
 
     def _answers(self, items: Items) -> list[Mapping[str, Any] | None]:
         try:

@@ -82,6 +82,34 @@ def open_shard(name: str, expected: str | None = None) -> Source:
     return FolderSource(name) if is_range(name) else _of_file(name, whole=False)
 
 
+class _Closed:
+    """A shard that could not be opened when the pool was listed, and cannot yet: a link to nowhere, a file that may not
+    be read. It has no samples; nothing else is asked of it."""
+
+    headers: ClassVar[bool] = False
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def samples(self) -> tuple[list[Sample], str | None]:
+        return [], f"unreadable: {self._reason}"
+
+    def __getitem__(self, place: slice, /) -> bytes:
+        raise OSError(self._reason)
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        raise OSError(self._reason)
+
+
 def _same_shard(name: str, expected: str, *, whole: bool) -> Source:
     wanted = expected.partition(".")[0]
     try:
@@ -95,6 +123,9 @@ def _same_shard(name: str, expected: str, *, whole: bool) -> Source:
                     folder.fetch()
                 return folder
         else:
+            closed = file_fingerprint(files.File(name, 0, files.NOWHERE)) == wanted
+            if closed and (reason := files.why_closed(name)):
+                return _Closed(reason)
             file = files.look(name)
             if file is not None and file_fingerprint(file) == wanted:
                 return _of_file(name, whole=whole)

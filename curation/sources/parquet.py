@@ -8,7 +8,7 @@ reader holds one row group at a time.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -23,6 +23,7 @@ from curation.tar import Member, Sample
 
 VERSION = 1  # goes up when the same file gives other members
 GROUP_BITS = 40  # of a position within a row group
+VALUELESS = (ValueError, OverflowError, LookupError)  # raised for a year, a time zone or a struct that Python has not
 Piece = tuple[int, memoryview]  # where it begins, and its bytes
 
 
@@ -38,7 +39,7 @@ def caption_column(schema: pa.Schema) -> str | None:
 def read_footer(name: str) -> tuple[pa.Schema, int]:
     """The schema, and how many rows there are; raises OSError or pa.ArrowException where this is no parquet file."""
     with files.opened(name) as f, pq.ParquetFile(f) as parquet:
-        return parquet.schema_arrow, parquet.metadata.num_rows
+        return _distinct(parquet.schema_arrow), parquet.metadata.num_rows
 
 
 class ParquetSource:
@@ -99,11 +100,12 @@ class ParquetSource:
     def _read(self, group: int) -> list[dict[str, Member]]:
         """Read a row group, keep its pieces, and say where the members of each row lie, by extension."""
         assert self._parquet is not None
-        schema = self._parquet.schema_arrow
+        schema = _distinct(self._parquet.schema_arrow)
         image, caption = image_column(schema), caption_column(schema)
         others = [f.name for f in schema if f.name != image and not _is_image(f.type) and not _is_bytes(f.type)]
         self._group = (-1, [])  # so that there are never two of them
-        table = self._parquet.read_row_group(group, columns=[*others, *([image] if image else [])])
+        read = self._parquet.read_row_group(group, columns=[*others, *([image] if image else [])])
+        table = read.select(_places(read.column_names))
         pieces: list[Piece] = []
         end = group << GROUP_BITS
 
@@ -164,18 +166,31 @@ def _chunks(column: pa.ChunkedArray) -> Iterator[tuple[int, tuple[_Bytes, list[s
         if pa.types.is_struct(chunk.type):
             values = pc.struct_field(chunk, "bytes")
             if "path" in {field.name for field in chunk.type}:
-                names = _plain(pc.struct_field(chunk, "path"))
+                names = plain_values(pc.struct_field(chunk, "path"))
         yield row, (_Bytes(values), names)
         row += len(chunk)
 
 
+def _distinct(schema: pa.Schema) -> pa.Schema:
+    """Of columns of one name, which a join may leave, the first."""
+    return pa.schema([schema.field(i) for i in _places(schema.names)])
+
+
+def _places(names: Sequence[str]) -> list[int]:
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        first.setdefault(name, i)
+    return list(first.values())
+
+
 def _plain_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    columns = {name: _plain(table[name]) for name in table.column_names}
+    columns = {name: plain_values(table[name]) for name in table.column_names}
     return ({name: values[i] for name, values in columns.items()} for i in range(table.num_rows))
 
 
-def _plain(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """As Python values; text that is not UTF-8, which Arrow does not check, with its bad bytes marked."""
+def plain_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """As Python values; text that is not UTF-8, which Arrow does not check, with its bad bytes marked; None for what
+    Python has no value for, as dates beyond the year 9999."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -183,6 +198,15 @@ def _plain(column: pa.Array | pa.ChunkedArray) -> list[Any]:
             return [None] * len(column)
         raw = column.cast(pa.large_binary()).to_pylist()
         return [None if value is None else value.decode("utf-8", "replace") for value in raw]
+    except VALUELESS:
+        return [_plain_value(value) for value in column]
+
+
+def _plain_value(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except VALUELESS:
+        return None
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -208,5 +232,5 @@ def _is_image(kind: pa.DataType) -> bool:
 
 def plain_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     """The rows of a table under img2dataset's names, without its columns of bytes."""
-    kept = [field.name for field in table.schema if not _is_image(field.type)]
+    kept = [i for i in _places(table.column_names) if not _is_image(table.schema.field(i).type)]
     return (record_of(row) for row in _plain_rows(table.select(kept)))

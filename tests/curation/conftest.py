@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -42,6 +43,21 @@ def write_tar(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> Path:
                 info.size = len(payload)
                 tar.addfile(info, io.BytesIO(payload))
     return path
+
+
+def with_unheard_values(columns: Mapping[str, object]) -> pa.Table:
+    """Two rows of these columns, and others: the second row's dates Python has no value for, and a name comes twice."""
+    late = pa.array([0, 300_000_000_000_000_000], pa.int64())  # microseconds, to the year 11476
+    last = pa.array([0, 253_402_300_799_000_000], pa.int64())  # 9999-12-31T23:59:59 in Greenwich
+    more = {
+        "day": pa.array([0, 2**31 - 1], pa.int32()).cast(pa.date32()),
+        "at": late.cast(pa.timestamp("us")),
+        "zoned": last.cast(pa.timestamp("us", tz="+05:00")),
+        "nowhere": late.cast(pa.timestamp("us", tz="Mars/Olympus")),
+        "days": pa.ListArray.from_arrays([0, 1, 2], pa.array([0, 2**31 - 1], pa.int32()).cast(pa.date32())),
+    }
+    table = pa.table({**columns, **more, "score": [1, 2]})
+    return table.append_column("score", pa.array(["second", "second"]))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ What Pillow sees is the oracle: sizes are those of the stored pixels, as open_cl
 
 import io
 import resource
+import shutil
 import struct
 import tracemalloc
 import zlib
@@ -15,14 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 from PIL import Image, ImageFile
+from transformers import BlipImageProcessor
 
 from curation import store
+from curation.captioner import HUGGINGFACE, load_captioner
 from curation.config import parse_config
-from curation.images import decode
+from curation.images import StripTooLong, check_strip, decode
 from curation.measure import Measuring
 from curation.pool import list_shards
 from curation.store import Unit
 from tests.curation.conftest import picture, sample, write_tar
+from tests.curation.test_signals import measure_alone
 
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -75,6 +79,8 @@ def oddities() -> dict[str, tuple[str, bytes]]:
         "empty": ("jpg", b""),
         "no picture": ("webp", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
         "bomb": ("png", bomb()),
+        "postscript": ("jpg", saved(base, "EPS")),
+        "portable": ("png", saved(base, "PPM")),
     }
 
 
@@ -83,6 +89,8 @@ BROKEN = {
     "empty": "image_decode",
     "no picture": "image_decode",
     "bomb": "decompression_bomb",
+    "postscript": "image_unknown_format",
+    "portable": "image_unknown_format",
 }
 
 
@@ -151,6 +159,14 @@ def test_rotation_is_left_to_the_reader_as_open_clip_leaves_it(
     assert abs(scores[0] - scores[1]) > 1e-4
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "ICO", "JPEG2000"])
+def test_the_formats_of_the_web_are_opened(kind: str) -> None:
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {kind}")
+    image, _, error = decode(saved(Image.open(io.BytesIO(picture(1, (64, 64), "PNG"))), kind))
+    assert error is None and image is not None and image.size == (64, 64)
+
+
 def test_a_bomb_costs_no_memory(pictures: dict[str, tuple[str, bytes]]) -> None:
     data = pictures["bomb"][1]
     assert len(data) < 1 << 20
@@ -158,6 +174,33 @@ def test_a_bomb_costs_no_memory(pictures: dict[str, tuple[str, bytes]]) -> None:
     assert decode(data)[2] == "decompression_bomb"
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1)])
+def test_a_strip_is_not_enlarged_to_gigabytes(
+    size: tuple[int, int], tiny_clip: tuple[Path, Path], blip: Path, tmp_path: Path
+) -> None:
+    """A transform that brings the shorter edge to 64 pixels would make 6,400,000 of the longer one."""
+    strip = Image.new("RGB", size, (200, 30, 40))
+    members = sample(0)
+    del members["jpg"]
+    write_tar(tmp_path / "pool" / "0.tar", {"strip": {"png": saved(strip, "PNG"), **members}, "sound": sample(1)})
+    clip = {"kind": "clip", "model": str(tiny_clip[0]), "pretrained": str(tiny_clip[1])}
+    rows = measure_alone(tmp_path / "pool", tmp_path / "store", {"clip_score": clip})
+    assert [row["error"] for row in rows] == ["signal_failed", None]
+    recaption = {"kind": "recaption", "model": str(blip), "clip": clip["model"], "clip_pretrained": clip["pretrained"]}
+    rows = measure_alone(tmp_path / "pool", tmp_path / "store", {"again": recaption})
+    assert [row["error"] for row in rows] == ["signal_failed", None]
+    shortest = shutil.copytree(blip, tmp_path / "shortest")
+    BlipImageProcessor(size={"shortest_edge": 64}).save_pretrained(shortest)
+    with pytest.raises(StripTooLong, match=r"\d+ x \d+ would be resized to \d+ x \d+, more than 89478485 pixels"):
+        load_captioner(HUGGINGFACE, str(shortest)).pixels(strip)
+
+
+def test_what_a_strip_may_be() -> None:
+    check_strip(Image.new("1", (1_700, 1)), (224, 224))  # 224 x 380,800
+    with pytest.raises(StripTooLong):
+        check_strip(Image.new("1", (1, 1_800)), (224, 224))  # 224 x 403,200
 
 
 def test_a_gif_cannot_ask_for_a_canvas_of_gigabytes() -> None:

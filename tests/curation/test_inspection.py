@@ -247,5 +247,13 @@ def test_what_is_selected_over_signals_that_are_there_is_inspected_shared_and_bu
     assert run("own", 40, phase="build")["kept"] == 8
     for out in ("first", "new", "own"):
         assert {"manifest.json", "README.md", "croissant.json"} <= {path.name for path in (tmp_path / out).iterdir()}
+    run("named", 0, signals=tmp_path / "named" / "a" / "store")  # in OUT, but not where it is unless named
+    (part,) = (tmp_path / "named" / "a" / "store").glob("*/*.parquet")
+    for _ in range(2):
+        again = {"overwrite": True, "signals": tmp_path / "named" / "a" / "store"}
+        assert run("named", 40, phase="select", **again)["kept"] == 8 and part.exists()
+    for inside in ("", "shards", "report/signals"):
+        with pytest.raises(UserError, match=r"is where --out .* has its own files; name another folder"):
+            run("named", 40, signals=tmp_path / "named" / inside)
     with pytest.raises(UserError, match="not measured there with this recipe's signals; run --phase measure"):
         run("none", 40, phase="select")

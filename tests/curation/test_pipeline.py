@@ -330,7 +330,7 @@ def start(recipe: dict[str, object], pool: Path, out: Path) -> subprocess.Popen[
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
 
 
-def wait_for(condition: object, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def wait_for(condition: object, process: subprocess.Popen[bytes], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert process.poll() is None, "it ended before it could be killed"
@@ -368,5 +368,5 @@ def test_a_killed_worker_does_not_stop_the_run(
     ]
     assert workers
     workers[0].kill()
-    assert process.wait(timeout=240) == 0
+    assert process.wait(timeout=600) == 0
     assert digests(out) == digests(done)

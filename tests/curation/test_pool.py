@@ -7,9 +7,12 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from curation import sources
 from curation.errors import UserError
 from curation.images import MAX_PIXELS, decode
 from curation.pool import list_shards, read_row
@@ -99,6 +102,38 @@ def test_refusals_name_the_pool(tmp_path: Path) -> None:
     for pools in ([], [str(tmp_path / "absent")], [str(tmp_path / "empty")], ["nosuch://bucket/pool"]):
         with pytest.raises(UserError, match="--pool"):
             list_shards(pools)
+
+
+def test_a_pool_that_is_named_a_level_too_high(tmp_path: Path) -> None:
+    write_tar(tmp_path / "datacomp" / "shards" / "0.tar", {"1": sample(1)})
+    (tmp_path / "datacomp" / "shards" / "0_stats.json").write_text("{}")
+    (tmp_path / "datacomp" / "metadata").mkdir()
+    pq.write_table(pa.table({"uid": ["ab"], "text": ["words"]}), tmp_path / "datacomp" / "metadata" / "a.parquet")
+    below = (
+        r"datacomp: holds no samples at its top, but shards or tables below, in /.*/metadata, /.*/shards; name these"
+    )
+    for modality in ("pairs", "images", "texts"):
+        with pytest.raises(UserError, match=below):
+            list_shards([str(tmp_path / "datacomp")], modality)
+    (tmp_path / "datacomp" / "notes.txt").write_text("words")
+    assert list_shards([str(tmp_path / "datacomp")], "texts"), "a text beside them is one"
+    (tmp_path / "datacomp" / "1.jpg").write_bytes(picture(1))
+    assert list_shards([str(tmp_path / "datacomp")]), "and so is a picture"
+
+
+def test_img2datasets_files_are_folders_beside_their_tables(tmp_path: Path) -> None:
+    for shard in range(2):
+        (tmp_path / f"{shard:05d}").mkdir()
+        for extension, data in sample(shard).items():
+            (tmp_path / f"{shard:05d}" / f"{shard:09d}.{extension}").write_bytes(data)
+        pq.write_table(pa.table({"key": [f"{shard:09d}"], "caption": ["words"]}), tmp_path / f"{shard:05d}.parquet")
+        (tmp_path / f"{shard:05d}_stats.json").write_text("{}")
+    shards = list_shards([str(tmp_path)])
+    assert [shard.path for shard in shards] == [f"{tmp_path}/{shard:05d}#0-1" for shard in range(2)]
+    for shard in shards:
+        with sources.open_shard(shard.path) as tape:
+            (one,), damage = tape.samples()
+            assert damage is None and read_row(tape, one).error is None
 
 
 def test_names_that_leave_the_folder_and_repeated_keys(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Pools with something wrong in them: counted and named; and pools of pictures or texts alone."""
 
 import json
+import os
 import shutil
+import tarfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from curation.config import parse_config
 from curation.errors import UserError
 from curation.pipeline import curate
 from curation.pool import list_shards
-from tests.curation.conftest import picture, sample, write_tar
+from tests.curation.conftest import picture, sample, with_unheard_values, write_tar
 from tests.curation.test_kill import digests, in_this_process, run_until
 
 RECIPE: dict[str, Any] = {
@@ -186,6 +188,87 @@ def test_files_that_cannot_be_read_are_rows(tmp_path: Path) -> None:
     assert [row["reason"] for row in rows(tmp_path / "out")] == [None, "unreadable", "unreadable"]
 
 
+def test_a_shard_that_cannot_be_opened_is_a_row_until_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool, store = tmp_path / "pool", {"signals": tmp_path / "store"}
+    for n in range(3):
+        write_tar(pool / f"{n}.tar", {f"{n}": sample(n)})
+    (pool / "3.tar").symlink_to("nowhere.tar")
+    pq.write_table(pa.table({"image": [picture(4)], "text": ["words"]}), pool / "4.parquet")
+    (pool / "5.parquet").symlink_to("5.parquet")
+    real = files.why_closed
+    monkeypatch.setattr(files, "why_closed", lambda n: "Permission denied" if n.endswith("/1.tar") else real(n))
+    config = parse_config(RECIPE)
+    made = curate(config, pools=[str(pool)], out=tmp_path / "out", **store)
+    assert (made["seen"], made["kept"], made["errors"]) == (6, 3, {"unreadable": 3})
+    found = {Path(row["shard"]).name for row in rows(tmp_path / "out") if row["reason"] == "unreadable"}
+    assert found == {"1.tar", "3.tar", "5.parquet"}
+    said = capsys.readouterr().err
+    assert "1.tar: unreadable: Permission denied" in said and "3.tar: unreadable: No such file" in said
+    strict = parse_config({**RECIPE, "max_error_rate": 0})
+    with pytest.raises(UserError, match=r"\d of \d+ samples cannot be used \(unreadable \d\)"):
+        curate(strict, pools=[str(pool)], out=tmp_path / "strict")
+    monkeypatch.undo()
+    in_this_process(monkeypatch)
+    mended = curate(config, pools=[str(pool)], out=tmp_path / "mended", **store)
+    assert (mended["kept"], mended["errors"]) == (4, {"unreadable": 2})
+    listed = list_shards([str(pool)])
+    (pool / "3.tar").unlink()
+    write_tar(pool / "3.tar", {"3": sample(3)})
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"3\.tar has changed since"):
+        patch.setattr(pipeline, "list_shards", lambda *a: listed)
+        curate(config, pools=[str(pool)], out=tmp_path / "late")
+
+
+def test_what_is_written_into_the_pool_is_no_part_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    for n in range(6):
+        (folder / f"{n}.jpg").write_bytes(picture(n))
+        (folder / f"{n}.json").write_text(json.dumps({"caption": f"words {n}"}))
+    run(folder, tmp_path / "beside")
+    expected = list_shards([str(folder)])
+    config = parse_config(RECIPE)
+    inside = {"pools": [str(folder)], "out": folder / "curated", "signals": folder / "measured" / "store"}
+    for phase in ("measure", "select", "build", "all"):
+        curate(config, **inside, phase=phase)
+        assert list_shards([str(folder)]) == expected
+    assert digests(folder / "curated") == digests(tmp_path / "beside")
+    assert list_shards([str(folder / "curated" / "shards")]), "what is named itself is a pool, whoever made it"
+
+
+def test_links_to_folders_are_followed_each_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, other = tmp_path / "pool", tmp_path / "other"
+    for where in (pool / "z", other / "deep"):
+        where.mkdir(parents=True)
+        (where / "1.jpg").write_bytes(picture(1))
+    (other / "2.jpg").write_bytes(picture(2))
+    (pool / "train").symlink_to(other)
+    (pool / "again").symlink_to(other / "deep")  # comes before train/deep
+    (pool / "a").symlink_to(pool / "z")
+    (pool / "z" / "up").symlink_to(pool)
+    (other / "deep" / "loop").symlink_to(other)
+    expected = [str(pool / name) for name in ("again/1.jpg", "train/2.jpg", "z/1.jpg")]
+    scandir = os.scandir
+    for order in (False, True):
+
+        class Entries:
+            def __init__(self, path: str, order: bool = order) -> None:
+                self.found = sorted(scandir(path), key=lambda entry: entry.name, reverse=order)
+
+            def __enter__(self) -> list[Any]:
+                return self.found
+
+            def __exit__(self, *exception: object) -> None:
+                pass
+
+        monkeypatch.setattr(files.os, "scandir", Entries)
+        assert [file.name for file in files.listed(str(pool), deep=True) or ()] == expected
+    monkeypatch.undo()
+    assert [file.name for file in files.listed(str(pool), deep=True, linked=False) or ()] == expected[2:]
+
+
 def test_pools_of_pictures_and_of_texts(tmp_path: Path) -> None:
     pictures, texts, tables = (tmp_path / name for name in ("pictures", "texts", "tables"))
     for folder in (pictures, texts, tables):
@@ -256,6 +339,20 @@ def test_credentials_and_backends_that_are_not_there(tmp_path: Path) -> None:
     assert files.look(str(tmp_path)) is None
 
 
+def test_values_that_python_has_not_are_left_out_and_of_two_columns_the_first_counts(tmp_path: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    table = with_unheard_values({"image": [picture(1), picture(2)], "TEXT": ["words"] * 2, "uid": ["aa", "bb"]})
+    pq.write_table(table.append_column("image", pa.array([b"not", b"these"])), tmp_path / "pool" / "0.parquet")
+    assert run(tmp_path / "pool", tmp_path / "out")["kept"] == 2
+    with tarfile.open(next((tmp_path / "out" / "shards").glob("*.tar"))) as tar:
+        first, second = (json.loads(tar.extractfile(f"{uid}-0.json").read()) for uid in ("aa", "bb"))  # type: ignore[union-attr]
+    assert second == {"caption": "words", "uid": "bb", "score": 2}
+    assert first == {
+        **{"caption": "words", "uid": "aa", "score": 1, "day": "1970-01-01", "at": "1970-01-01 00:00:00"},
+        **{"zoned": "1970-01-01 05:00:00+05:00", "days": ["1970-01-01"]},
+    }
+
+
 def test_the_json_holds_the_other_columns(tmp_path: Path) -> None:
     (tmp_path / "pool").mkdir()
     columns = {"URL": "u", "uid": "ab", "width": 7, "score": 0.5, "tags": ["a", "b"], "mask": b"bytes", "none": None}
@@ -263,8 +360,6 @@ def test_the_json_holds_the_other_columns(tmp_path: Path) -> None:
     table = pa.table({"image": [picture(1)], "TEXT": ["words"], **{k: [v] for k, v in columns.items()}})
     pq.write_table(table, tmp_path / "pool" / "0.parquet")
     run(tmp_path / "pool", tmp_path / "out")
-    import tarfile
-
     with tarfile.open(next((tmp_path / "out" / "shards").glob("*.tar"))) as tar:
         said = json.loads(tar.extractfile("ab-0.json").read())  # type: ignore[union-attr]
     expected = {"caption": "words", "url": "u", "uid": "ab", "width": 7, "score": 0.5, "tags": ["a", "b"]}

@@ -21,7 +21,7 @@ from curation.pool import list_shards
 from curation.signals import SIGNALS
 from curation.signals.interface import Decoded
 from curation.workers import Workers
-from tests.curation.conftest import sample, write_tar
+from tests.curation.conftest import sample, with_unheard_values, write_tar
 from tests.curation.test_kill import here, nothing
 
 
@@ -42,7 +42,7 @@ class Said:
         return self
 
     def see(self, sample: Decoded) -> str:
-        return json.dumps(dict(sample.record))
+        return json.dumps(dict(sample.record), default=str)
 
     def columns(self, seen: Sequence[str]) -> dict[str, pa.Array]:
         return {"said": pa.array(seen, pa.string())}
@@ -56,9 +56,9 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "write_report", nothing)
 
 
-def measured(pools: list[Path], out: Path) -> list[dict[str, Any]]:
+def measured(pools: list[Path], out: Path, unit_samples: int = 3) -> list[dict[str, Any]]:
     """The rows of the signals, in the pool's order, with the record read."""
-    config = parse_config({"signals": {"said": {"kind": "said"}}, "unit_samples": 3})
+    config = parse_config({"signals": {"said": {"kind": "said"}}, "unit_samples": unit_samples})
     curate(config, pools=[str(pool) for pool in pools], out=out)
     manifest = json.loads((out / "measure.manifest.json").read_text())
     parts = [pq.read_table(out / manifest["signal_set"] / part) for part in manifest["parts"]]
@@ -155,6 +155,15 @@ def test_a_table_that_cannot_be_read_is_one_row_of_its_tar(tmp_path: Path) -> No
     ]
 
 
+@pytest.mark.parametrize("beside", ["0", "metadata"])
+def test_values_that_python_has_not_are_left_out_of_the_record(tmp_path: Path, beside: str) -> None:
+    write_tar(tmp_path / "pool" / "0.tar", {"a": sample(0), "b": sample(1)})
+    pq.write_table(with_unheard_values({"uid": [uid(0), uid(1)]}), tmp_path / "pool" / f"{beside}.parquet")
+    rows = measured([tmp_path / "pool"], tmp_path / "out")
+    assert [row["said"]["score"] for row in rows] == [1, 2] and [row["error"] for row in rows] == [None, None]
+    assert {"day", "at", "zoned", "days"} <= set(rows[0]["said"]) and not {"day", "at", "zoned"} & set(rows[1]["said"])
+
+
 @pytest.mark.parametrize("damaged", ["rows", "footer"])
 @pytest.mark.parametrize("beside", ["tars", "metadata"])
 def test_metadata_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path, damaged: str, beside: str) -> None:
@@ -196,9 +205,37 @@ def test_the_index_has_every_uid_whatever_the_buckets(
     assert sorted(path.name for path in folder.iterdir()) == ["hashes.npy", "places.npy"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     found = sidecar.Metadata(folder, names)
-    for u in {u for *_, u in expected}:
-        assert next(iter(found.row(u).values())) == u
-    assert found.row(uid(99)) == {}
+    uids = sorted({u for *_, u in expected})
+    assert {u: next(iter(row.values())) for u, row in found.rows([*uids, uid(99)]).items()} == {u: u for u in uids}
+
+
+def test_each_file_of_metadata_is_read_once_for_a_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a tar that was shuffled, every next row lies in another file."""
+    odd = {"x": sample(90, json=b'{"uid": "\\ud800"}'), "y": sample(91, json=b"{"), "z": {"jpg": sample(92)["jpg"]}}
+    write_tar(tmp_path / "pool" / "0.tar", {str(n): sample(n) for n in range(12)} | odd)
+    for file in range(4):
+        metadata(tmp_path / "meta" / f"{file}.parquet", [n for n in range(11) if n % 4 == file])
+    read: list[str] = []
+    real = sidecar._table
+    monkeypatch.setattr(sidecar, "_table", lambda name: (read.append(name), real(name))[1])
+    rows = measured([tmp_path / "pool", tmp_path / "meta"], tmp_path / "out", unit_samples=20)
+    assert [Path(name).name for name in read] == [f"{file}.parquet" for file in range(4)]
+    assert [row["said"].get("original_width") for row in rows[:12]] == [1000 + n for n in range(11)] + [None]
+    assert [row["error"] for row in rows[12:]] == [None, "json_parse", "caption_missing"]
+
+
+def test_uids_of_equal_hashes_have_their_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sidecar, "hash64_many", lambda seed, uids: np.array([int(u, 16) % 2 for u in uids], np.uint64))
+    names = [str(tmp_path / f"{file}.parquet") for file in range(3)]
+    for file, name in enumerate(names):  # the last has uids of the others again
+        metadata(Path(name), [n for n in range(10) if n % 2 == file or file == 2], add=file)
+    folder = sidecar.index_folder(tmp_path, names, "equal")
+    sidecar.make_index(folder, names)
+    found = sidecar.Metadata(folder, names).rows([uid(n) for n in (9, 2, 3, 77)])
+    assert {u: row["original_width"] for u, row in found.items()} == {uid(n): 1000 + n for n in (9, 2, 3)}
+    assert {u: row["clip_l14_similarity_score"] for u, row in found.items()} == {
+        uid(n): n / 128 + n % 2 for n in (9, 2, 3)
+    }, "of two rows the first"
 
 
 def test_tars_with_tables_of_their_own_share_one_index(tmp_path: Path) -> None:

@@ -54,6 +54,26 @@ def test_sizes_that_are_not_octal_digits_are_damage(size: bytes) -> None:
     assert [s.key for s in found] == ["a"] and damage == f"unreadable header at byte {2 * BLOCK}"
 
 
+@pytest.mark.parametrize(
+    ("rest", "sound"),
+    [
+        (b"", True),
+        (bytes(20 * BLOCK), True),
+        (bytes((1 << 20) - BLOCK), True),  # a record of a tape
+        (entry("b.txt", b"of another archive") + END, False),
+        (bytes(20 * BLOCK) + entry("b.txt", b"of another archive") + END, False),
+        (bytes(20 * BLOCK) + b"\0\1", False),
+        (bytes(4 << 20), False),  # a file of the whole length, of which a part came
+    ],
+)
+def test_what_follows_the_end_of_an_archive(rest: bytes, sound: bool) -> None:
+    data = entry("a.txt", b"first") + bytes(BLOCK) + rest
+    found, damage = samples(data)
+    assert [s.key for s in found] == ["a"]
+    expected = f"the archive ends at byte {2 * BLOCK}, and {BLOCK + len(rest)} bytes follow"
+    assert damage == (None if sound else expected)
+
+
 def test_sound_pax_archives_read_as_tarfile_reads_them(tmp_path: Path) -> None:
     path = tmp_path / "pax.tar"
     names = ["é" * 80 + ".txt", "folder/" * 30 + "deep.txt", "plain.txt"]

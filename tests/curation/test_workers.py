@@ -38,15 +38,62 @@ def test_on_a_cluster_no_more_than_what_is_free_and_the_same_for_every_map(ray_h
     holding = ray.remote(num_cpus=1)(Holding).remote()
     try:
         ray.get(holding.ready.remote())
-        end = time.monotonic() + 20
-        while ray.available_resources().get("CPU", 0) != 1 and time.monotonic() < end:  # other tests' actors go
-            time.sleep(0.1)
+        free_cpus(1)
         with Workers(None, None) as workers:
             for _ in range(2):
                 assert sorted(workers.map(lambda: abs, [-1, 2, -3])) == [1, 2, 3]
                 assert len(workers._actors) == 1
     finally:
         ray.kill(holding)
+
+
+def test_workers_that_find_no_cpu_are_not_waited_for(
+    ray_here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workers_module, "SILENT_SECONDS", 0.3)
+    free_cpus(2)
+
+    def slow(value: int) -> int:
+        time.sleep(0.3)
+        return abs(value)
+
+    with Workers(4, None) as workers:
+        for items in (range(-6, 0), [-1], range(-6, 0)):  # the second map has a worker that has started
+            capsys.readouterr()
+            assert sorted(workers.map(lambda: slow, items)) == sorted(map(abs, items))
+        assert [actor.start is None for actor in workers._actors] == [True, True, False, False]
+    assert "workers: 2 of 4 have started; the others wait for CPUs" in capsys.readouterr().err
+
+
+def test_workers_that_start_later_get_items_too(ray_here: None) -> None:
+    """As where a cluster grows."""
+    import ray
+
+    class Holding:
+        def ready(self) -> bool:
+            return True
+
+    free_cpus(2)
+    holding = ray.remote(num_cpus=1)(Holding).remote()
+    ray.get(holding.ready.remote())
+    seen: list[int] = []
+    with Workers(2, None) as workers:
+        for process in workers.map(lambda: lambda _: (time.sleep(0.02), os.getpid())[1], range(30_000)):
+            seen.append(process)
+            if len(seen) == 1:
+                ray.kill(holding)  # another has room now
+            if len(set(seen)) == 2:
+                break
+    assert len(set(seen)) == 2
+
+
+def free_cpus(wanted: int) -> None:
+    """Wait until the actors of other tests have gone."""
+    import ray
+
+    end = time.monotonic() + 120
+    while ray.available_resources().get("CPU", 0) != wanted and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 DRIVER = """
@@ -122,16 +169,22 @@ def test_a_log_is_not_silent_while_one_thing_takes_long(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(workers_module, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(workers_module, "REPORT_SECONDS", 1e9)
+    said: list[str] = []
+    monkeypatch.setattr(workers_module._log, "say", lambda text: (said.append(text), print(text, file=sys.stderr)))
 
     def slow() -> Iterator[int]:
         yield 1
-        time.sleep(0.5)
+        end = time.monotonic() + 60
+        while not any(line.startswith("train") for line in said) and time.monotonic() < end:
+            time.sleep(0.01)
         yield 2
 
     with alive("start"):
         assert list(progress(slow(), label="train", total=2, unit="steps", amount=lambda _: 1, brief=True)) == [1, 2]
     lines = capsys.readouterr().err.splitlines()
-    assert lines and all(line.startswith("train: still at work, ") for line in lines), "and a short end is no news"
+    assert lines[-1].startswith("train: still at work, ")
+    assert all(": still at work, " in line for line in lines), "and a short end is no news"
     time.sleep(0.3)
     assert not capsys.readouterr().err, "nothing after the end"
 

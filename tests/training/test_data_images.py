@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import functional as TF
 
 from curation.errors import UserError
@@ -45,6 +45,13 @@ def by_pillow(payload, side, mode, box):
 
 def difference(a, b):
     return float(np.abs(a.astype(float) - b.astype(float)).mean())
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM"])
+def test_formats_that_the_web_does_not_show_are_not_opened(kind):
+    """For EPS, Pillow would run Ghostscript."""
+    with pytest.raises(UnidentifiedImageError):
+        images.decode(encoded(photograph(90, 60), kind), 32, "squash")
 
 
 @pytest.mark.parametrize("mode", ["squash", "shortest"])

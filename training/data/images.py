@@ -18,6 +18,7 @@ import simplejpeg
 from PIL import Image, ImageEnhance
 
 from curation.errors import UserError
+from curation.images import formats
 
 Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
@@ -70,7 +71,7 @@ def decode(payload: bytes, side: int, resize_mode: str, box: Box = WHOLE, interp
         wide = high = max(wide, high)
     image = Image.fromarray(pixels) if (pixels := _jpeg(payload, wide, high)) is not None else None
     if image is None:
-        opened = Image.open(io.BytesIO(payload))
+        opened = Image.open(io.BytesIO(payload), formats=formats())
         opened.draft("RGB", (wide, high))
         image = opened.convert("RGB")
     left, top, w, h = 0.0, 0.0, float(image.width), float(image.height)

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from curation.errors import UserError, one_line
+from curation.images import formats
 from training.data.shards import Hole
 from training.models.vlm_inputs import Item, Row
 
@@ -129,7 +130,7 @@ class Subset:
 
     def _picture(self, path: str) -> Image.Image:
         try:
-            with Image.open(self.images / path) as opened:
+            with Image.open(self.images / path, formats=formats()) as opened:
                 return opened.convert("RGB")
         except FileNotFoundError:
             raise Hole("image_missing") from None

@@ -172,6 +172,17 @@ def test_a_failing_encoder_costs_its_document(tmp_path: Path, tiny_clip: tuple[P
     assert kept(found) == kept(alone) and sum(row["similarity"] is not None for row in found["items"]) == 8
 
 
+def test_a_strip_that_the_model_would_enlarge_to_gigabytes_is_dropped(
+    tmp_path: Path, tiny_clip: tuple[Path, Path]
+) -> None:
+    strip = io.BytesIO()
+    Image.new("RGB", (100_000, 1)).save(strip, "PNG")
+    document = {**sentence_document(0, pictures=2), "p1.jpg": strip.getvalue()}
+    found = documents_of(tmp_path, {"0": document}, tiny_clip)
+    assert found["errors"] == {}
+    assert [row["error"] for row in found["items"] if row["text"] is None] == [None, "decompression_bomb"]
+
+
 @pytest.mark.parametrize("word", [word for word in FAULTS if word != "shatter"])
 def test_what_is_no_documents_fault_is_raised(
     word: str, tmp_path: Path, tiny_clip: tuple[Path, Path], breaking: None

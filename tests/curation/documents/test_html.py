@@ -95,9 +95,9 @@ def test_encodings() -> None:
     "hostile", ["<div>" * 100_000 + "x", "<b>" * 100_000, "<p><b>" * 50_000, "<" * 500_000, "<!--" * 100_000]
 )
 def test_hostile_pages_take_linear_time(hostile: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     read_page(hostile.encode(), None, 1_000_000)
-    assert time.perf_counter() - began < 20  # the square of the size would be minutes
+    assert time.process_time() - began < 20  # the square of the size would be minutes
 
 
 def test_too_many_items() -> None:

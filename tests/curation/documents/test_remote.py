@@ -1,11 +1,14 @@
 """Pools of documents behind a URL: what comes out is what comes out of the same files here."""
 
+import errno
+import shutil
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 
+from curation import files
 from curation.documents.config import DocumentsConfig
 from curation.documents.pictures import inside
 from curation.documents.pipeline import documents
@@ -81,8 +84,27 @@ def test_no_address_leads_out_of_a_pool() -> None:
             inside(root, f"{root}/a/b", name)
 
 
-def test_a_tar_that_is_a_link_to_nowhere_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "pool").mkdir()
-    (tmp_path / "pool" / "0.tar").symlink_to("nowhere.tar")
-    with pytest.raises(UserError, match=r"--pool: .*0\.tar cannot be read .*mend it or take it out"):
-        documents(obelics(), pools=[str(tmp_path / "pool")], out=tmp_path / "out")
+def test_what_cannot_be_opened_is_counted(
+    sentence_pool: Path, pages: Path, tiny_clip: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tar and a list that are links to nowhere, and one picture that may not be read."""
+    pool = shutil.copytree(sentence_pool, tmp_path / "pool")
+    sound = documents(mmc4(tiny_clip), pools=[str(pool)], out=tmp_path / "sound")
+    for name in ("9.tar", "9.jsonl"):
+        (pool / name).symlink_to("nowhere")
+    made = documents(mmc4(tiny_clip), pools=[str(pool)], out=tmp_path / "out")
+    assert made["errors"] == {**sound["errors"], "unreadable": 2} and made["kept"] == sound["kept"] > 0
+    (pool / "9.tar").unlink()
+    shutil.copy(pool / "1.tar", pool / "9.tar")  # mended, it is looked into
+    assert documents(mmc4(tiny_clip), pools=[str(pool)], out=tmp_path / "mended")["errors"]["unreadable"] == 1
+    real = files.fetched
+
+    def forbidding(path: str) -> Any:
+        if path.endswith("photo5.jpg"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(files, "fetched", forbidding)
+    documents(obelics(), pools=[str(pages)], out=tmp_path / "pages")
+    (row,) = (row for row in rows(tmp_path / "pages", "items") if row["src"] == "photo5.jpg")
+    assert row["reason"] == "image_unreadable"
