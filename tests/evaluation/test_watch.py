@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import save_file
 
 from curation.errors import UserError
+from curation.manifest import write_manifest
 from evaluation import results
 from evaluation.watch import watch
 from training.checkpoint import Saver, complete, step_folder
@@ -48,7 +49,7 @@ def land(run, step, pause=0.0):
     for text in (str(step), f"{step} who", f"{step} whole"):
         (folder / "weights").write_text(text)
         time.sleep(pause)
-    (folder / "manifest.json").write_text("{}")
+    write_manifest(folder / "manifest.json", {})  # in one rename: the watch goes by its time
     return folder
 
 
@@ -239,6 +240,7 @@ def test_a_run_that_is_begun_anew_is_graded_anew(tmp_path, pairs_folder, loader)
         for _ in range(2):
             before = len(loader.loaded)
             while len(loader.loaded) == before:
+                assert found.is_alive(), f"the watch ended after {loader.loaded}"
                 time.sleep(0.01)
             if not before:  # though no look falls between the two
                 shutil.rmtree(run / "checkpoints")
