@@ -15,7 +15,7 @@ training never drops that one.
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -80,13 +80,16 @@ def watch(
         raise UserError(f"--best {best}: less of it is better; take a metric of which more is, such as a recall")
     config = config or EvaluateConfig()
     seen: set[tuple[Path, int]] = set()
-    met, graded, last_news = 0, 0, time.monotonic()
+    met, graded = 0, 0
     with _stop_on_sigterm() as stop:
+        from training.checkpoint import complete  # and torch, whose seconds of importing are no idle ones
+
         limit_threads(threads)
+        last_news = time.monotonic()
 
         while not stop.is_set():
             finished = (run / "manifest.json").exists()  # before listing: a checkpoint may land in between
-            for checkpoint, written in _landed(run):
+            for checkpoint, written in _landed(complete(run)):
                 if (checkpoint, written) in seen or stop.is_set():
                     continue
                 seen.add((checkpoint, written))
@@ -95,7 +98,7 @@ def watch(
                     rows = _grade_all(checkpoint, sources, out, cache, config, load, stop)
                 except Exception as error:
                     stop.wait(poll_seconds)  # a removal that is under way gets the time to end
-                    if (checkpoint, written) not in _landed(run):
+                    if (checkpoint, written) not in _landed(complete(run)):
                         print(f"{checkpoint}: removed before it was graded", flush=True)
                     elif isinstance(error, UserError):
                         print(f"{checkpoint}: not graded: {error}", flush=True)
@@ -118,12 +121,10 @@ def watch(
     return graded
 
 
-def _landed(run: Path) -> list[tuple[Path, int]]:
+def _landed(complete: Iterable[Path]) -> list[tuple[Path, int]]:
     """Complete checkpoints and when they were (ns): a run that is begun anew has other ones of the same names."""
-    from training.checkpoint import complete
-
     landed = []
-    for checkpoint in complete(run):
+    for checkpoint in complete:
         with suppress(FileNotFoundError):  # dropped since it was listed
             landed.append((checkpoint, (checkpoint / "manifest.json").stat().st_mtime_ns))
     return landed

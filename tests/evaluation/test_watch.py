@@ -30,10 +30,10 @@ class Loader:
             raise AssertionError(f"{checkpoint} was touched before its manifest")
         if not (checkpoint / "weights").exists():
             raise UserError(f"{checkpoint}: no weights")
-        self.loaded.append(checkpoint.name)
         seed, size = (checkpoint / "weights").read_text().split()
         if size != "whole":
             raise AssertionError(f"{checkpoint} is half written")
+        self.loaded.append(checkpoint.name)  # read to the end: a test may remove it now
         return self.make_model(int(seed), step=int(checkpoint.name[5:]))
 
 
@@ -168,22 +168,28 @@ def test_wrong_data_is_refused_before_waiting(tmp_path, loader):
 SCRIPT = """
 import sys
 from pathlib import Path
+from curation.errors import UserError
 from evaluation.watch import watch
+
+def load(checkpoint):
+    print("loading", flush=True)
+    raise UserError("not yet")
+
 run, data, out = map(Path, sys.argv[1:])
-print("watching", flush=True)
-watch(run=run, tasks=["retrieval"], data=data, out=out, poll_seconds=30)
+watch(run=run, tasks=["retrieval"], data=data, out=out, poll_seconds=600, load=load)
 """
 
 
 def test_sigterm_ends_it_cleanly(tmp_path, pairs_folder):
+    """While it waits between two looks, of which the second would be ten minutes later."""
+    land(tmp_path / "run", 10)
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "run"), str(pairs_folder), str(tmp_path / "r.jsonl")]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, env={**os.environ})
     try:
-        assert process.stdout.readline() == "watching\n"
-        time.sleep(0.5)
+        assert "loading\n" in process.stdout, "it looks, so it listens"
         process.send_signal(signal.SIGTERM)
-        rest, _ = process.communicate(timeout=10)
+        rest, _ = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0
