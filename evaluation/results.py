@@ -150,4 +150,7 @@ def per_query(path: Path, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarra
 def records(path: Path, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The records behind a row (for captioning: uid, caption, references, cider_d), none where there are none."""
     file = path.parent / row["details"] / "records.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not file.exists():
+        return []
+    lines = file.read_text().split("\n")  # and at no other ends of lines: captions hold U+2028 and its like
+    return [json.loads(line) for line in lines if line]

@@ -87,7 +87,7 @@ def best_fixed_caption(path: Path, references: Sequence[Sequence[str]]) -> float
     """The best CIDEr-D that one line of the file reaches as the caption of every image."""
     if not path.is_file():
         raise UserError(f"captioning.fixed_captions = {path}: no such file; name a text file with a caption a line")
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    lines = [line for line in path.read_text().split("\n") if line.strip()]
     if not lines:
         raise UserError(f"captioning.fixed_captions = {path}: holds no caption")
     everyone = tqdm(lines, desc="fixed captions", leave=False, disable=None)

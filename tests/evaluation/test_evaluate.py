@@ -141,6 +141,14 @@ def test_a_block_that_ends_early_is_no_result_until_it_is_written_again(tmp_path
     assert run() == rows and "nothing to do" in capsys.readouterr().out
 
 
+def test_records_are_cut_where_lines_end_alone(tmp_path):
+    """Captions of the web hold U+2028, U+2029 and U+0085, at which `splitlines` cuts too."""
+    told = [{"caption": f"a dog{separator}that runs\n"} for separator in "\u2028\u2029\x85\x0b\x0c\x1c\r"]
+    path = tmp_path / "results.jsonl"
+    details = results.save_details(path, "x", results.Graded(measurements=[], records=told), [])
+    assert results.records(path, {"details": details}) == told
+
+
 def test_many_writers_tear_nothing(tmp_path):
     path = tmp_path / "results.jsonl"
 
