@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from curation.errors import UserError, one_line
+from curation.errors import UserError, full_disk_named, one_line
 from curation.hashing import config_hash, file_hash
 from curation.manifest import SCHEMA_VERSION
 from evaluation import encode, results
@@ -139,14 +139,18 @@ def evaluate(
         The rows of all tasks, new or found in `out`.
 
     Raises:
-        UserError: unknown tasks, unusable data, NaN or collapsed embeddings,
-            and what `load` refuses.
+        UserError: unknown tasks, unusable data, NaN or collapsed embeddings, what
+            `load` refuses, and an `out` or `cache` that cannot be written to (which is
+            seen before anything is graded) or whose disk is full.
     """
     sources = open_sources(tasks, data)
-    model = load(checkpoint)
+    results.check_writable(out, cache)
     rows: list[dict[str, Any]] = []
-    for task in tasks:
-        rows += grade(model, checkpoint, task, sources[task], out=out, cache=cache, config=config or EvaluateConfig())
+    with full_disk_named(*filter(None, (out, cache))):
+        model = load(checkpoint)
+        for task in tasks:
+            how = config or EvaluateConfig()
+            rows += grade(model, checkpoint, task, sources[task], out=out, cache=cache, config=how)
     return rows
 
 
@@ -161,6 +165,9 @@ def grade(
         return known
     began = time.perf_counter()
     graded = TASKS[task].grade(model, data, settings, cache=cache, batch=config.batch)
+    figures = ", ".join(f"{m.metric} {m.value:.4g}" for m in graded.measurements)
+    # Before they are written: a disk that is full by now takes them from the file, not from the log.
+    print(f"{checkpoint}: {task} on {data.name} in {time.perf_counter() - began:.1f} s: {figures}", flush=True)
     details = results.save_details(out, hashes["result"], graded, data.left_out)
     rows = [
         {
@@ -177,8 +184,6 @@ def grade(
         for measurement in graded.measurements
     ]
     results.append(out, rows)
-    figures = ", ".join(f"{m.metric} {m.value:.4g}" for m in graded.measurements)
-    print(f"{checkpoint}: {task} on {data.name} in {time.perf_counter() - began:.1f} s: {figures}", flush=True)
     return rows
 
 

@@ -13,8 +13,10 @@ Scores by query and written captions lie beside the file in
 the lines that name them.
 """
 
+import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +94,28 @@ def _metrics(path: Path, row: Mapping[str, Any]) -> set[str]:
     return set(json.loads(file.read_text())) if file.exists() else set()
 
 
+def check_writable(out: Path, cache: Path | None = None) -> None:
+    """Refuse a results file, or a folder of embeddings, that could not be written to; better now than after the work.
+
+    Leaves the folders and no file.
+
+    Raises:
+        UserError: it cannot be written to, the disk is full, or `out` is no results file.
+    """
+    for option, path, folder in (("--out", out, out.parent), *([("--cache", cache, cache)] if cache else [])):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(4096))
+            if path == out and out.exists():
+                os.close(os.open(out, os.O_WRONLY | os.O_APPEND))
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise UserError(f"{option} {path}: cannot be written ({why}); name another, or make room") from None
+    if out.exists():
+        read(out)
+
+
 def find(path: Path, result_hash: str) -> list[dict[str, Any]]:
     """The rows of this result, none where it was not graded yet."""
     return [row for row in read(path) if row["hashes"]["result"] == result_hash] if path.exists() else []
@@ -111,7 +135,7 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     finally:
         os.close(descriptor)
     if written != len(block):
-        raise OSError(f"{path}: only {written} of {len(block)} bytes were written; is the disk full?")
+        raise OSError(errno.ENOSPC, f"{path}: only {written} of {len(block)} bytes were written")
 
 
 def save_details(path: Path, result_hash: str, graded: Graded, left_out: list[dict[str, str]]) -> str:

@@ -21,8 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from curation.errors import UserError
+from curation.errors import UserError, full_disk_named
 from curation.manifest import read_manifest, write_manifest
+from evaluation import results
 from evaluation.compare import LOWER_IS_BETTER
 from evaluation.evaluate import EvaluateConfig, Load, Sources, grade, limit_threads, load_checkpoint, open_sources
 
@@ -70,18 +71,20 @@ def watch(
         How many checkpoints were graded completely (those found in `out` count too).
 
     Raises:
-        UserError: unknown tasks or unusable data. A checkpoint that cannot be
-            graded (NaN, collapsed, cut short) is reported and passed over.
+        UserError: unknown tasks, unusable data, or an `out` or `cache` that cannot be
+            written to. A checkpoint that cannot be graded (NaN, collapsed, cut short)
+            is reported and passed over.
     """
     sources = open_sources(tasks, data)
     if best is not None and best.partition(".")[0] not in tasks:
         raise UserError(f"--best {best}: begins with no task of this watch; take TASK.METRIC, with one of {tasks}")
     if best is not None and best.endswith(LOWER_IS_BETTER):
         raise UserError(f"--best {best}: less of it is better; take a metric of which more is, such as a recall")
+    results.check_writable(out, cache)
     config = config or EvaluateConfig()
     seen: set[tuple[Path, int]] = set()
     met, graded = 0, 0
-    with _stop_on_sigterm() as stop:
+    with _stop_on_sigterm() as stop, full_disk_named(*filter(None, (out, cache))):
         from training.checkpoint import complete  # and torch, whose seconds of importing are no idle ones
 
         limit_threads(threads)

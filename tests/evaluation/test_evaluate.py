@@ -14,6 +14,8 @@ from evaluation.evaluate import EvaluateConfig, evaluate, load_config
 from evaluation.tasks import TASKS, retrieval
 from evaluation.tasks.captioning import CaptioningSettings
 from evaluation.tasks.retrieval import RetrievalSettings
+from evaluation.watch import watch
+from tests.training.conftest import largest_file
 
 FIELDS = {
     "schema_version", "checkpoint", "step", "task", "dataset", "metric",
@@ -139,6 +141,34 @@ def test_a_block_that_ends_early_is_no_result_until_it_is_written_again(tmp_path
     assert [row["metric"] for row in run()] == [row["metric"] for row in rows]
     assert results.read(path) == rows, "each once"
     assert run() == rows and "nothing to do" in capsys.readouterr().out
+
+
+def test_where_nothing_can_be_written_nothing_is_graded(grade_with, make_model, tmp_path, pairs_folder):
+    (tmp_path / "file").write_text("")
+    places = {
+        "--out .*/scenes: cannot be written .Is a directory": {"out": pairs_folder},
+        "--out .*r.jsonl: cannot be written": {"out": tmp_path / "file" / "r.jsonl"},
+        "--cache .*file: cannot be written": {"out": tmp_path / "r.jsonl", "cache": tmp_path / "file"},
+    }
+    for said, where in places.items():
+        with pytest.raises(UserError, match=said):
+            grade_with(model := make_model(), tasks=["retrieval"], **where)
+        assert not model.calls
+        with pytest.raises(UserError, match=said):
+            watch(run=tmp_path, tasks=["retrieval"], data=pairs_folder, idle_seconds=0, **where)
+    with largest_file(1000), pytest.raises(UserError, match=r"--out .*: cannot be written .File too large.*make room"):
+        grade_with(model := make_model(), out=tmp_path / "r.jsonl")
+    assert not model.calls and not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_disk_that_fills_up_while_grading_is_named_and_the_figures_are_told(grade_with, make_model, tmp_path, capsys):
+    said = r"--out .*r\.jsonl: (a file grows beyond|no space left).*run the same command again"
+    with largest_file(4096), pytest.raises(UserError, match=said):
+        grade_with(make_model(), tasks=["classification", "retrieval"], out=tmp_path / "r.jsonl")
+    assert {row["task"] for row in results.read(tmp_path / "r.jsonl")} == {"classification"}
+    assert "text_to_image_mrr 0." in capsys.readouterr().out
+    rows = grade_with(make_model(), tasks=["classification", "retrieval"], out=tmp_path / "r.jsonl")
+    assert results.read(tmp_path / "r.jsonl") == rows
 
 
 def test_records_are_cut_where_lines_end_alone(tmp_path):
