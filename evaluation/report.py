@@ -10,7 +10,7 @@ import base64
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,15 +173,19 @@ def caption_gallery(path: Path, row: Row, data: RetrievalData, *, count: int = 1
 def report(folder: Path) -> Path:
     """Write `folder`/report.html over every results and metrics file below it.
 
-    Results files are those with `results` in their name; training curves come from `metrics.jsonl`.
+    Results files are those with `results` in their name; training curves come from `metrics.jsonl`. Files of such a
+    name that are of something else are passed over with a word, on the page too.
 
     Raises:
         UserError: there is nothing to report on.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name a folder with results.jsonl or metrics.jsonl below it")
-    graded = {path: results.read(path) for path in sorted(folder.rglob("*results*.jsonl"))}
-    trained = {path: _metrics(path) for path in sorted(folder.rglob("metrics.jsonl"))}
+    notes: list[str] = []
+    graded = _ours(folder.rglob("*results*.jsonl"), results.read, notes)
+    trained = _ours(folder.rglob("metrics.jsonl"), _metrics, notes)
+    for note in notes:
+        print(note, flush=True)
     if not graded and not trained:
         raise UserError(f"{folder}: holds no results.jsonl and no metrics.jsonl; evaluate or train into it first")
     page = folder / "report.html"
@@ -189,6 +193,7 @@ def report(folder: Path) -> Path:
     text = template.render(
         title=f"Results of {folder.resolve().name}",
         folder=str(folder),
+        notes=notes,
         results=_sections(graded),
         training=_training_curves(folder, trained),
     )
@@ -196,9 +201,26 @@ def report(folder: Path) -> Path:
     return page
 
 
+def _ours(paths: Iterable[Path], read: Callable[[Path], list[Row]], notes: list[str]) -> dict[Path, list[Row]]:
+    """What `read` finds in the files that it takes; why it does not take the others goes into `notes`."""
+    found = {}
+    for path in sorted(paths):
+        try:
+            found[path] = read(path)
+        except UserError as error:
+            notes.append(f"Passed over: {error}")
+    return found
+
+
 def _metrics(path: Path) -> list[Row]:
     """The lines of a metrics file; a line that is still being written is left for the next time."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+    try:
+        rows = [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+    except ValueError as error:
+        raise UserError(f"{path}: is no file of a training's metrics ({error})") from None
+    if not all(isinstance(row, dict) and "step" in row for row in rows):
+        raise UserError(f"{path}: is no file of a training's metrics, whose lines have a step each")
+    return rows
 
 
 def _sections(graded: Mapping[Path, Sequence[Row]]) -> list[dict[str, Any]]:

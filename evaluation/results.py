@@ -29,6 +29,8 @@ from curation.manifest import SCHEMA_VERSION
 from evaluation.statistics import Interval
 
 METRICS = "metrics.json"
+NAMED = {"metric", "hashes", "details"}
+"""What every line of ours has and hardly a line of another file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """All rows of a results file, result by result, each once; torn lines and results are passed over with a word.
 
     Raises:
-        UserError: there is no such file, or it was written by a newer version.
+        UserError: there is no such file, it is of something else, or it was written by a newer version.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such results file; write one with `gemsmith evaluate --out {path}`")
@@ -76,8 +78,11 @@ def read(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             print(f"{path}:{number}: passed over a torn line", flush=True)
             continue
-        if (version := row["schema_version"]) > SCHEMA_VERSION:
+        version = row.get("schema_version") if isinstance(row, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
             raise UserError(f"{path}: schema_version {version} is newer than {SCHEMA_VERSION}; update gemsmith")
+        if version is None or not row.keys() >= NAMED or "result" not in row["hashes"]:
+            raise UserError(f"{path}:{number}: is no line of results; name a file that `gemsmith evaluate` wrote")
         results.setdefault(row["hashes"]["result"], {})[row["metric"]] = row
     found: list[dict[str, Any]] = []
     for rows in results.values():

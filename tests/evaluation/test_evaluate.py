@@ -193,6 +193,19 @@ def test_many_writers_tear_nothing(tmp_path):
     assert all([row["metric"] for row in found[i : i + 5]] == list("01234") for i in range(0, 200, 5))
 
 
+@pytest.mark.parametrize(
+    "line", ['{"step": 1, "loss": 2.0}', '{"schema_version": 1, "metric": "x"}', "[1, 2]", "3", "null"]
+)
+def test_a_file_of_something_else_is_named_with_its_line(grade_with, make_model, tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"\n{line}\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: is no line of results"):
+        results.read(path)
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: is no line of results"):
+        grade_with(model := make_model(), tasks=["retrieval"], out=path)
+    assert not model.calls and path.read_text() == f"\n{line}\n"
+
+
 def test_newer_schema_and_absent_file_are_refused(tmp_path):
     (tmp_path / "new.jsonl").write_text('{"schema_version": 99}\n')
     with pytest.raises(UserError, match="newer"):

@@ -99,6 +99,16 @@ def test_training_alone_and_nothing(tmp_path, run):
         pages.report(tmp_path / "absent")
 
 
+def test_files_of_something_else_are_passed_over_with_a_word(tmp_path, run, capsys):
+    (run / "search_results.jsonl").write_text('{"query": "a dog", "score": 0.5}\n')
+    (run / "other").mkdir()
+    (run / "other" / "metrics.jsonl").write_text('{"epoch": 1, "loss": 2.0}\n')
+    seen, said = Page(pages.report(run).read_text()), capsys.readouterr().out
+    for told in (seen.text, said):
+        assert "search_results.jsonl:1: is no line of results" in told and "other/metrics.jsonl: is no file" in told
+    assert len(seen.sources) == 15 + 2, "everything else is there"
+
+
 def decoded(uri):
     return Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))))
 
