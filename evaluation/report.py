@@ -174,7 +174,8 @@ def report(folder: Path) -> Path:
     """Write `folder`/report.html over every results and metrics file below it.
 
     Results files are those with `results` in their name; training curves come from `metrics.jsonl`. Files of such a
-    name that are of something else are passed over with a word, on the page too.
+    name that are of something else are passed over with a word, on the page too. Of a checkpoint that a file has with
+    several weights at one step (its run was begun anew, under a watch that went on) the newest are shown, with a word.
 
     Raises:
         UserError: there is nothing to report on.
@@ -183,6 +184,7 @@ def report(folder: Path) -> Path:
         raise UserError(f"{folder}: no such folder; name a folder with results.jsonl or metrics.jsonl below it")
     notes: list[str] = []
     graded = _ours(folder.rglob("*results*.jsonl"), results.read, notes)
+    graded = {path: _newest(path, rows, notes) for path, rows in graded.items()}
     trained = _ours(folder.rglob("metrics.jsonl"), _metrics, notes)
     for note in notes:
         print(note, flush=True)
@@ -210,6 +212,25 @@ def _ours(paths: Iterable[Path], read: Callable[[Path], list[Row]], notes: list[
         except UserError as error:
             notes.append(f"Passed over: {error}")
     return found
+
+
+def _newest(path: Path, rows: Sequence[Row], notes: list[str]) -> list[Row]:
+    """Rows in the order of the file, without those whose weights later ones of the same checkpoint and step replace."""
+    weights = {(row["checkpoint"], row["step"]): row["hashes"]["weights"] for row in rows}
+    replaced: dict[Path, set[tuple[str, int | None]]] = {}
+    kept = []
+    for row in rows:
+        checkpoint = row["checkpoint"], row["step"]
+        if row["hashes"]["weights"] == weights[checkpoint]:
+            kept.append(row)
+        else:
+            replaced.setdefault(_line_of(path, row)[1], set()).add(checkpoint)
+    for run, found in replaced.items():
+        notes.append(
+            f"{path}: {len(found)} checkpoints of {run} were graded with several weights, as a run that was begun anew "
+            "leaves them: the newest are shown; its other checkpoints may still be those of before"
+        )
+    return kept
 
 
 def _metrics(path: Path) -> list[Row]:
