@@ -62,7 +62,7 @@ def watch(
 ) -> int:
     """Grade every checkpoint of `run`, from its first to its last.
 
-    Ends when the run is finished, when `idle_seconds` pass without a new
+    Says so once where there is no such run or no checkpoint yet. Ends when the run is finished, when `idle_seconds` pass without a new
     checkpoint (a run that died leaves no manifest), or on SIGTERM after the
     task in hand. `threads` limits torch, so that the training beside it keeps
     its cores. `best`: TASK.METRIC, of which more is better, that RUN/best.json follows.
@@ -88,11 +88,16 @@ def watch(
         from training.checkpoint import complete  # and torch, whose seconds of importing are no idle ones
 
         limit_threads(threads)
-        last_news = time.monotonic()
+        last_news, told = time.monotonic(), False
 
         while not stop.is_set():
             finished = (run / "manifest.json").exists()  # before listing: a checkpoint may land in between
-            for checkpoint, written in _landed(complete(run)):
+            landed = _landed(complete(run))
+            if not (landed or finished or told):
+                what = "no checkpoint yet" if run.is_dir() else "no such folder yet"
+                print(f"{run}: {what}, waiting for the first", flush=True)
+                told = True
+            for checkpoint, written in landed:
                 if (checkpoint, written) in seen or stop.is_set():
                     continue
                 seen.add((checkpoint, written))

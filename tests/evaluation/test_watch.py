@@ -160,6 +160,15 @@ def test_a_dead_run_ends_by_the_idle_limit(tmp_path, pairs_folder, loader, capsy
     assert "gave up waiting" in capsys.readouterr().out
 
 
+def test_a_run_that_is_not_there_yet_is_waited_for_with_one_line(tmp_path, pairs_folder, loader, capsys):
+    arguments = options(tmp_path, pairs_folder, loader)
+    assert watch(**arguments, idle_seconds=0.1) == 0
+    assert capsys.readouterr().out.count("run: no such folder yet, waiting") == 1
+    arguments["run"].mkdir()
+    assert watch(**arguments, idle_seconds=0.1) == 0
+    assert capsys.readouterr().out.count("run: no checkpoint yet, waiting") == 1
+
+
 def test_wrong_data_is_refused_before_waiting(tmp_path, loader):
     with pytest.raises(UserError, match="no such folder"):
         watch(**options(tmp_path, tmp_path / "absent", loader))
