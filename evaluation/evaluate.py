@@ -1,8 +1,11 @@
 """`gemsmith evaluate`: one checkpoint, some tasks, lines in a results file.
 
-The identity of a result is the hash of the weights, the preprocessing, the
-data, the task's settings and the library versions. What is already in the file
-is not computed again, and the command says so.
+A row says of how many queries it is (`n`) and, where a limit left some out, of
+what part of the data (`part`: "first 500 of 2,000 pictures", else null). The
+limit is one of the settings: results under another are others, which `compare`
+does not pair. The identity of a result is the hash of the weights, the
+preprocessing, the data, the task's settings and the library versions. What is
+already in the file is not computed again, and the command says so.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ from curation.errors import UserError, full_disk_named, one_line
 from curation.hashing import config_hash, file_hash
 from curation.manifest import SCHEMA_VERSION
 from evaluation import encode, results
+from evaluation.data import RegionData
 from evaluation.encode import Model
 from evaluation.tasks import TASKS
 from evaluation.tasks.captioning import CaptioningSettings
@@ -166,8 +170,11 @@ def grade(
     began = time.perf_counter()
     graded = TASKS[task].grade(model, data, settings, cache=cache, batch=config.batch)
     figures = ", ".join(f"{m.metric} {m.value:.4g}" for m in graded.measurements)
+    part = _part(data, settings.limit)
+    n = " and ".join(f"{n:,}" for n in dict.fromkeys(m.n for m in graded.measurements)) + (f", {part}" if part else "")
     # Before they are written: a disk that is full by now takes them from the file, not from the log.
-    print(f"{checkpoint}: {task} on {data.name} in {time.perf_counter() - began:.1f} s: {figures}", flush=True)
+    seconds = time.perf_counter() - began
+    print(f"{checkpoint}: {task} on {data.name} (n {n}) in {seconds:.1f} s: {figures}", flush=True)
     details = results.save_details(out, hashes["result"], graded, data.left_out)
     rows = [
         {
@@ -178,6 +185,7 @@ def grade(
             "dataset": data.name,
             **dataclasses.asdict(measurement),
             "ci95": list(measurement.ci95),
+            "part": part,
             "hashes": hashes | ({"queries": graded.queries} if graded.queries else {}),
             "details": details,
         }
@@ -185,6 +193,12 @@ def grade(
     ]
     results.append(out, rows)
     return rows
+
+
+def _part(data: Any, limit: int | None) -> str | None:
+    """What of the data a limit leaves, in words; None where that is all of it."""
+    total, what = (len(data.regions), "regions") if isinstance(data, RegionData) else (len(data.pictures), "pictures")
+    return None if limit is None or limit >= total else f"first {limit:,} of {total:,} {what}"
 
 
 def _hashes(model: Model, task: str, data_hash: str, settings: Any, batch: int) -> dict[str, str]:

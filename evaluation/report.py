@@ -255,9 +255,10 @@ def _sections(graded: Mapping[Path, Sequence[Row]]) -> list[dict[str, Any]]:
         found.sort(key=lambda pair: (str(pair[0]), pair[1]["step"] is None, pair[1]["step"] or 0))
         columns, lines = results_table([row for _, row in found])
         queries = max(row["n"] for _, row in found)
+        part = f" ({of})" if (of := found[-1][1].get("part")) else ""  # rows of before say nothing
         sections.append(
             {
-                "title": f"{task.capitalize()} on {found[0][1]['dataset']}, {queries:,} queries",
+                "title": f"{task.capitalize()} on {found[0][1]['dataset']}, {queries:,} queries{part}",
                 "columns": columns,
                 "rows": lines,
                 "curves": _result_curves(found),

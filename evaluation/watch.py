@@ -62,10 +62,13 @@ def watch(
 ) -> int:
     """Grade every checkpoint of `run`, from its first to its last.
 
-    Says so once where there is no such run or no checkpoint yet. Ends when the run is finished, when `idle_seconds` pass without a new
-    checkpoint (a run that died leaves no manifest), or on SIGTERM after the
-    task in hand. `threads` limits torch, so that the training beside it keeps
-    its cores. `best`: TASK.METRIC, of which more is better, that RUN/best.json follows.
+    Says so once where there is no such run or no checkpoint yet. Ends when the
+    run is finished, when `idle_seconds` pass without a new checkpoint (a run that
+    died leaves no manifest), or on SIGTERM after the task in hand. `threads` limits
+    torch, so that the training beside it keeps its cores. Every checkpoint is graded
+    on all of the data: give tasks that write a limit in `config` where the training
+    should not outrun them. `best`: TASK.METRIC, of which more is better, that
+    RUN/best.json follows.
 
     Returns:
         How many checkpoints were graded completely (those found in `out` count too).

@@ -206,7 +206,8 @@ def export(arguments: list[str]) -> int:
 
 def _grading(parser: argparse.ArgumentParser) -> None:
     names = "retrieval, classification, captioning, region_retrieval, region_captioning"
-    parser.add_argument("--tasks", required=True, help=f"{names}: a list with commas")
+    how = "a list with commas; their settings are options too, such as TASK.limit N: the first N only (default: all)"
+    parser.add_argument("--tasks", required=True, help=f"{names}: {how}")
     parser.add_argument(
         "--data", action="append", required=True, metavar="[TASK=]DIR", help="a folder for all tasks, or TASK=DIR each"
     )

@@ -29,9 +29,12 @@ from evaluation.results import Graded, Measurement
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningSettings:
-    """`limit`: the first images only; `fixed_captions`: a text file, one caption a line."""
+    """`limit`: the first images only, None for all; `fixed_captions`: a text file, one caption a line.
 
-    limit: int | None = 1_000
+    Under a limit CIDEr-D is of other document frequencies: it is no estimate of the whole set's.
+    """
+
+    limit: int | None = None
     max_new_tokens: int = 32
     fixed_captions: Path | None = None
     bootstrap: int = statistics.BOOTSTRAP

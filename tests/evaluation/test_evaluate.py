@@ -11,6 +11,7 @@ import pytest
 from curation.errors import UserError
 from evaluation import results
 from evaluation.evaluate import EvaluateConfig, evaluate, load_config
+from evaluation.report import report
 from evaluation.tasks import TASKS, retrieval
 from evaluation.tasks.captioning import CaptioningSettings
 from evaluation.tasks.retrieval import RetrievalSettings
@@ -19,7 +20,7 @@ from tests.training.conftest import largest_file
 
 FIELDS = {
     "schema_version", "checkpoint", "step", "task", "dataset", "metric",
-    "value", "n", "chance", "ci95", "hashes", "details",
+    "value", "n", "part", "chance", "ci95", "hashes", "details",
 }  # fmt: skip
 
 
@@ -55,6 +56,21 @@ def test_lines_follow_the_contract(grade_with, make_model, tmp_path, pairs_folde
     assert scores.mean() == by_metric["acc1"]["value"] and clusters is None
     assert results.per_query(out, by_metric["mean_per_class_recall"]) is None
     assert len(results.records(out, by_metric["cider_d"])) == 23
+
+
+def test_a_limit_is_told_by_the_line_the_rows_and_the_page(grade_with, make_model, tmp_path, capsys):
+    whole = grade_with(make_model())
+    assert {row["part"] for row in whole} == {None} and "first" not in capsys.readouterr().out
+    grade_with(make_model(), config=load_config(["--captioning.limit", "23"]))
+    config = load_config(["--captioning.limit", "5", "--classification.limit", "9"])
+    few = {row["metric"]: row for row in grade_with(make_model(), config=config)}
+    said = capsys.readouterr().out
+    assert (few["cider_d"]["n"], few["cider_d"]["part"]) == (5, "first 5 of 23 pictures")
+    assert "captioning on scenes (n 5, first 5 of 23 pictures) in" in said
+    assert few["acc1"]["part"] == "first 9 of 30 pictures" and few["text_to_image_mrr"]["part"] is None
+    page = report(tmp_path / "out").read_text()
+    assert "Captioning on scenes, 5 queries (first 5 of 23 pictures)<" in page
+    assert "Captioning on scenes, 23 queries<" in page
 
 
 def test_second_run_does_nothing_and_says_so(grade_with, make_model, tmp_path, capsys):
