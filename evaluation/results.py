@@ -102,15 +102,15 @@ def _metrics(path: Path, row: Mapping[str, Any]) -> set[str]:
 def check_writable(out: Path, cache: Path | None = None) -> None:
     """Refuse a results file, or a folder of embeddings, that could not be written to; better now than after the work.
 
-    Leaves the folders and no file.
+    Leaves nothing: of a folder that is not there yet, the one above is tried.
 
     Raises:
         UserError: it cannot be written to, the disk is full, or `out` is no results file.
     """
     for option, path, folder in (("--out", out, out.parent), *([("--cache", cache, cache)] if cache else [])):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as probe:
+            there = next(place for place in (folder, *folder.parents) if place.exists())
+            with tempfile.TemporaryFile(dir=there) as probe:
                 probe.write(bytes(4096))
             if path == out and out.exists():
                 os.close(os.open(out, os.O_WRONLY | os.O_APPEND))
