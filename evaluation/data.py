@@ -272,7 +272,7 @@ def _record(shard: Bytes, sample: Sample) -> Any:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not in UTF-8 (byte {error.start}: {error.reason}); convert it") from None
     except FileNotFoundError:

@@ -1,8 +1,11 @@
 """`gemsmith evaluate`: one checkpoint, some tasks, lines in a results file.
 
-The identity of a result is the hash of the weights, the preprocessing, the
-data, the task's settings and the library versions. What is already in the file
-is not computed again, and the command says so.
+A row says of how many queries it is (`n`) and, where a limit left some out, of
+what part of the data (`part`: "first 500 of 2,000 pictures", else null). The
+limit is one of the settings: results under another are others, which `compare`
+does not pair. The identity of a result is the hash of the weights, the
+preprocessing, the data, the task's settings and the library versions. What is
+already in the file is not computed again, and the command says so.
 """
 
 import dataclasses
@@ -12,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from curation.errors import UserError, one_line
+from curation.errors import UserError, full_disk_named, one_line
 from curation.hashing import config_hash, file_hash
 from curation.manifest import SCHEMA_VERSION
 from evaluation import encode, results
+from evaluation.data import RegionData
 from evaluation.encode import Model
 from evaluation.tasks import TASKS
 from evaluation.tasks.captioning import CaptioningSettings
@@ -139,14 +143,18 @@ def evaluate(
         The rows of all tasks, new or found in `out`.
 
     Raises:
-        UserError: unknown tasks, unusable data, NaN or collapsed embeddings,
-            and what `load` refuses.
+        UserError: unknown tasks, unusable data, NaN or collapsed embeddings, what
+            `load` refuses, and an `out` or `cache` that cannot be written to (which is
+            seen before anything is graded) or whose disk is full.
     """
     sources = open_sources(tasks, data)
-    model = load(checkpoint)
+    results.check_writable(out, cache)
     rows: list[dict[str, Any]] = []
-    for task in tasks:
-        rows += grade(model, checkpoint, task, sources[task], out=out, cache=cache, config=config or EvaluateConfig())
+    with full_disk_named(*filter(None, (out, cache))):
+        model = load(checkpoint)
+        for task in tasks:
+            how = config or EvaluateConfig()
+            rows += grade(model, checkpoint, task, sources[task], out=out, cache=cache, config=how)
     return rows
 
 
@@ -161,6 +169,12 @@ def grade(
         return known
     began = time.perf_counter()
     graded = TASKS[task].grade(model, data, settings, cache=cache, batch=config.batch)
+    figures = ", ".join(f"{m.metric} {m.value:.4g}" for m in graded.measurements)
+    part = _part(data, settings.limit)
+    n = " and ".join(f"{n:,}" for n in dict.fromkeys(m.n for m in graded.measurements)) + (f", {part}" if part else "")
+    # Before they are written: a disk that is full by now takes them from the file, not from the log.
+    seconds = time.perf_counter() - began
+    print(f"{checkpoint}: {task} on {data.name} (n {n}) in {seconds:.1f} s: {figures}", flush=True)
     details = results.save_details(out, hashes["result"], graded, data.left_out)
     rows = [
         {
@@ -171,15 +185,20 @@ def grade(
             "dataset": data.name,
             **dataclasses.asdict(measurement),
             "ci95": list(measurement.ci95),
+            "part": part,
             "hashes": hashes | ({"queries": graded.queries} if graded.queries else {}),
             "details": details,
         }
         for measurement in graded.measurements
     ]
     results.append(out, rows)
-    figures = ", ".join(f"{m.metric} {m.value:.4g}" for m in graded.measurements)
-    print(f"{checkpoint}: {task} on {data.name} in {time.perf_counter() - began:.1f} s: {figures}", flush=True)
     return rows
+
+
+def _part(data: Any, limit: int | None) -> str | None:
+    """What of the data a limit leaves, in words; None where that is all of it."""
+    total, what = (len(data.regions), "regions") if isinstance(data, RegionData) else (len(data.pictures), "pictures")
+    return None if limit is None or limit >= total else f"first {limit:,} of {total:,} {what}"
 
 
 def _hashes(model: Model, task: str, data_hash: str, settings: Any, batch: int) -> dict[str, str]:

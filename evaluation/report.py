@@ -10,7 +10,7 @@ import base64
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,15 +173,21 @@ def caption_gallery(path: Path, row: Row, data: RetrievalData, *, count: int = 1
 def report(folder: Path) -> Path:
     """Write `folder`/report.html over every results and metrics file below it.
 
-    Results files are those with `results` in their name; training curves come from `metrics.jsonl`.
+    Results files are those with `results` in their name; training curves come from `metrics.jsonl`. Files of such a
+    name that are of something else are passed over with a word, on the page too. Of a checkpoint that a file has with
+    several weights at one step (its run was begun anew, under a watch that went on) the newest are shown, with a word.
 
     Raises:
         UserError: there is nothing to report on.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name a folder with results.jsonl or metrics.jsonl below it")
-    graded = {path: results.read(path) for path in sorted(folder.rglob("*results*.jsonl"))}
-    trained = {path: _metrics(path) for path in sorted(folder.rglob("metrics.jsonl"))}
+    notes: list[str] = []
+    graded = _ours(folder.rglob("*results*.jsonl"), results.read, notes)
+    graded = {path: _newest(path, rows, notes) for path, rows in graded.items()}
+    trained = _ours(folder.rglob("metrics.jsonl"), _metrics, notes)
+    for note in notes:
+        print(note, flush=True)
     if not graded and not trained:
         raise UserError(f"{folder}: holds no results.jsonl and no metrics.jsonl; evaluate or train into it first")
     page = folder / "report.html"
@@ -189,6 +195,7 @@ def report(folder: Path) -> Path:
     text = template.render(
         title=f"Results of {folder.resolve().name}",
         folder=str(folder),
+        notes=notes,
         results=_sections(graded),
         training=_training_curves(folder, trained),
     )
@@ -196,9 +203,45 @@ def report(folder: Path) -> Path:
     return page
 
 
+def _ours(paths: Iterable[Path], read: Callable[[Path], list[Row]], notes: list[str]) -> dict[Path, list[Row]]:
+    """What `read` finds in the files that it takes; why it does not take the others goes into `notes`."""
+    found = {}
+    for path in sorted(paths):
+        try:
+            found[path] = read(path)
+        except UserError as error:
+            notes.append(f"Passed over: {error}")
+    return found
+
+
+def _newest(path: Path, rows: Sequence[Row], notes: list[str]) -> list[Row]:
+    """Rows in the order of the file, without those whose weights later ones of the same checkpoint and step replace."""
+    weights = {(row["checkpoint"], row["step"]): row["hashes"]["weights"] for row in rows}
+    replaced: dict[Path, set[tuple[str, int | None]]] = {}
+    kept = []
+    for row in rows:
+        checkpoint = row["checkpoint"], row["step"]
+        if row["hashes"]["weights"] == weights[checkpoint]:
+            kept.append(row)
+        else:
+            replaced.setdefault(_line_of(path, row)[1], set()).add(checkpoint)
+    for run, found in replaced.items():
+        notes.append(
+            f"{path}: {len(found)} checkpoints of {run} were graded with several weights, as a run that was begun anew "
+            "leaves them: the newest are shown; its other checkpoints may still be those of before"
+        )
+    return kept
+
+
 def _metrics(path: Path) -> list[Row]:
     """The lines of a metrics file; a line that is still being written is left for the next time."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+    try:
+        rows = [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+    except ValueError as error:
+        raise UserError(f"{path}: is no file of a training's metrics ({error})") from None
+    if not all(isinstance(row, dict) and "step" in row for row in rows):
+        raise UserError(f"{path}: is no file of a training's metrics, whose lines have a step each")
+    return rows
 
 
 def _sections(graded: Mapping[Path, Sequence[Row]]) -> list[dict[str, Any]]:
@@ -212,9 +255,10 @@ def _sections(graded: Mapping[Path, Sequence[Row]]) -> list[dict[str, Any]]:
         found.sort(key=lambda pair: (str(pair[0]), pair[1]["step"] is None, pair[1]["step"] or 0))
         columns, lines = results_table([row for _, row in found])
         queries = max(row["n"] for _, row in found)
+        part = f" ({of})" if (of := found[-1][1].get("part")) else ""  # rows of before say nothing
         sections.append(
             {
-                "title": f"{task.capitalize()} on {found[0][1]['dataset']}, {queries:,} queries",
+                "title": f"{task.capitalize()} on {found[0][1]['dataset']}, {queries:,} queries{part}",
                 "columns": columns,
                 "rows": lines,
                 "curves": _result_curves(found),

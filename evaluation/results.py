@@ -13,8 +13,10 @@ Scores by query and written captions lie beside the file in
 the lines that name them.
 """
 
+import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,8 @@ from curation.manifest import SCHEMA_VERSION
 from evaluation.statistics import Interval
 
 METRICS = "metrics.json"
+NAMED = {"metric", "hashes", "details"}
+"""What every line of ours has and hardly a line of another file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """All rows of a results file, result by result, each once; torn lines and results are passed over with a word.
 
     Raises:
-        UserError: there is no such file, or it was written by a newer version.
+        UserError: there is no such file, it is of something else, or it was written by a newer version.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such results file; write one with `gemsmith evaluate --out {path}`")
@@ -74,8 +78,11 @@ def read(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             print(f"{path}:{number}: passed over a torn line", flush=True)
             continue
-        if (version := row["schema_version"]) > SCHEMA_VERSION:
+        version = row.get("schema_version") if isinstance(row, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
             raise UserError(f"{path}: schema_version {version} is newer than {SCHEMA_VERSION}; update gemsmith")
+        if version is None or not row.keys() >= NAMED or "result" not in row["hashes"]:
+            raise UserError(f"{path}:{number}: is no line of results; name a file that `gemsmith evaluate` wrote")
         results.setdefault(row["hashes"]["result"], {})[row["metric"]] = row
     found: list[dict[str, Any]] = []
     for rows in results.values():
@@ -90,6 +97,28 @@ def _metrics(path: Path, row: Mapping[str, Any]) -> set[str]:
     """All of this row's result, as far as its details are at hand."""
     file = path.parent / row["details"] / METRICS
     return set(json.loads(file.read_text())) if file.exists() else set()
+
+
+def check_writable(out: Path, cache: Path | None = None) -> None:
+    """Refuse a results file, or a folder of embeddings, that could not be written to; better now than after the work.
+
+    Leaves nothing: of a folder that is not there yet, the one above is tried.
+
+    Raises:
+        UserError: it cannot be written to, the disk is full, or `out` is no results file.
+    """
+    for option, path, folder in (("--out", out, out.parent), *([("--cache", cache, cache)] if cache else [])):
+        try:
+            there = next(place for place in (folder, *folder.parents) if place.exists())
+            with tempfile.TemporaryFile(dir=there) as probe:
+                probe.write(bytes(4096))
+            if path == out and out.exists():
+                os.close(os.open(out, os.O_WRONLY | os.O_APPEND))
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise UserError(f"{option} {path}: cannot be written ({why}); name another, or make room") from None
+    if out.exists():
+        read(out)
 
 
 def find(path: Path, result_hash: str) -> list[dict[str, Any]]:
@@ -111,7 +140,7 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     finally:
         os.close(descriptor)
     if written != len(block):
-        raise OSError(f"{path}: only {written} of {len(block)} bytes were written; is the disk full?")
+        raise OSError(errno.ENOSPC, f"{path}: only {written} of {len(block)} bytes were written")
 
 
 def save_details(path: Path, result_hash: str, graded: Graded, left_out: list[dict[str, str]]) -> str:
@@ -150,4 +179,7 @@ def per_query(path: Path, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarra
 def records(path: Path, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The records behind a row (for captioning: uid, caption, references, cider_d), none where there are none."""
     file = path.parent / row["details"] / "records.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not file.exists():
+        return []
+    lines = file.read_text().split("\n")  # and at no other ends of lines: captions hold U+2028 and its like
+    return [json.loads(line) for line in lines if line]

@@ -15,14 +15,15 @@ training never drops that one.
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from curation.errors import UserError
+from curation.errors import UserError, full_disk_named
 from curation.manifest import read_manifest, write_manifest
+from evaluation import results
 from evaluation.compare import LOWER_IS_BETTER
 from evaluation.evaluate import EvaluateConfig, Load, Sources, grade, limit_threads, load_checkpoint, open_sources
 
@@ -61,32 +62,45 @@ def watch(
 ) -> int:
     """Grade every checkpoint of `run`, from its first to its last.
 
-    Ends when the run is finished, when `idle_seconds` pass without a new
-    checkpoint (a run that died leaves no manifest), or on SIGTERM after the
-    task in hand. `threads` limits torch, so that the training beside it keeps
-    its cores. `best`: TASK.METRIC, of which more is better, that RUN/best.json follows.
+    Says so once where there is no such run or no checkpoint yet. Ends when the
+    run is finished, when `idle_seconds` pass without a new checkpoint (a run that
+    died leaves no manifest), or on SIGTERM after the task in hand. `threads` limits
+    torch, so that the training beside it keeps its cores. Every checkpoint is graded
+    on all of the data: give tasks that write a limit in `config` where the training
+    should not outrun them. `best`: TASK.METRIC, of which more is better, that
+    RUN/best.json follows.
 
     Returns:
         How many checkpoints were graded completely (those found in `out` count too).
 
     Raises:
-        UserError: unknown tasks or unusable data. A checkpoint that cannot be
-            graded (NaN, collapsed, cut short) is reported and passed over.
+        UserError: unknown tasks, unusable data, or an `out` or `cache` that cannot be
+            written to. A checkpoint that cannot be graded (NaN, collapsed, cut short)
+            is reported and passed over.
     """
     sources = open_sources(tasks, data)
     if best is not None and best.partition(".")[0] not in tasks:
         raise UserError(f"--best {best}: begins with no task of this watch; take TASK.METRIC, with one of {tasks}")
     if best is not None and best.endswith(LOWER_IS_BETTER):
         raise UserError(f"--best {best}: less of it is better; take a metric of which more is, such as a recall")
+    results.check_writable(out, cache)
     config = config or EvaluateConfig()
     seen: set[tuple[Path, int]] = set()
-    met, graded, last_news = 0, 0, time.monotonic()
-    with _stop_on_sigterm() as stop:
+    met, graded = 0, 0
+    with _stop_on_sigterm() as stop, full_disk_named(*filter(None, (out, cache))):
+        from training.checkpoint import complete  # and torch, whose seconds of importing are no idle ones
+
         limit_threads(threads)
+        last_news, told = time.monotonic(), False
 
         while not stop.is_set():
             finished = (run / "manifest.json").exists()  # before listing: a checkpoint may land in between
-            for checkpoint, written in _landed(run):
+            landed = _landed(complete(run))
+            if not (landed or finished or told):
+                what = "no checkpoint yet" if run.is_dir() else "no such folder yet"
+                print(f"{run}: {what}, waiting for the first", flush=True)
+                told = True
+            for checkpoint, written in landed:
                 if (checkpoint, written) in seen or stop.is_set():
                     continue
                 seen.add((checkpoint, written))
@@ -95,7 +109,7 @@ def watch(
                     rows = _grade_all(checkpoint, sources, out, cache, config, load, stop)
                 except Exception as error:
                     stop.wait(poll_seconds)  # a removal that is under way gets the time to end
-                    if (checkpoint, written) not in _landed(run):
+                    if (checkpoint, written) not in _landed(complete(run)):
                         print(f"{checkpoint}: removed before it was graded", flush=True)
                     elif isinstance(error, UserError):
                         print(f"{checkpoint}: not graded: {error}", flush=True)
@@ -118,12 +132,10 @@ def watch(
     return graded
 
 
-def _landed(run: Path) -> list[tuple[Path, int]]:
+def _landed(complete: Iterable[Path]) -> list[tuple[Path, int]]:
     """Complete checkpoints and when they were (ns): a run that is begun anew has other ones of the same names."""
-    from training.checkpoint import complete
-
     landed = []
-    for checkpoint in complete(run):
+    for checkpoint in complete:
         with suppress(FileNotFoundError):  # dropped since it was listed
             landed.append((checkpoint, (checkpoint / "manifest.json").stat().st_mtime_ns))
     return landed

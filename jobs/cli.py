@@ -206,7 +206,8 @@ def export(arguments: list[str]) -> int:
 
 def _grading(parser: argparse.ArgumentParser) -> None:
     names = "retrieval, classification, captioning, region_retrieval, region_captioning"
-    parser.add_argument("--tasks", required=True, help=f"{names}: a list with commas")
+    how = "a list with commas; their settings are options too, such as TASK.limit N: the first N only (default: all)"
+    parser.add_argument("--tasks", required=True, help=f"{names}: {how}")
     parser.add_argument(
         "--data", action="append", required=True, metavar="[TASK=]DIR", help="a folder for all tasks, or TASK=DIR each"
     )
@@ -325,11 +326,14 @@ def compare(arguments: list[str]) -> int:
     parser = _parser("compare")
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
+    which = "in {}, by the end of its path or the beginning of its hash (default: of the last step)"
+    parser.add_argument("--a-checkpoint", metavar="NAME", help=which.format("A"))
+    parser.add_argument("--b-checkpoint", metavar="NAME", help=which.format("B"))
     a = parser.parse_args(arguments)
     from evaluation.compare import as_text
     from evaluation.compare import compare as run
 
-    print(as_text(run(a=a.a, b=a.b)))
+    print(as_text(run(a=a.a, b=a.b, checkpoint_a=a.a_checkpoint, checkpoint_b=a.b_checkpoint)))
     return 0
 
 

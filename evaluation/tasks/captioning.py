@@ -29,9 +29,12 @@ from evaluation.results import Graded, Measurement
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningSettings:
-    """`limit`: the first images only; `fixed_captions`: a text file, one caption a line."""
+    """`limit`: the first images only, None for all; `fixed_captions`: a text file, one caption a line.
 
-    limit: int | None = 1_000
+    Under a limit CIDEr-D is of other document frequencies: it is no estimate of the whole set's.
+    """
+
+    limit: int | None = None
     max_new_tokens: int = 32
     fixed_captions: Path | None = None
     bootstrap: int = statistics.BOOTSTRAP
@@ -87,7 +90,7 @@ def best_fixed_caption(path: Path, references: Sequence[Sequence[str]]) -> float
     """The best CIDEr-D that one line of the file reaches as the caption of every image."""
     if not path.is_file():
         raise UserError(f"captioning.fixed_captions = {path}: no such file; name a text file with a caption a line")
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    lines = [line for line in path.read_text().split("\n") if line.strip()]
     if not lines:
         raise UserError(f"captioning.fixed_captions = {path}: holds no caption")
     everyone = tqdm(lines, desc="fixed captions", leave=False, disable=None)

@@ -19,9 +19,9 @@ from evaluation.tasks.captioning import graded
 
 @dataclass(frozen=True, kw_only=True)
 class RegionCaptioningSettings:
-    """`limit`: the first regions only."""
+    """`limit`: the first regions only, None for all (CIDEr-D changes with it, as in captioning)."""
 
-    limit: int | None = 1_000
+    limit: int | None = None
     max_new_tokens: int = 32
     bootstrap: int = statistics.BOOTSTRAP
 

@@ -12,10 +12,10 @@ from evaluation.tasks.retrieval import RetrievalSettings
 
 @pytest.fixture
 def graded(tmp_path, pairs_folder, make_model):
-    def run(name, seed, step=None, config=None):
+    def run(name, seed, step=None, config=None, checkpoint=None):
         out = tmp_path / f"{name}.jsonl"
         evaluate(
-            checkpoint=Path(name),
+            checkpoint=Path(checkpoint or name),
             tasks=["retrieval", "captioning"],
             data=pairs_folder,
             out=out,
@@ -41,7 +41,8 @@ def test_differences_and_paired_p(graded):
     assert c.ci95[0] <= c.difference <= c.ci95[1]
     assert found["bleu_4"].p_value is None and found["text_to_image_median_rank"].lower_is_better
     text = as_text(list(found.values()))
-    assert "text_to_image_mrr" in text and len(text.splitlines()) == 1 + len(found)
+    assert "text_to_image_mrr" in text and len(text.splitlines()) == 3 + len(found)
+    assert text.startswith("A: a\nB: b\n")
 
 
 def test_the_same_checkpoint_differs_nowhere(graded):
@@ -49,15 +50,28 @@ def test_the_same_checkpoint_differs_nowhere(graded):
         assert c.difference == 0 and c.p_value in (None, 1.0)
 
 
-def test_steps_of_one_file(graded):
-    graded("run", 0, step=10)
-    path = graded("run", 1, step=20)
-    forward = {c.metric: c for c in compare(a=path, b=path, step_a=10)}
+def test_checkpoints_of_one_file(graded):
+    graded("run", 0, step=10, checkpoint="run/checkpoints/step_10")
+    path = graded("run", 1, step=20, checkpoint="run/export")
     values = {(row["metric"], row["step"]): row["value"] for row in results.read(path)}
-    c = forward["image_to_text_recall@5"]
-    assert (c.a, c.b) == (values[c.metric, 10], values[c.metric, 20])
-    with pytest.raises(UserError, match="no row of step 30; it has the steps 10, 20"):
-        compare(a=path, b=path, step_a=30)
+    for name in ("step_10", "checkpoints/step_10/", "weights-0"):
+        c = {c.metric: c for c in compare(a=path, b=path, checkpoint_a=name)}["image_to_text_recall@5"]
+        assert (c.a, c.b) == (values[c.metric, 10], values[c.metric, 20])
+        assert (c.checkpoint_a, c.checkpoint_b) == ("run/checkpoints/step_10", "run/export")
+    with pytest.raises(UserError, match=r"no row of checkpoint step_1; it has run/checkpoints/step_10 \(weights-0, "):
+        compare(a=path, b=path, checkpoint_a="step_1")
+
+
+def test_of_several_models_none_is_picked(graded):
+    """Two runs that end at the same step, graded into one file: the one asked for may be the earlier."""
+    graded("both", 0, step=10, checkpoint="raw/export")
+    both, other = graded("both", 1, step=10, checkpoint="curated/export"), graded("other", 2, step=10)
+    with pytest.raises(UserError, match=r"raw/export \(weights-0, .*curated/export \(weights-1, .*--b-checkpoint"):
+        compare(a=other, b=both)
+    values = {(row["checkpoint"], row["metric"]): row["value"] for row in results.read(both)}
+    for name in ("raw/export", "curated/export"):
+        for c in compare(a=both, b=other, checkpoint_a=name):
+            assert (c.checkpoint_a, c.a) == (name, values[name, c.metric])
 
 
 def test_other_settings_are_not_compared(graded):

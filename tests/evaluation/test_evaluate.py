@@ -11,13 +11,16 @@ import pytest
 from curation.errors import UserError
 from evaluation import results
 from evaluation.evaluate import EvaluateConfig, evaluate, load_config
+from evaluation.report import report
 from evaluation.tasks import TASKS, retrieval
 from evaluation.tasks.captioning import CaptioningSettings
 from evaluation.tasks.retrieval import RetrievalSettings
+from evaluation.watch import watch
+from tests.training.conftest import largest_file
 
 FIELDS = {
     "schema_version", "checkpoint", "step", "task", "dataset", "metric",
-    "value", "n", "chance", "ci95", "hashes", "details",
+    "value", "n", "part", "chance", "ci95", "hashes", "details",
 }  # fmt: skip
 
 
@@ -53,6 +56,21 @@ def test_lines_follow_the_contract(grade_with, make_model, tmp_path, pairs_folde
     assert scores.mean() == by_metric["acc1"]["value"] and clusters is None
     assert results.per_query(out, by_metric["mean_per_class_recall"]) is None
     assert len(results.records(out, by_metric["cider_d"])) == 23
+
+
+def test_a_limit_is_told_by_the_line_the_rows_and_the_page(grade_with, make_model, tmp_path, capsys):
+    whole = grade_with(make_model())
+    assert {row["part"] for row in whole} == {None} and "first" not in capsys.readouterr().out
+    grade_with(make_model(), config=load_config(["--captioning.limit", "23"]))
+    config = load_config(["--captioning.limit", "5", "--classification.limit", "9"])
+    few = {row["metric"]: row for row in grade_with(make_model(), config=config)}
+    said = capsys.readouterr().out
+    assert (few["cider_d"]["n"], few["cider_d"]["part"]) == (5, "first 5 of 23 pictures")
+    assert "captioning on scenes (n 5, first 5 of 23 pictures) in" in said
+    assert few["acc1"]["part"] == "first 9 of 30 pictures" and few["text_to_image_mrr"]["part"] is None
+    page = report(tmp_path / "out").read_text()
+    assert "Captioning on scenes, 5 queries (first 5 of 23 pictures)<" in page
+    assert "Captioning on scenes, 23 queries<" in page
 
 
 def test_second_run_does_nothing_and_says_so(grade_with, make_model, tmp_path, capsys):
@@ -141,6 +159,42 @@ def test_a_block_that_ends_early_is_no_result_until_it_is_written_again(tmp_path
     assert run() == rows and "nothing to do" in capsys.readouterr().out
 
 
+def test_where_nothing_can_be_written_nothing_is_graded(grade_with, make_model, tmp_path, pairs_folder):
+    (tmp_path / "file").write_text("")
+    places = {
+        "--out .*/scenes: cannot be written .Is a directory": {"out": pairs_folder},
+        "--out .*r.jsonl: cannot be written": {"out": tmp_path / "file" / "r.jsonl"},
+        "--cache .*file: cannot be written": {"out": tmp_path / "r.jsonl", "cache": tmp_path / "file"},
+    }
+    for said, where in places.items():
+        with pytest.raises(UserError, match=said):
+            grade_with(model := make_model(), tasks=["retrieval"], **where)
+        assert not model.calls
+        with pytest.raises(UserError, match=said):
+            watch(run=tmp_path, tasks=["retrieval"], data=pairs_folder, idle_seconds=0, **where)
+    with largest_file(1000), pytest.raises(UserError, match=r"--out .*: cannot be written .File too large.*make room"):
+        grade_with(model := make_model(), out=tmp_path / "r.jsonl")
+    assert not model.calls and not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_disk_that_fills_up_while_grading_is_named_and_the_figures_are_told(grade_with, make_model, tmp_path, capsys):
+    said = r"--out .*r\.jsonl: (a file grows beyond|no space left).*run the same command again"
+    with largest_file(4096), pytest.raises(UserError, match=said):
+        grade_with(make_model(), tasks=["classification", "retrieval"], out=tmp_path / "r.jsonl")
+    assert {row["task"] for row in results.read(tmp_path / "r.jsonl")} == {"classification"}
+    assert "text_to_image_mrr 0." in capsys.readouterr().out
+    rows = grade_with(make_model(), tasks=["classification", "retrieval"], out=tmp_path / "r.jsonl")
+    assert results.read(tmp_path / "r.jsonl") == rows
+
+
+def test_records_are_cut_where_lines_end_alone(tmp_path):
+    """Captions of the web hold U+2028, U+2029 and U+0085, at which `splitlines` cuts too."""
+    told = [{"caption": f"a dog{separator}that runs\n"} for separator in "\u2028\u2029\x85\x0b\x0c\x1c\r"]
+    path = tmp_path / "results.jsonl"
+    details = results.save_details(path, "x", results.Graded(measurements=[], records=told), [])
+    assert results.records(path, {"details": details}) == told
+
+
 def test_many_writers_tear_nothing(tmp_path):
     path = tmp_path / "results.jsonl"
 
@@ -153,6 +207,19 @@ def test_many_writers_tear_nothing(tmp_path):
     found = results.read(path)
     assert len(found) == 200
     assert all([row["metric"] for row in found[i : i + 5]] == list("01234") for i in range(0, 200, 5))
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 1, "loss": 2.0}', '{"schema_version": 1, "metric": "x"}', "[1, 2]", "3", "null"]
+)
+def test_a_file_of_something_else_is_named_with_its_line(grade_with, make_model, tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"\n{line}\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: is no line of results"):
+        results.read(path)
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: is no line of results"):
+        grade_with(model := make_model(), tasks=["retrieval"], out=path)
+    assert not model.calls and path.read_text() == f"\n{line}\n"
 
 
 def test_newer_schema_and_absent_file_are_refused(tmp_path):

@@ -99,6 +99,38 @@ def test_training_alone_and_nothing(tmp_path, run):
         pages.report(tmp_path / "absent")
 
 
+def test_a_run_that_was_begun_anew_is_not_joined_to_the_one_before(tmp_path, pairs_folder, make_model, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pages, "curve", lambda lines, **_: drawn.append(lines) or "data:image/png;base64,")
+    for seed, step in ((1, 10), (2, 20), (3, 10), (4, 20)):  # the last two under the same names, in the same file
+        evaluate(
+            checkpoint=Path(f"run/checkpoints/step_{step}"),
+            tasks=["captioning", "retrieval"],
+            data=pairs_folder,
+            out=tmp_path / "results.jsonl",
+            load=lambda _, seed=seed, step=step: make_model(seed, step=step),
+        )
+    text = Page(pages.report(tmp_path).read_text()).text
+    assert "2 checkpoints of run were graded with several weights" in text
+    rows = results.read(tmp_path / "results.jsonl")
+    newest = [row for row in rows if row["hashes"]["weights"] in ("weights-3", "weights-4")]
+    expected = [
+        [row["value"] for row in newest if row["metric"] == metric]
+        for metric in dict.fromkeys(row["metric"] for row in newest)
+    ]
+    assert [lines["run"] for lines in drawn] == [([10, 20], values) for values in expected]
+
+
+def test_files_of_something_else_are_passed_over_with_a_word(tmp_path, run, capsys):
+    (run / "search_results.jsonl").write_text('{"query": "a dog", "score": 0.5}\n')
+    (run / "other").mkdir()
+    (run / "other" / "metrics.jsonl").write_text('{"epoch": 1, "loss": 2.0}\n')
+    seen, said = Page(pages.report(run).read_text()), capsys.readouterr().out
+    for told in (seen.text, said):
+        assert "search_results.jsonl:1: is no line of results" in told and "other/metrics.jsonl: is no file" in told
+    assert len(seen.sources) == 15 + 2, "everything else is there"
+
+
 def decoded(uri):
     return Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))))
 

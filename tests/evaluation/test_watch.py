@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import save_file
 
 from curation.errors import UserError
+from curation.manifest import write_manifest
 from evaluation import results
 from evaluation.watch import watch
 from training.checkpoint import Saver, complete, step_folder
@@ -29,10 +30,10 @@ class Loader:
             raise AssertionError(f"{checkpoint} was touched before its manifest")
         if not (checkpoint / "weights").exists():
             raise UserError(f"{checkpoint}: no weights")
-        self.loaded.append(checkpoint.name)
         seed, size = (checkpoint / "weights").read_text().split()
         if size != "whole":
             raise AssertionError(f"{checkpoint} is half written")
+        self.loaded.append(checkpoint.name)  # read to the end: a test may remove it now
         return self.make_model(int(seed), step=int(checkpoint.name[5:]))
 
 
@@ -48,7 +49,7 @@ def land(run, step, pause=0.0):
     for text in (str(step), f"{step} who", f"{step} whole"):
         (folder / "weights").write_text(text)
         time.sleep(pause)
-    (folder / "manifest.json").write_text("{}")
+    write_manifest(folder / "manifest.json", {})  # in one rename: the watch goes by its time
     return folder
 
 
@@ -159,6 +160,15 @@ def test_a_dead_run_ends_by_the_idle_limit(tmp_path, pairs_folder, loader, capsy
     assert "gave up waiting" in capsys.readouterr().out
 
 
+def test_a_run_that_is_not_there_yet_is_waited_for_with_one_line(tmp_path, pairs_folder, loader, capsys):
+    arguments = options(tmp_path, pairs_folder, loader)
+    assert watch(**arguments, idle_seconds=0.1) == 0
+    assert capsys.readouterr().out.count("run: no such folder yet, waiting") == 1
+    arguments["run"].mkdir()
+    assert watch(**arguments, idle_seconds=0.1) == 0
+    assert capsys.readouterr().out.count("run: no checkpoint yet, waiting") == 1
+
+
 def test_wrong_data_is_refused_before_waiting(tmp_path, loader):
     with pytest.raises(UserError, match="no such folder"):
         watch(**options(tmp_path, tmp_path / "absent", loader))
@@ -167,22 +177,28 @@ def test_wrong_data_is_refused_before_waiting(tmp_path, loader):
 SCRIPT = """
 import sys
 from pathlib import Path
+from curation.errors import UserError
 from evaluation.watch import watch
+
+def load(checkpoint):
+    print("loading", flush=True)
+    raise UserError("not yet")
+
 run, data, out = map(Path, sys.argv[1:])
-print("watching", flush=True)
-watch(run=run, tasks=["retrieval"], data=data, out=out, poll_seconds=30)
+watch(run=run, tasks=["retrieval"], data=data, out=out, poll_seconds=600, load=load)
 """
 
 
 def test_sigterm_ends_it_cleanly(tmp_path, pairs_folder):
+    """While it waits between two looks, of which the second would be ten minutes later."""
+    land(tmp_path / "run", 10)
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "run"), str(pairs_folder), str(tmp_path / "r.jsonl")]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, env={**os.environ})
     try:
-        assert process.stdout.readline() == "watching\n"
-        time.sleep(0.5)
+        assert "loading\n" in process.stdout, "it looks, so it listens"
         process.send_signal(signal.SIGTERM)
-        rest, _ = process.communicate(timeout=10)
+        rest, _ = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0
@@ -236,11 +252,11 @@ def test_a_run_that_is_begun_anew_is_graded_anew(tmp_path, pairs_folder, loader)
     land(run, 10)
     found.start()
     try:
-        for _ in range(2):
-            before = len(loader.loaded)
-            while len(loader.loaded) == before:
+        for times in (1, 2):
+            while len(loader.loaded) < times:
+                assert found.is_alive(), f"the watch ended after {loader.loaded}"
                 time.sleep(0.01)
-            if not before:  # though no look falls between the two
+            if times == 1:  # though no look falls between the two
                 shutil.rmtree(run / "checkpoints")
                 land(run, 10)
     finally:

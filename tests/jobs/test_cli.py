@@ -24,7 +24,7 @@ FLAGS = {
     "heatmap": "--checkpoint --help --image --out --text",
     "watch": "--best --cache --data --help --idle-seconds --out --run --tasks --threads --trust-remote-code",
     "search": "--checkpoint --data --help --image --out --threads --top --trust-remote-code",
-    "compare": "--help",
+    "compare": "--a-checkpoint --b-checkpoint --help",
     "report": "--help",
     "demo": "--help --out --overwrite --seed",
     "reproduce": "--help --out --overwrite --scale --seeds --workers",
