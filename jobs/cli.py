@@ -179,9 +179,11 @@ def train(arguments: list[str]) -> int:
     import torch
 
     from jobs.launch import launch
+    from training.distributed import check_ranks
     from training.train import parse, prepare
 
     ranks = a.ranks or torch.cuda.device_count() or 2
+    check_ranks(ranks)
     config, data, run, overwrite = parse(rest)
     if not prepare(config, data, run, world_size=ranks, overwrite=overwrite):
         return 0
@@ -368,6 +370,8 @@ def reproduce(arguments: list[str]) -> int:
     parser.add_argument("--workers", type=int, help="arms that run side by side, a core each (default: all cores)")
     parser.add_argument("--overwrite", action="store_true", help="discard what the claim's folder holds")
     a = parser.parse_args(arguments)
+    # What a claim takes and how many arms run side by side are registered for cores, GPU or not.
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     from jobs.reproduce.run import reproduce as run
 
     run(a.name, a.out, seeds=a.seeds, scale=a.scale, workers=a.workers, overwrite=a.overwrite)

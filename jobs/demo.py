@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from curation.errors import UserError
 from curation.manifest import claim, write_manifest
 from jobs.memory import PeakMemory
-from jobs.steps import precision, tool
+from jobs.steps import precision, ranks, tool
 from training.config import ROOT
 
 ARMS = ("raw", "curated", "oracle")
@@ -192,7 +192,7 @@ def train_arm(story: Story, arm: str) -> None:
         "--config", "recipes/evaluate/tiny_demo.yaml", "--retrieval.limit", story.sizes.watched,
     ]  # fmt: skip
     story.run(
-        f"train {arm}", tool("deepspeed"), "--num_accelerators", 2, "training/train.py",
+        f"train {arm}", tool("deepspeed"), "--num_accelerators", ranks(), "training/train.py",
         "--config", RECIPE, "--mmgem.vision.arch", f"local-dir:{out / 'scorer' / 'export'}",
         "--data", out / arm / "shards", "--out", run,
         "--seed", story.seed, "--precision", precision(), "--samples", story.sizes.arm_samples,
