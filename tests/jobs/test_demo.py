@@ -66,7 +66,7 @@ def test_sigterm_ends_the_step_at_work(tmp_path):
     while not (steps := psutil.Process(process.pid).children()):
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(60) == 143
+    assert process.wait(240) == 143
     assert not any(step.is_running() for step in steps) and not (tmp_path / "demo" / "summary.json").exists()
 
 
