@@ -48,15 +48,8 @@ def synth(arguments: list[str]) -> int:
     a = parser.parse_args(arguments)
     from curation.synth import synthesise
 
-    synthesise(
-        out=a.out,
-        pairs=a.pairs,
-        seed=a.seed,
-        noise=not a.clean,
-        layout=a.layout,
-        workers=a.workers,
-        overwrite=a.overwrite,
-    )
+    how = {"layout": a.layout, "workers": a.workers, "overwrite": a.overwrite}
+    synthesise(out=a.out, pairs=a.pairs, seed=a.seed, noise=not a.clean, **how)
     return 0
 
 
@@ -111,14 +104,8 @@ def documents(arguments: list[str]) -> int:
     from curation.documents.config import load_config
     from curation.documents.pipeline import documents as run
 
-    run(
-        load_config(a.config, overrides),
-        pools=a.pool,
-        out=a.out,
-        workers=a.workers,
-        overwrite=a.overwrite,
-        ray_address=a.ray_address,
-    )
+    how = {"workers": a.workers, "overwrite": a.overwrite, "ray_address": a.ray_address}
+    run(load_config(a.config, overrides), pools=a.pool, out=a.out, **how)
     return 0
 
 
@@ -206,7 +193,7 @@ def export(arguments: list[str]) -> int:
     return 0
 
 
-def _grading(parser: argparse.ArgumentParser) -> None:
+def _grading(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     names = "retrieval, classification, captioning, region_retrieval, region_captioning"
     parser.add_argument("--tasks", required=True, help=f"{names}: a list with commas")
     parser.add_argument(
@@ -216,6 +203,11 @@ def _grading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, help="folder that keeps embeddings by content")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--trust-remote-code", **TRUST)
+    if {"-h", "--help"} & set(arguments):
+        from evaluation.evaluate import make_parser
+
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.epilog = make_parser().format_help().partition("\n\n")[2]  # without a usage of its own
 
 
 def _sources(tasks: Sequence[str], data: Sequence[str]) -> Any:
@@ -234,7 +226,7 @@ def evaluate(arguments: list[str]) -> int:
     parser = _parser("evaluate")
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step_* or RUN/export")
     parser.add_argument("--embed-tokens", type=int, help="cut texts there and not where training did (mmgem)")
-    _grading(parser)
+    _grading(parser, arguments)
     a, overrides = parser.parse_known_args(arguments)
     from evaluation.evaluate import evaluate as run
     from evaluation.evaluate import limit_threads, load_checkpoint, load_config
@@ -274,7 +266,7 @@ def watch(arguments: list[str]) -> int:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--idle-seconds", type=float, help="give up after so long without a new checkpoint")
     parser.add_argument("--best", metavar="TASK.METRIC", help="name the best checkpoint in RUN/best.json and keep it")
-    _grading(parser)
+    _grading(parser, arguments)
     a, overrides = parser.parse_known_args(arguments)
     from evaluation.evaluate import load_checkpoint, load_config
     from evaluation.watch import watch as run
