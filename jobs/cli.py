@@ -207,7 +207,7 @@ def _grading(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         from evaluation.evaluate import make_parser
 
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        parser.epilog = make_parser().format_help().partition("\n\n")[2]  # without a usage of its own
+        parser.epilog = "settings:\n" + "".join(make_parser().format_help().partition("  --config")[1:])
 
 
 def _sources(tasks: Sequence[str], data: Sequence[str]) -> Any:
