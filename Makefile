@@ -37,6 +37,9 @@ test: lint
 test-long: setup
 	$(BIN)/pytest -m long
 
+# Its rows and their peers are of cores, GPU or not.
+bench: export DS_ACCELERATOR = cpu
+bench: export CUDA_VISIBLE_DEVICES =
 bench: setup
 	$(BIN)/python -m benchmarks.run
 

@@ -55,6 +55,16 @@ class EvaluateConfig:
                     raise UserError(f"--{setting} {number}: is below 1; leave it out for the usual")
 
 
+def make_parser() -> Any:
+    """Of a recipe's settings, and their help."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config", help="recipe, e.g. recipes/evaluate/flickr8k.yaml")
+    parser.add_class_arguments(EvaluateConfig, sub_configs=True)
+    return parser
+
+
 def load_config(overrides: Sequence[str]) -> EvaluateConfig:
     """Settings from a recipe and dotted overrides, such as `["--config", "recipes/evaluate/flickr8k.yaml"]` or
     `["--retrieval.captions", "first"]`.
@@ -62,11 +72,9 @@ def load_config(overrides: Sequence[str]) -> EvaluateConfig:
     Raises:
         UserError: an unknown setting, or a value of the wrong kind.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(EvaluateConfig, sub_configs=True)
+    parser = make_parser()
     try:
         parsed = parser.instantiate(parser.parse_args(list(overrides)))
     except (ArgumentError, TypeError) as error:

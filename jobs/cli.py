@@ -48,15 +48,8 @@ def synth(arguments: list[str]) -> int:
     a = parser.parse_args(arguments)
     from curation.synth import synthesise
 
-    synthesise(
-        out=a.out,
-        pairs=a.pairs,
-        seed=a.seed,
-        noise=not a.clean,
-        layout=a.layout,
-        workers=a.workers,
-        overwrite=a.overwrite,
-    )
+    how = {"layout": a.layout, "workers": a.workers, "overwrite": a.overwrite}
+    synthesise(out=a.out, pairs=a.pairs, seed=a.seed, noise=not a.clean, **how)
     return 0
 
 
@@ -111,14 +104,8 @@ def documents(arguments: list[str]) -> int:
     from curation.documents.config import load_config
     from curation.documents.pipeline import documents as run
 
-    run(
-        load_config(a.config, overrides),
-        pools=a.pool,
-        out=a.out,
-        workers=a.workers,
-        overwrite=a.overwrite,
-        ray_address=a.ray_address,
-    )
+    how = {"workers": a.workers, "overwrite": a.overwrite, "ray_address": a.ray_address}
+    run(load_config(a.config, overrides), pools=a.pool, out=a.out, **how)
     return 0
 
 
@@ -179,9 +166,11 @@ def train(arguments: list[str]) -> int:
     import torch
 
     from jobs.launch import launch
+    from training.distributed import check_ranks
     from training.train import parse, prepare
 
     ranks = a.ranks or torch.cuda.device_count() or 2
+    check_ranks(ranks)
     config, data, run, overwrite = parse(rest)
     if not prepare(config, data, run, world_size=ranks, overwrite=overwrite):
         return 0
@@ -204,7 +193,7 @@ def export(arguments: list[str]) -> int:
     return 0
 
 
-def _grading(parser: argparse.ArgumentParser) -> None:
+def _grading(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     names = "retrieval, classification, captioning, region_retrieval, region_captioning"
     how = "a list with commas; their settings are options too, such as TASK.limit N: the first N only (default: all)"
     parser.add_argument("--tasks", required=True, help=f"{names}: {how}")
@@ -215,6 +204,11 @@ def _grading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, help="folder that keeps embeddings by content")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--trust-remote-code", **TRUST)
+    if {"-h", "--help"} & set(arguments):
+        from evaluation.evaluate import make_parser
+
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.epilog = "settings:\n" + "".join(make_parser().format_help().partition("  --config")[1:])
 
 
 def _sources(tasks: Sequence[str], data: Sequence[str]) -> Any:
@@ -233,7 +227,7 @@ def evaluate(arguments: list[str]) -> int:
     parser = _parser("evaluate")
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step_* or RUN/export")
     parser.add_argument("--embed-tokens", type=int, help="cut texts there and not where training did (mmgem)")
-    _grading(parser)
+    _grading(parser, arguments)
     a, overrides = parser.parse_known_args(arguments)
     from evaluation.evaluate import evaluate as run
     from evaluation.evaluate import limit_threads, load_checkpoint, load_config
@@ -273,7 +267,7 @@ def watch(arguments: list[str]) -> int:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--idle-seconds", type=float, help="give up after so long without a new checkpoint")
     parser.add_argument("--best", metavar="TASK.METRIC", help="name the best checkpoint in RUN/best.json and keep it")
-    _grading(parser)
+    _grading(parser, arguments)
     a, overrides = parser.parse_known_args(arguments)
     from evaluation.evaluate import load_checkpoint, load_config
     from evaluation.watch import watch as run
@@ -372,6 +366,8 @@ def reproduce(arguments: list[str]) -> int:
     parser.add_argument("--workers", type=int, help="arms that run side by side, a core each (default: all cores)")
     parser.add_argument("--overwrite", action="store_true", help="discard what the claim's folder holds")
     a = parser.parse_args(arguments)
+    # What a claim takes and how many arms run side by side are registered for cores, GPU or not.
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     from jobs.reproduce.run import reproduce as run
 
     run(a.name, a.out, seeds=a.seeds, scale=a.scale, workers=a.workers, overwrite=a.overwrite)

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from curation.errors import UserError
 from curation.manifest import claim, write_manifest
 from jobs.memory import PeakMemory
-from jobs.steps import precision, tool
+from jobs.steps import precision, ranks, tool
 from training.config import ROOT
 
 ARMS = ("raw", "curated", "oracle")
@@ -72,8 +72,19 @@ class Story:
     sizes: DemoSizes
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(self, name: str, *command: object, beside: Sequence[object] | None = None, threads: int = 1) -> None:
-        """Run a step of so many threads a process, with another process beside it; both must end well."""
+    def run(
+        self,
+        name: str,
+        *command: object,
+        beside: Sequence[object] | None = None,
+        leaves: Path | None = None,
+        threads: int = 1,
+    ) -> None:
+        """Run a step of so many threads a process, with another process beside it; both must end well.
+
+        leaves: what the step writes last. The plain launcher ends with 0 where it was killed, and what runs beside it
+        would wait for that file.
+        """
         print(f"\n=== {name}: {' '.join(map(str, command[:2]))} ...", flush=True)
         begun, environment = time.monotonic(), {**os.environ, "OMP_NUM_THREADS": str(threads)}
         # The training has the cores; grading takes what it leaves.
@@ -85,7 +96,9 @@ class Story:
                 for words in commands:
                     line = [*map(str, words)]
                     running.append(subprocess.Popen(line, cwd=ROOT, env=environment, process_group=0))
-            code = next((code for process in running if (code := process.wait())), 0)
+            for process in running:
+                if code := process.wait() or int(leaves is not None and not leaves.exists()):
+                    break
         finally:
             for process in running:
                 if process.poll() is None:
@@ -188,16 +201,16 @@ def train_arm(story: Story, arm: str) -> None:
     out, run = story.out, story.out / "runs" / arm
     watch = [
         tool("gemsmith"), "watch", "--run", run, "--tasks", "retrieval", "--data", out / "heldout",
-        "--out", out / "watched" / arm / "results.jsonl", "--threads", 1, "--idle-seconds", 300,
+        "--out", out / "watched" / arm / "results.jsonl", "--threads", 1,
         "--config", "recipes/evaluate/tiny_demo.yaml", "--retrieval.limit", story.sizes.watched,
     ]  # fmt: skip
     story.run(
-        f"train {arm}", tool("deepspeed"), "--num_accelerators", 2, "training/train.py",
+        f"train {arm}", tool("deepspeed"), "--num_accelerators", ranks(), "training/train.py",
         "--config", RECIPE, "--mmgem.vision.arch", f"local-dir:{out / 'scorer' / 'export'}",
         "--data", out / arm / "shards", "--out", run,
         "--seed", story.seed, "--precision", precision(), "--samples", story.sizes.arm_samples,
         "--mmgem.tokenizer.name_or_path", tokenizer(story),
-        beside=watch,
+        beside=watch, leaves=run / "manifest.json",
     )  # fmt: skip
 
 

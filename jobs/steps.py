@@ -9,6 +9,13 @@ def tool(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
+def ranks() -> int:
+    """Two, or one where there is a single GPU. A batch is the global one, so either sees the same samples."""
+    import torch
+
+    return min(2, torch.cuda.device_count() or 2)
+
+
 def precision() -> str:
     """bf16 where the processor multiplies it, else fp32: emulated bf16 is slower than fp32."""
     import torch

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PHOTOGRAPHS = ROOT.parent / "shared" / "data"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Nothing here is a GPU's: two ranks would need two, and what is held to the bit was measured on cores.
+os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 

@@ -113,16 +113,33 @@ class World:
             dist.barrier()
 
 
+def check_ranks(ranks: int) -> None:
+    """
+    Raises:
+        UserError: this host has GPUs, but fewer than ranks.
+    """
+    if 0 < (gpus := torch.cuda.device_count()) < ranks:
+        raise UserError(
+            f"--ranks {ranks}: each takes a GPU, of which this host has {gpus}; start {gpus} (the plain launcher's "
+            f"--num_accelerators {gpus}), or set DS_ACCELERATOR=cpu to train on its cores"
+        )
+
+
 def open_group() -> None:
     """Join the process group that the launcher's environment names.
 
     DeepSpeed shares 66 MiB a rank through /dev/shm and never takes the file away; a machine of many short runs would
     fill up. Once every rank has mapped it the name can go, and then no kill leaves it either.
+
+    Raises:
+        UserError: there is no GPU for this rank where others have one.
     """
     import deepspeed
 
     if torch.cuda.is_available():  # before any collective: each rank its own GPU
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        check_ranks(local + 1)
+        torch.cuda.set_device(local)
     deepspeed.init_distributed(dist_backend=None, verbose=False)
     dist.barrier()
     rank, port = os.environ.get("RANK", "0"), os.environ.get("MASTER_PORT", "")

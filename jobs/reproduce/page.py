@@ -26,6 +26,9 @@ LABELS = {
     "mean": "mean hit@1",
     "peak_memory_mib": "peak memory (MiB)",
 }
+REGISTRATIONS = {"joint": 3, "batch": 2, "flava": 3}
+"""How often a claim was registered, each time at larger sizes after a first result, where more than once;
+docs/reproduce.md has what was found before."""
 TAGS = {"holds": "good", "contradicted": "bad", "not shown": "", "not judged": ""}
 
 
@@ -60,6 +63,7 @@ def _section(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": overall(summary),
         "rehearsal": rehearsal(summary),
         "earlier": earlier(summary),
+        "registrations": REGISTRATIONS.get(name, 1),
         "columns": columns,
         "rows": rows,
         "tests": [in_words(test) for test in summary["tests"]],
@@ -144,6 +148,8 @@ def as_text(summary: Mapping[str, Any]) -> str:
         lines[0] += f"; a rehearsal {how}"
     if sizes := earlier(summary):
         lines[0] += f"; at sizes that were registered before: {sizes}"
+    elif (times := REGISTRATIONS.get(summary["claim"], 1)) > 1:
+        lines[0] += f"; registered {times} times, at larger sizes each time"
     for test in map(in_words, summary["tests"]):
         interval = f"{test['difference']} {test['interval']}, bound {test['bound']}"
         seeds = f"more in {test['signs']} of {summary['seeds']} seeds"

@@ -165,15 +165,17 @@ def ray_here() -> Iterator[None]:
 
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=1,  # as Ray counts; nothing computes on it
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=200 << 20,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES")  # Ray refuses to count more than are visible
+        ray.init(
+            address="local",
+            num_cpus=2,
+            num_gpus=1,  # as Ray counts; nothing computes on it
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=200 << 20,
+        )
     yield
     ray.shutdown()
 

@@ -7,8 +7,9 @@ import time
 import psutil
 import pytest
 
+from curation.errors import UserError
 from curation.noise import KINDS
-from jobs.demo import ARMS, DemoSizes, demo
+from jobs.demo import ARMS, DemoSizes, Story, demo
 from jobs.steps import tool
 
 SMALL = DemoSizes(
@@ -66,8 +67,15 @@ def test_sigterm_ends_the_step_at_work(tmp_path):
     while not (steps := psutil.Process(process.pid).children()):
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(60) == 143
+    assert process.wait(240) == 143
     assert not any(step.is_running() for step in steps) and not (tmp_path / "demo" / "summary.json").exists()
+
+
+def test_what_waits_beside_a_step_that_left_nothing_is_ended(tmp_path):
+    before = psutil.Process().children()
+    with pytest.raises(UserError, match="the step 'train' ended with 1"):
+        Story(tmp_path, 0, SMALL).run("train", "true", beside=["sleep", 3600], leaves=tmp_path / "manifest.json")
+    assert psutil.Process().children() == before
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ import psutil
 
 from jobs import launch
 
-STUBBORN = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+STUBBORN = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(900)"
 
 
 def test_ranks_that_do_not_end_are_killed_and_nobody_else_is(tmp_path, monkeypatch, capsys):
@@ -29,7 +29,7 @@ def test_ranks_that_do_not_end_are_killed_and_nobody_else_is(tmp_path, monkeypat
         monkeypatch.setattr(launch, "PATIENCE", 1.0)
         begun, told = time.monotonic(), set()
         launch._end_orphans(runner.pid, tmp_path, told)
-        assert 1.0 < time.monotonic() - begun < 20 and told == {ranks[0]}
+        assert 1.0 < time.monotonic() - begun < 300 and told == {ranks[0]}
         alive = {pid for pid in ranks if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"}
         assert not alive and other.poll() is None
         assert "the launcher is gone" in capsys.readouterr().err

@@ -48,18 +48,18 @@ def test_slices_give_the_bytes_of_one_run_though_one_is_killed(
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         kill_one(process.pid, "2/3")
-        code = process.wait(300)
+        code = process.wait()
     said = (tmp_path / "log").read_text()
     assert code == 0, said
     assert "[measure 2/3] exited with -9; once more" in said
     assert digests(out) == plain
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "[merge]" in again.stdout and "already complete" in again.stdout
 
 
 def kill_one(parent: int, part: str) -> None:
     """SIGKILL the child that does this slice, as soon as it is there."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         for child in psutil.Process(parent).children():
             if part in child.cmdline():
@@ -75,7 +75,6 @@ def test_a_users_error_is_not_tried_again(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -90,7 +89,6 @@ def test_what_the_batch_decides_is_refused(bad: str, tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 2 and done.stderr.startswith(f"error: {bad}: ")
 
@@ -99,6 +97,9 @@ def test_what_the_batch_decides_is_refused(bad: str, tmp_path: Path) -> None:
 def test_slurm_scripts_parse(script: Path) -> None:
     assert subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode == 0
 
+
+ITS_CORES = '[[ $SRUN_CPUS_PER_TASK == "$SLURM_CPUS_PER_TASK" ]] || exit 3\n'
+"""What a stand-in of `srun` holds its caller to: Slurm's gives a step one core unless it is told by name."""
 
 SBATCH = """#!/bin/bash
 # Runs the script at once, each array task in its turn, as Slurm would in the end; refuses what is out of order.
@@ -129,7 +130,7 @@ def test_slurm_chain_runs_in_order_and_gives_the_same_bytes(
     """The scripts as they are; where Slurm would queue them, a small `sbatch` runs them."""
     binaries, out = tmp_path / "bin", tmp_path / "out"
     binaries.mkdir()
-    for name, body in (("sbatch", SBATCH), ("srun", '#!/bin/bash\nexec "$@"\n')):
+    for name, body in (("sbatch", SBATCH), ("srun", f'#!/bin/bash\n{ITS_CORES}exec "$@"\n')):
         (binaries / name).write_text(body)
         (binaries / name).chmod(0o755)
     environment = {
@@ -140,7 +141,7 @@ def test_slurm_chain_runs_in_order_and_gives_the_same_bytes(
         "STATE": str(tmp_path),
     }
     command = [str(SLURM / "submit.sh"), "2", *words(raw_pool, out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     log = (tmp_path / "log").read_text()
     assert done.returncode == 0 and done.stdout.strip() == "4", done.stderr + log
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -153,9 +154,9 @@ def test_slurm_chain_runs_in_order_and_gives_the_same_bytes(
     assert digests(out) == plain
 
 
-SRUN = """#!/bin/bash
+SRUN = f"""#!/bin/bash
 # Starts two tasks, as `srun` does on one node.
-while [[ $1 == --* ]]; do shift; done
+{ITS_CORES}while [[ $1 == --* ]]; do shift; done
 export SLURM_NTASKS=2
 SLURM_PROCID=1 SLURM_LOCALID=1 "$@" > "$STATE/rank1.log" 2>&1 &
 SLURM_PROCID=0 SLURM_LOCALID=0 "$@"
@@ -186,7 +187,7 @@ def test_slurm_training_trains_on_two_ranks(raw_pool: Path, tmp_path: Path) -> N
     words += ["--samples", "32", "--loader.batch", "16", "--loader.chunk", "8", "--loader.retain", "0"]
     words += ["--loader.max_error_rate", "0.5"]
     command = ["bash", str(SLURM / "train.sbatch"), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     manifest = json.loads((run / "manifest.json").read_text())
     assert (manifest["steps"], manifest["samples"]) == (2, 32)

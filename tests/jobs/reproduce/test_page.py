@@ -1,14 +1,22 @@
-"""The forest plot has a row for every hypothesis, also for a difference of nothing; one that has no scale is named."""
+"""The forest plot has a row for every hypothesis, also for a difference of nothing; one that has no scale is named.
+
+A claim that was registered anew says so.
+"""
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
+from curation.manifest import write_manifest
 from jobs.reproduce import page
-from jobs.reproduce.claim import Hypothesis
+from jobs.reproduce.claim import SEEDS, Hypothesis, Score
+from jobs.reproduce.claims import CLAIMS
+from jobs.reproduce.run import summarise
 from jobs.reproduce.verdict import judge
+from tests.conftest import ROOT
 
 
 def summary_of(arms: dict[str, dict[str, list[float]]], *hypotheses: Hypothesis) -> dict[str, Any]:
@@ -56,3 +64,19 @@ def test_where_all_are_drawn_nothing_is_said_to_be_left_out(drawn) -> None:
     assert "not drawn" not in axes.get_xlabel()
     bound = [line for line in axes.lines if list(line.get_ydata()) == [-0.3, 0.3]]
     assert list(bound[0].get_xdata()) == pytest.approx([-10.0, -10.0]), "the margin, in % of what b scores above chance"
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_claim_says_how_often_it_was_registered(name, tmp_path) -> None:
+    """As the docs have it, where each registration before is a row."""
+    before = len(re.findall(rf"^\| `{name}` \| [^|]*\(commit ", (ROOT / "docs/reproduce.md").read_text(), re.MULTILINE))
+    found = {arm: [{m: Score(0.5) for m in CLAIMS[name].shown}] * SEEDS for arm in CLAIMS[name].arms}
+    summary = summarise(name, found, seeds=SEEDS, scale=1.0, wall_s=60.0)
+    write_manifest(tmp_path / f"{name}.json", summary)
+    said = page.write_page(tmp_path).read_text()
+    assert ("Registered " in said) == (before > 0)
+    if before:
+        assert f"Registered {before + 1} times" in said
+        assert f"registered {before + 1} times" in page.as_text(summary)
+        write_manifest(tmp_path / f"{name}.json", summary | {"sizes": {"samples": 1}})
+        assert "Registered " not in page.write_page(tmp_path).read_text(), "found at other sizes than the last"
