@@ -103,7 +103,7 @@ def test_bf16_loses_nothing_between_pieces(finish, device, monkeypatch):
         monkeypatch.setattr("training.models.head.PIECE", rows * V)
         with Largest() as made:
             loss = head(states, labels)
-        assert loss.dtype == torch.float32 and made.numel == max(rows, H) * V
+        assert loss.dtype == torch.float32 and made.numel == max(rows * V, N * H)
         found[rows] = backward(loss, head, states, factor)
     apart = lambda a, b: [float((x - y).norm() / y.norm()) for x, y in zip(a, b)]  # noqa: E731
     figures = [apart(found[32], expected), apart(found[32], found[N]), apart(found[700], found[N])]
@@ -140,7 +140,7 @@ def test_only_what_is_asked_for_is_made():
     head.requires_grad_(True)
     nothing = head(states[:0], labels[:0])  # a chunk of holes: every rank's backward still meets the head
     nothing.backward()
-    assert float(nothing) == 0 and head.weight.grad is not None and not head.weight.grad.any()
+    assert nothing.item() == 0 and head.weight.grad is not None and not head.weight.grad.any()
     loss = head(states, labels)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

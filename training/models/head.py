@@ -129,10 +129,8 @@ def _product(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype) -> torch.Tenso
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b"""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    settings: Any = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
+    torch.addmm(total, a, b, out=total, **settings)
 
 
 class _Given(BaseModelOutputWithPast):
