@@ -129,8 +129,10 @@ def _position(thread: int | None) -> dict[str, Any]:
 
 
 def _waits(frame: traceback.FrameSummary) -> bool:
-    """In the wait for a collective that was begun before: ours for a ring's blocks, DeepSpeed's for weights."""
-    return frame.name == "wait" and any(x in frame.filename for x in ("training/distributed.py", "/deepspeed/"))
+    """In the wait for a collective that was begun before: ours for a ring's blocks or for what NCCL has yet to reduce,
+    DeepSpeed's for weights."""
+    ours = frame.filename.endswith("training/distributed.py") and frame.name in ("wait", "_reduce")
+    return ours or (frame.name == "wait" and "/deepspeed/" in frame.filename)
 
 
 def _is_ours(file: Path) -> bool:
@@ -155,14 +157,22 @@ def verdict(ranks: Mapping[int, Mapping[str, Any]], size: int, seconds: float) -
     behind = [r for r, p in sorted(ranks.items()) if p["collectives"] == fewest]
     if len(behind) == size:  # all have begun as many: who is not inside the last one has not finished what follows it
         behind = [r for r in behind if not ranks[r]["waits"]]
-    if not behind or len(behind) == size:
-        where = ranks[0]
-        if behind:
-            return f"{head}; all ranks have begun {fewest} collectives and none is inside one; {_standing(where)}"
-        return f"{head}; all ranks wait in collective {fewest} ({where['last']}): the network or a device is stuck"
+    if not behind:
+        return f"{head}; all ranks wait in collective {fewest} ({ranks[0]['last']}): the network or a device is stuck"
+    if len(behind) == size:
+        return f"{head}; all ranks have begun {fewest} collectives and none is inside one: {_everywhere(ranks)}"
     others = next(r for r in sorted(ranks) if r not in behind)
     more = f" ({'as does' if len(behind) == 2 else 'as do'} {_names(behind[1:])})" if len(behind) > 1 else ""
-    return f"{head}; {_standing(ranks[behind[0]])}{more}; {_waiting(ranks[others])}"
+    return f"{head}; rank {behind[0]} hangs at {_standing(ranks[behind[0]])}{more}; {_waiting(ranks[others])}"
+
+
+def _everywhere(ranks: Mapping[int, Mapping[str, Any]]) -> str:
+    """Where each rank stands, the line that fewest stand at first: who differs keeps the others waiting. (NCCL's calls
+    return at once, and what waits is whatever asks for a number of theirs next: an `.item()`, a copy.)"""
+    places: dict[str, list[int]] = {}
+    for r, p in sorted(ranks.items()):
+        places.setdefault(_standing(p), []).append(r)
+    return "; ".join(f"{_names(found)} at {place}" for place, found in sorted(places.items(), key=lambda x: len(x[1])))
 
 
 def _names(ranks: list[int]) -> str:
@@ -171,8 +181,9 @@ def _names(ranks: list[int]) -> str:
 
 
 def _standing(p: Mapping[str, Any]) -> str:
+    """Its line, and the one of ours that has called it."""
     called = f", called at {p['ours']}" if p["ours"] and p["ours"] != p["at"] else ""
-    return f"rank {p['rank']} hangs at {p['at']}{called} (after step {p['step']}, {p['phase']})"
+    return f"{p['at']}{called} (after step {p['step']}, {p['phase']})"
 
 
 def _waiting(p: Mapping[str, Any]) -> str:

@@ -3,12 +3,13 @@
     python rank_zero.py FOLDER STAGE,STAGE... OPTIMISER ACTION
 
 The gradient of step n is the same on every rank, and step n uses the parameters that `uses` says; so one plain process
-can say what must come out. ACTION: `whole` takes all the steps and
-saves at HALF; `resume` goes on from there.
+can say what must come out. Before step SPOILT there is one whose loss is a number and whose gradient, on the last rank,
+is none: nothing may come of it. ACTION: `whole` takes all the steps and saves at HALF; `resume` goes on from there.
 """
 
 import contextlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import nn
 
 from training.config import OptimConfig
 
-STEPS, HALF = 7, 4
+STEPS, HALF, SPOILT = 7, 4, 2
 CLIP = 0.5
 
 
@@ -39,8 +40,8 @@ class Toy(nn.Module):
         self.scale = nn.Parameter(torch.tensor([0.7]))
         self.register_buffer("seen", torch.arange(3.0))
 
-    def forward(self, step: int) -> torch.Tensor:
-        """A scalar whose gradient of each weight in use is `direction(step, name)`."""
+    def forward(self, step: int, spoilt: bool = False) -> torch.Tensor:
+        """A scalar whose gradient of each weight in use is `direction(step, name)`; infinite, where it is `spoilt`."""
         total = (self.scale * direction(step, "scale", (1,)).to(self.scale.dtype)).sum()
         for name in ("first", "second", "rarely", "third"):
             module = getattr(self, name)
@@ -48,7 +49,7 @@ class Toy(nn.Module):
                 wide, deep = module.in_features, module.out_features
                 out = module(torch.eye(wide, dtype=self.scale.dtype))  # the weight itself, and the bias
                 total = total + (out * direction(step, name, (wide, deep)).to(out.dtype)).sum()
-        return total
+        return total + (total - total.detach()).sqrt() if spoilt else total
 
 
 def uses(step: int, name: str) -> bool:
@@ -78,7 +79,7 @@ def settings(stage: str) -> dict:
     zero |= {key: json.loads(value) for key, value in (word.split("=") for word in said)}
     return {
         "train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": "once" in stage,
-        "gradient_clipping": CLIP,
+        "gradient_clipping": CLIP if zero["stage"] else 0.0,
         "zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": "bf16" in stage, "check_grad_overflow": "bf16" in stage},
         "data_types": {"grad_accum_dtype": "fp32"}, "steps_per_print": 10**9,
@@ -97,6 +98,7 @@ def run(folder: Path, stage: str, name: str, action: str) -> None:
     used = zero.Used(model.named_parameters())
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(stage))
     optimizer.attach(zero.shards(engine), world)
+    optimizer.clip = CLIP if stage == "0" else None
     once = engine.coalesce_grad_reduction if "-once" in stage else contextlib.nullcontext
     if "-once" in stage:
         zero.sum_in_fp32(engine)
@@ -105,16 +107,25 @@ def run(folder: Path, stage: str, name: str, action: str) -> None:
     if action.startswith("resume"):
         saver = checkpoint.Saver(folder / f"{action}-{name}-{stage}", keep_last=9)
         first = checkpoint.resume(engine, optimizer, checkpoint.step_folder(here, HALF))
-    for step in range(first, STEPS):
+
+    def take(step: int, spoilt: bool) -> float:
+        """A step; the norm of its gradient."""
         set_lr(engine.optimizer, factor(step, STEPS, config))
         zero.begin_step(engine)
         with once():
             for part in (0.25, 0.75):  # as two chunks
-                engine.backward(engine(step) * part, scale_wrt_gas=False)
+                loss = engine(step, spoilt and world.rank == world.size - 1) * part
+                assert loss.isfinite()
+                engine.backward(loss, scale_wrt_gas=False)
         optimizer.used = used.agree(world)
         engine.step()
+        return optimizer.norm if optimizer.clip is not None else float(engine.get_global_grad_norm())
+
+    for step in range(first, STEPS):
+        if step == SPOILT:
+            assert not math.isfinite(take(step, spoilt=True))
+        norm = take(step, spoilt=False)
         if step + 1 in (HALF, STEPS):
-            norm = float(engine.get_global_grad_norm() or 0.0)
             saver.save(engine, optimizer, step + 1, {"norm": norm, "zero_stage": int(stage[0])})
     saver.wait()
     if int(stage[0]) == 3:  # what the model computes with, against the masters that the checkpoint holds

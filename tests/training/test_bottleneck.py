@@ -23,13 +23,20 @@ def test_below_the_bound_nothing_is_said_and_without_timers_no_cause_is_made_up(
 
 
 def test_timers_add_up_over_threads():
+    """Each part's seconds are between what its threads measured inside and outside of the timer."""
     timers = Timers()
 
     def work(part):
+        begun = time.perf_counter()
         with timers(part):
+            inside = time.perf_counter()
             time.sleep(0.05)
+            inside = time.perf_counter() - inside
+        return part, inside, time.perf_counter() - begun
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, ["decode", "decode", "decode", "read"]))
-    found = timers.seconds
-    assert found["decode"] >= 0.15 and 0.05 <= found["read"] < found["decode"]
+        measured = list(pool.map(work, ["decode", "decode", "decode", "read"]))
+    assert timers.seconds.keys() == {"decode", "read"}
+    for part, seconds in timers.seconds.items():
+        least, most = (sum(m[n] for m in measured if m[0] == part) for n in (1, 2))
+        assert least <= seconds <= most and least >= (0.15 if part == "decode" else 0.05)

@@ -110,15 +110,17 @@ def test_attention_on_a_cpu_is_counted():
 
 
 def test_the_peak_is_what_a_product_reaches():
+    """The best of several moments, in turn: other work shares the cores."""
     a, b = torch.randn(512, 512), torch.randn(512, 512)
-    a @ b
-    fastest = 1e9
-    for _ in range(5):
-        begun = time.perf_counter()
-        a @ b
-        fastest = min(fastest, time.perf_counter() - begun)
+    fastest, peak = 1e9, 0.0
+    for _ in range(3):
+        for _ in range(10):
+            begun = time.perf_counter()
+            a @ b
+            fastest = min(fastest, time.perf_counter() - begun)
+        peak = max(peak, measured_peak(torch.device("cpu"), torch.float32))
     timed = 2 * 512**3 / fastest
-    assert 0.3 * timed < measured_peak(torch.device("cpu"), torch.float32) < 30 * timed  # other work shares the cores
+    assert 0.3 * timed < peak < 30 * timed
 
 
 def test_a_shape_that_comes_too_soon_counts_as_the_nearest_known_one():

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from curation.errors import UserError
@@ -47,6 +50,101 @@ def test_whole_logits_are_never_made(kind):
         sum(sums.values()).backward()
     logits = 4 * 8192 * b * n * (2 if kind == "pairs" else 1)
     assert saved[16] > 0 and saved[8192] - saved[16] < logits / 8, (saved, logits)
+
+
+class Largest(TorchDispatchMode):
+    """numel: of the largest tensor that was made inside."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+N, H, V = 1500, 24, 640
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+
+
+def a_chunk(dtype, device="cpu", **finish):
+    """(head, states [N, H] that ask for a gradient, labels [N]) with numbers of bf16's."""
+    torch.manual_seed(3)
+    head = Head(H, V).bfloat16().to(device, dtype)
+    for name, value in finish.items():
+        setattr(head, name, value)
+    states = (2 * torch.randn(N, H)).bfloat16().to(device, dtype).requires_grad_()
+    return head, states, (torch.rand(N).square() * V).long().to(device)
+
+
+def backward(loss, head, states, factor):
+    """[loss, gradients of states, weight and bias] in float64 of `factor` times a loss, as autograd hands them out."""
+    for p in head.parameters():
+        p.grad = None
+        p.grad_dtype = torch.promote_types(p.dtype, torch.float32)  # as the engine sums them
+    states.grad = None
+    (loss * factor).backward()
+    return [loss.detach().double(), *(x.grad.double() for x in (states, head.weight, head.bias))]
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("finish", [{}, {"scale": 0.6}, {"scale": 1.7, "cap": 2.0}], ids=str)
+def test_bf16_loses_nothing_between_pieces(finish, device, monkeypatch):
+    """47 pieces of a chunk, against the textbook loss of the same numbers in float64; and against other pieces."""
+    scale, cap, factor = finish.get("scale", 1.0), finish.get("cap"), 1.37 / N
+    head, states, labels = a_chunk(torch.float64, device)
+    logits = scale * F.linear(states, head.weight, head.bias)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    expected = backward(F.cross_entropy(logits, labels, reduction="sum"), head, states, factor)
+
+    head, states, labels = a_chunk(torch.bfloat16, device, **finish)
+    found = {}
+    for rows in (32, 700, N):
+        monkeypatch.setattr("training.models.head.PIECE", rows * V)
+        with Largest() as made:
+            loss = head(states, labels)
+        assert loss.dtype == torch.float32 and made.numel == max(rows * V, N * H)
+        found[rows] = backward(loss, head, states, factor)
+    apart = lambda a, b: [float((x - y).norm() / y.norm()) for x, y in zip(a, b)]  # noqa: E731
+    figures = [apart(found[32], expected), apart(found[32], found[N]), apart(found[700], found[N])]
+    print(figures)
+    # A GPU rounds the factors of its products to bf16; on a CPU only what is handed to the states is rounded, twice.
+    exact = 2e-3 if device == "cuda" else 1e-5
+    for loss, of_states, of_weight, of_bias in figures:
+        assert loss < 1e-5 and of_states < 4e-3 and of_weight < exact and of_bias < exact, figures
+    assert all(float(x) < 1e-5 for x in figures[1][2:] + figures[2][2:]), "pieces change nothing"
+
+
+def test_what_a_parameter_sums_in_bf16_is_rounded_once(monkeypatch):
+    monkeypatch.setattr("training.models.head.PIECE", 32 * V)
+    factor, kept = 1.37 / N, []
+    for dtype in (torch.float64, torch.bfloat16):
+        head, states, labels = a_chunk(dtype)
+        (head(states, labels) * factor).backward()
+        kept.append(head.weight.grad)
+    expected, found = kept
+    assert found.dtype == torch.bfloat16
+    assert bool(((found - expected).abs() <= 2**-8 * expected.abs() + 1e-6 * expected.abs().max()).all())
+    assert float((found - expected).norm() / expected.norm()) < 2e-3
+
+
+def test_only_what_is_asked_for_is_made():
+    """A frozen head hands a gradient to its states alone; and no gradient is made where none is kept, nor twice."""
+    head, states, labels = a_chunk(torch.float32)
+    head.requires_grad_(False)
+    with Largest() as made, torch.no_grad():
+        alone = head(states, labels)
+    assert not alone.requires_grad and made.numel == N * V
+    head(states[:1], labels[:1]).backward()
+    assert head.weight.grad is None and states.grad[0].any() and not states.grad[1:].any()
+    head.requires_grad_(True)
+    nothing = head(states[:0], labels[:0])  # a chunk of holes: every rank's backward still meets the head
+    nothing.backward()
+    assert nothing.item() == 0 and head.weight.grad is not None and not head.weight.grad.any()
+    loss = head(states, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_adapters_leave_the_heads_alone(tmp_path):

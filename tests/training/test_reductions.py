@@ -1,7 +1,8 @@
 """A step's gradients are reduced once, whatever the number of chunks: counted on two ranks, and held against one plain
-process, whose batch is whole."""
+process, whose batch is whole; and what becomes of a step whose gradient is no number."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -69,3 +70,14 @@ def test_bf16_chunks_are_summed_and_sent_in_fp32(steps, stage):
     errors = [differences(x["gradients"], expected)[0] for x in (one, four)]
     print(json.dumps({"stage": stage, "bf16": errors}))
     assert errors[1] < 1.25 * errors[0]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(map(str, s)))
+def test_a_step_whose_gradient_is_no_number_is_left_out(steps, setting):
+    """Its loss is one, and its gradient on the other rank: weights, moments and counts stay, and the next is taken."""
+    found = steps[0][setting]["spoilt"]
+    left_out, taken = found["steps"]
+    assert math.isfinite(left_out["loss"]) and not math.isfinite(left_out["grad_norm"])
+    assert math.isfinite(taken["loss"]) and math.isfinite(taken["grad_norm"])
+    assert left_out["skipped_steps"] == taken["skipped_steps"] == 1 and found["in_a_row"] == [1, 0]
+    assert not found["changed"] and not found["stuck"]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from curation.errors import UserError
 from curation.hashing import hash64
+from jobs.launch import PATIENCE
 from tests.conftest import ROOT, gemsmith
 from tests.training.conftest import TINY, tiny_config, write_shards
 from training import checkpoint
@@ -43,7 +44,7 @@ def start(shards: Path, run: Path, *more: str) -> subprocess.Popen:
     )
 
 
-def wait_for(condition, seconds: float = 120):
+def wait_for(condition, seconds: float = 300):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "waited in vain"
@@ -153,7 +154,7 @@ def test_sigterm_while_the_ranks_start_ends_the_run(shards, tmp_path):
     process = start(shards, run)
     time.sleep(1.5)
     os.kill(process.pid, signal.SIGTERM)
-    process.communicate(timeout=90)
+    process.communicate(timeout=300)
     assert process.returncode in (143, -signal.SIGTERM)
     assert not (run / "manifest.json").exists()
 
@@ -164,28 +165,26 @@ def gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("killed", ["gemsmith", "runner"])
 def test_a_run_that_is_ended_saves_together_and_leaves_no_orphans(shards, tmp_path, killed):
-    """By SIGTERM to `gemsmith train`, or as the launcher's runner dies."""
-    run = tmp_path / "stopped"
-    process = start(shards, run)
+    """By SIGTERM to `gemsmith train`, or as the launcher's runner dies; of a run too long to end meanwhile."""
+    run, steps = tmp_path / "stopped", 100_000
+    process = start(shards, run, "--samples", str(steps * 32))
     wait_for(lambda: len(checkpoint.complete(run)) >= 1 or process.poll() is not None)
     ranks = [int(f.read_text()) for f in (run / "ranks").glob("*.pid")]
     with pytest.raises(UserError, match=rf"{ranks[0]}.* train there"):  # a second set of ranks beside the first
         check_free(run)
-    begun = time.monotonic()
     if killed == "gemsmith":
         os.kill(process.pid, signal.SIGTERM)
     else:
         (runner,) = psutil.Process(process.pid).children()
         runner.kill()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)  # later they would be killed
     assert process.returncode == {"gemsmith": 143, "runner": 128 + signal.SIGKILL}[killed], output[-2000:]
-    assert time.monotonic() - begun < 30
     assert len(ranks) == 2 and all(gone(pid) for pid in ranks)
     check_free(run)
     last = checkpoint.latest(run)
     assert last is not None
     stopped_at = json.loads((last / "manifest.json").read_text())["step"]
-    assert stopped_at < STEPS
+    assert stopped_at < steps
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == stopped_at  # no step was done and lost
 
@@ -316,7 +315,7 @@ def start_in(room: int, shards: Path, run: Path) -> tuple[int, str]:
     for file in ranks:
         number = int(wait_for(file.read_text))
         resource.prlimit(number, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
 

@@ -1,17 +1,15 @@
 """Two real gloo ranks of which one stands still: the line names it, its source line and where the other waits."""
 
 import json
-import os
-import subprocess
-import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
 
-from jobs.launch import free_port
 from tests.conftest import ROOT
-from training.watchdog import EXIT_CODE, verdict
+from tests.training.ranks import group_of
+from training.distributed import World
+from training.watchdog import EXIT_CODE, _position, verdict
 
 SCRIPT = ROOT / "tests/training/rank_hang.py"
 
@@ -20,27 +18,15 @@ def line_of(mark: str) -> int:
     return next(n for n, line in enumerate(SCRIPT.read_text().splitlines(), 1) if f"# {mark}" in line)
 
 
-def two_ranks(run: Path, way: str) -> tuple[list[int], str]:
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(run), way],
-            env={**os.environ, "RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for r in (0, 1)
-    ]
-    said = [p.communicate(timeout=120)[0] for p in processes]
+def two_ranks(run: Path, way: str, *fails: int) -> tuple[list[int | None], str]:
+    codes, said = group_of(SCRIPT.name, 2, run, way, timeout=200, fails=(EXIT_CODE, *fails))
     assert "hang" not in said[1], "rank 0 speaks for all"
-    return [p.returncode for p in processes], said[0]
+    return codes, said[0]
 
 
 def test_the_rank_that_others_wait_for_is_named(tmp_path):
-    begun = time.monotonic()
     codes, said = two_ranks(tmp_path, "sleeps")
-    assert codes == [EXIT_CODE, EXIT_CODE] and time.monotonic() - begun < 60
+    assert codes == [EXIT_CODE, EXIT_CODE], "the disk is read for 600 s"
     (line,) = [x for x in said.splitlines() if x.startswith("hang: ")]
     name = "tests/training/rank_hang.py"
     assert f"rank 1 hangs at {name}:{line_of('the line')} in read_from_a_dead_disk" in line
@@ -64,11 +50,36 @@ def test_a_rank_that_keeps_a_ring_waiting_is_named(tmp_path):
 
 
 def test_a_rank_that_holds_the_interpreter_ends_too(tmp_path):
-    codes, said = two_ranks(tmp_path, "computes")
+    codes, said = two_ranks(tmp_path, "computes", 1)
     assert codes == [EXIT_CODE, 1]
     (line,) = [x for x in said.splitlines() if x.startswith("hang: ")]
     assert "rank 1 left no word" in line and "rank 0 waits at tests/training/rank_hang.py" in line
     assert f"line {line_of('in C')} in main" in (tmp_path / "logs" / "rank_00001.log").read_text()
+
+
+def test_who_asks_for_what_is_not_reduced_yet_waits(monkeypatch):
+    """NCCL's calls return before their work is done, and the copy that comes next waits for it."""
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: None)
+    copying, done = threading.Event(), threading.Event()
+
+    class OnDevice:
+        device = "cpu"
+        copies = 0
+
+        def to(self, _):
+            self.copies += 1
+            if self.copies == 2:
+                copying.set()
+                done.wait()
+            return self
+
+    rank = threading.Thread(target=lambda: World(0, 2).sum(OnDevice()))
+    rank.start()
+    try:
+        assert copying.wait(60) and _position(rank.ident)["waits"] and not _position(threading.get_ident())["waits"]
+    finally:
+        done.set()
+        rank.join()
 
 
 def published(rank: int, collectives: int, *, waits: bool = False, at: str = "a.py:1 in f") -> dict[str, object]:
@@ -84,7 +95,11 @@ def published(rank: int, collectives: int, *, waits: bool = False, at: str = "a.
         ({r: published(r, 9, waits=r != 2, at=f"r{r}.py:3 in g") for r in range(4)}, 4, "rank 2 hangs at r2.py:3 in g"),
         ({r: published(r, 9 - (r > 1), waits=True) for r in range(4)}, 4, "rank 2 hangs at a.py:1 in f (after step 7"),
         ({r: published(r, 9 - (r > 1), waits=True) for r in range(4)}, 4, "(as does rank 3); rank 0 waits at"),
-        ({r: published(r, 9, waits=False) for r in range(2)}, 2, "none is inside one"),
+        (
+            {r: published(r, 9, at=f"r{r % 2}.py:3 in g") for r in range(5)},
+            5,
+            "none is inside one: ranks 1, 3 at r1.py:3 in g; ranks 0, 2, 4 at r0.py:3 in g (after step 7, computing)",
+        ),
     ],
 )
 def test_the_verdict_by_what_ranks_publish(ranks, size, expected):

@@ -1,7 +1,8 @@
 """Every ZeRO stage and number of ranks against one plain torch process: optimisers, parameters left alone, checkpoints.
 
 The plain side is torch.optim.AdamW, and LAMB as its paper's Algorithm 2 says, on the same model without DeepSpeed:
-parameters that a step does not use have no gradient there, and torch leaves them alone.
+parameters that a step does not use have no gradient there, and torch leaves them alone. Nor does it take the step that
+the ranks leave out, since its gradient is no number (rank_zero.py).
 """
 
 import contextlib
@@ -158,7 +159,7 @@ def test_consolidated_weights_are_the_gathered_ones(runs, stage):
     fresh = Toy()
     fresh.load_state_dict(state)
     norm = json.loads((checkpoint.step_folder(here, STEPS) / "manifest.json").read_text())["norm"]
-    assert stage == "0" or norm > CLIP, "the gradients are large enough to be clipped"
+    assert norm > CLIP, "the gradients are large enough to be clipped"
 
 
 RESUMED = [

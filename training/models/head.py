@@ -1,9 +1,15 @@
 """A language model's head that also gives the loss of its logits, without ever holding them whole.
 
-With a vocabulary of 32,000 the logits of a chunk outweigh its activations.
-torch's chunked `linear_cross_entropy` makes them a piece at a time and keeps
-gradients instead. It is called inside the head's own forward, because ZeRO-3
-gathers a weight for the forward of the module that owns it.
+With a vocabulary of 32,000 the logits of a chunk outweigh its activations. Here
+they are made a piece of the rows at a time, and gradients are kept instead: a
+piece's own in closed form, (softmax - one at the label). It is done inside the
+head's own forward, because ZeRO-3 gathers a weight for the forward of the module
+that owns it; the backward pass needs no weight any more.
+
+Under bf16 the sums over pieces (the loss, the gradients of weights and bias) are
+fp32, and so is the factor that the loss's gradient comes with; all are rounded
+once, if at all, to what autograd sums for the parameter. (torch's own
+`linear_cross_entropy` adds every piece to a bf16 sum and rounds the factor too.)
 
 Some models do more than their head does: Cohere and Granite scale the logits,
 Gemma2 caps them by a tanh. Under one name of a config one model multiplies and
@@ -15,17 +21,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import LinearCrossEntropyOptions
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from curation.errors import UserError, one_line
 
 PIECE = 2**24
-"""Logits that are there at once. torch's own choice, as many as the states have numbers, makes every piece so few rows
-of a narrow model (4 of 128 numbers before 49,408 words) that summing the gradient of the weights, whole for each
-piece, takes nearly all of the time."""
+"""Logits that are there at once: 64 MiB. With fewer rows, summing the gradient of the weights, whole for each piece,
+would take nearly all of a narrow model's time (128 numbers before 49,408 words)."""
 
 
 class Head(nn.Linear):
@@ -46,25 +49,88 @@ class Head(nn.Linear):
         return head
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [..., H] -> logits [..., V]; with labels [n] of hidden [n, H]: the sum of -log p(label) [], fp32."""
+        """hidden [..., H] -> logits [..., V]; with labels [n] of 0 .. V - 1, of hidden [n, H]: the sum of -log p(label)
+        [], fp32 (fp64 of fp64)."""
         if labels is None:
             return super().forward(hidden)
-        bias: Any = self.bias
-        if self.scale != 1:
-            hidden, bias = hidden * self.scale, bias if bias is None else bias * self.scale
-        size = max(1, PIECE // self.out_features)
-        if self.cap is not None:
-            parts = zip(hidden.split(size), labels.split(size), strict=True)
-            settings: Any = {"use_reentrant": False, "preserve_rng_state": False}
-            return torch.stack([checkpoint(self._capped, *part, bias, **settings) for part in parts]).sum()
-        options: Any = LinearCrossEntropyOptions(batch_chunk_size=size)
-        total = F.linear_cross_entropy(hidden, self.weight, labels, linear_bias=bias, reduction="sum", options=options)
-        return total.float()
+        finish = self.scale, self.cap, max(1, PIECE // self.out_features), torch.is_grad_enabled()
+        return _SummedLoss.apply(hidden, self.weight, self.bias, labels, *finish)
 
-    def _capped(self, hidden: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        assert self.cap is not None
-        logits = F.linear(hidden, self.weight, bias)  # [n, V]
-        return F.cross_entropy((self.cap * torch.tanh(logits / self.cap)).float(), labels, reduction="sum")
+
+class _SummedLoss(torch.autograd.Function):
+    """`Head`'s loss and its gradients, `size` rows at a time. graph: whether gradients are asked for at all."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        scale: float,
+        cap: float | None,
+        size: int,
+        graph: bool,
+    ) -> torch.Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        factors = hidden.dtype if hidden.is_cuda else wide  # of products: a GPU sums bf16 ones in fp32, a CPU does not
+        asked = [graph and needed for needed in ctx.needs_input_grad[:3]]
+        of_hidden = torch.empty_like(hidden) if asked[0] else None
+        of_weight = torch.zeros_like(weight, dtype=wide) if asked[1] else None
+        of_bias = torch.zeros_like(bias, dtype=wide) if asked[2] and bias is not None else None
+        total, table = hidden.new_zeros((), dtype=wide), weight.to(factors)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            states, at = hidden[rows].to(factors), labels[rows, None]
+            x = _product(states, table.T, wide)  # [r, V]: logits, and in the same memory all that becomes of them
+            if bias is not None:
+                x += bias
+            if scale != 1:
+                x *= scale
+            slope = None
+            if cap is not None:
+                x.div_(cap).tanh_()
+                slope = 1 - x.square()
+                x *= cap
+            x -= x.amax(1, keepdim=True)
+            total -= x.gather(1, at).sum()
+            x.exp_()
+            whole = x.sum(1, keepdim=True)
+            total += whole.log().sum()
+            if not any(asked):
+                continue
+            x /= whole
+            x.scatter_(1, at, x.gather(1, at) - 1)
+            if slope is not None:
+                x *= slope
+            if scale != 1:
+                x *= scale
+            if of_bias is not None:
+                of_bias += x.sum(0)
+            given = x.to(factors)
+            if of_hidden is not None:
+                of_hidden[rows] = _product(given, table, wide)
+            if of_weight is not None:
+                _add_product(of_weight, given.T, states)
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: torch.Tensor) -> Any:  # type: ignore[override]
+        # In place, for room; a vector of one keeps the factor's digits beside bf16, where a scalar would be rounded.
+        found = [None if x is None else x.mul_(factor.view(1)) for x in ctx.saved_tensors]
+        return *found, None, None, None, None, None
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    return torch.mm(a, b) if a.dtype == wide else torch.mm(a, b, out_dtype=wide)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b"""
+    settings: Any = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
+    torch.addmm(total, a, b, out=total, **settings)
 
 
 class _Given(BaseModelOutputWithPast):
