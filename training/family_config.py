@@ -326,3 +326,17 @@ class Vlm2VecRecipe:
             raise UserError(f"vlm2vec.negatives: {self.negatives} is below 0; 0 takes none")
         if self.embed_dim is not None and self.embed_dim < 1:
             raise UserError(f"vlm2vec.embed_dim: {self.embed_dim} is below 1; null takes the backbone's width")
+
+    def check_loader(self, loader: Any) -> None:
+        """
+        Raises:
+            UserError: a loader that this family's pictures, which are of any shape, cannot come from.
+        """
+        if loader.retain == "auto":
+            raise UserError("loader.retain: auto measures pictures of one size; vlm2vec needs a number")
+        if loader.resize_mode is not None:
+            raise UserError(
+                f"loader.resize_mode: {loader.resize_mode}: a VLM sees whole pictures with their aspect; leave it out"
+            )
+        if loader.cache_decoded and loader.decode_size is None:
+            raise UserError("loader.cache_decoded: vlm2vec's pictures have no largest size; give loader.decode_size")

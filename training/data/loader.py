@@ -52,7 +52,7 @@ Chunk = dict[str, torch.Tensor]
 class Drawn:
     """A row of a chunk: `draw` = hash64(seed, epoch, uid), from which all that is random in it comes.
 
-    fields: "text" and "pixels" (uint8 [S, S, 3], moved and cropped, not normalised) where its kind has them, "other"
+    fields: "text" and "pixels" (as `Loader._pixels` gives them) where its kind has them, "other"
     (the text of the sample after it in its source, or None) of a mismatched pair; of `rows` what the source gave ·
     reason: why it is a hole, "" where it is none, "padding" for what only fills a rank's part · group: int64, equal
     where rows show the same thing: of the json's (or the row's) "group" where it has one, else of the text
@@ -267,7 +267,8 @@ class Loader:
     def _pixels(
         self, source: int, i: int, fields: Mapping[str, Any], rng: np.random.Generator
     ) -> tuple[np.ndarray, bool]:
-        """The picture as the model sees it but for normalising, uint8 [S, S, 3], and whether it is flipped."""
+        """The picture as the model sees it but for normalising, uint8 [S, S, 3] ("fit": [h, w, 3]), and whether it is
+        flipped."""
         config, image = self.config, self.image
         low, high = config.crop_scale
         box = images.draw_box(rng, low, high) if low < 1.0 else images.WHOLE
@@ -281,7 +282,7 @@ class Loader:
                 whole = images.decode(payload, self.side, image.resize_mode, interpolation=image.interpolation)
             else:
                 whole = images.decode(payload, image.size, image.resize_mode, box, image.interpolation)
-            pixels = images.cut(whole, image.size, box, image.interpolation) if decoded else whole
+            pixels = images.cut(whole, image.size, image.resize_mode, box, image.interpolation) if decoded else whole
         except Exception:  # Pillow's decoders raise almost anything
             raise Hole("image_broken") from None
         if decoded and kept is None:

@@ -9,10 +9,13 @@ Each side of a chunk shows at least one picture: where no row does, a blank row
 is added whose embedding nobody reads. Otherwise one rank would run the vision
 tower and another would not, and ZeRO-3 would wait for ever. Its gradient is
 exactly zero.
+
+Pictures go in whole and with their aspect, at most `longest` pixels long where
+the recipe says so. That is done here, to every picture that comes, so that a
+model is trained, graded, searched and taken away with one and the same tensors.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +23,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from curation.errors import UserError, one_line
-
-IMAGE = "<|image_1|>"
-"""Where a text shows its picture, as MMEB-train writes it (TIGER-Lab/MMEB-train)."""
+from training.data.images import fit
+from training.data.rows import IMAGE, Item, Row
 
 QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
 PLACES = {"qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "phi3_v": IMAGE}
@@ -39,23 +41,6 @@ REFUSED = {"paligemma": "it reads no text without a picture, so targets that are
 BLANK = Image.new("RGB", (32, 32))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """One side: a text, a picture, or both."""
-
-    text: str = ""
-    image: Image.Image | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A query and what it should find: the positive, then hard negatives."""
-
-    query: Item
-    positive: Item
-    negatives: Sequence[Item] = field(default_factory=tuple)
-
-
 def instruct(task: str, query: str = "", image: bool = False) -> str:
     """`[IMAGE] Instruct: {task} Query: {query}` (VLM2Vec, arXiv 2410.05160, section 3.2)."""
     return f"{IMAGE + ' ' if image else ''}Instruct: {task} Query: {query}".rstrip()
@@ -64,11 +49,14 @@ def instruct(task: str, query: str = "", image: bool = False) -> str:
 class Inputs:
     """The tensors of rows, through the backbone's own processor."""
 
-    def __init__(self, processor: Any, config: Any, *, max_tokens: int, negatives: int = 0) -> None:
+    def __init__(
+        self, processor: Any, config: Any, *, max_tokens: int, negatives: int = 0, longest: int | None = None
+    ) -> None:
         """
         Args:
             processor: `AutoProcessor` of the backbone · config: the backbone's.
             max_tokens: of a text, without its picture's · negatives: hard negatives that each row has room for.
+            longest: pixels of a picture's longest side, above which it is scaled down; None: it is left as it is.
 
         Raises:
             UserError: a backbone that cannot be one, without pad or image token, or whose processor has another or
@@ -82,6 +70,7 @@ class Inputs:
         if tokenizer.pad_token_id is None:
             raise UserError("vlm2vec: the backbone's tokenizer has no pad token; set `pad_token` in its folder")
         self.processor, self.tokenizer, self.max_tokens, self.negatives = processor, tokenizer, max_tokens, negatives
+        self.longest = longest
         self.alone = config.model_type in ALONE
         self.special: set[str] = set()
         if self.alone:
@@ -136,7 +125,8 @@ class Inputs:
         items = list(items)
         if picture and all(item.image is None for item in items):
             items.append(Item(image=BLANK))
-        rows = [[] if item.image is None else [item.image.convert("RGB")] for item in items]
+        # RGB first, as training decodes: a palette could not be scaled smoothly.
+        rows = [[] if item.image is None else [fit(item.image.convert("RGB"), self.longest)] for item in items]
         if self.alone:
             return self._one_by_one([self.text(item) for item in items], rows)
         found = self.processor(
