@@ -136,21 +136,24 @@ def _embedded(model: Model, shard: Shard, bar: Any) -> Part:
     rows: list[dict[str, Any]] = []
     vectors: list[np.ndarray] = []
     first: dict[bytes, int] = {}  # digest of a picture's bytes -> the first row that shows it
-    waiting: list[Image] = []
+    waiting: list[tuple[dict[str, Any], bytes, Image]] = []
 
     def flush() -> None:
+        came, pixels = len(waiting), _pixels(model, waiting)
         if waiting:
-            batch = [*waiting, *[waiting[-1]] * (BATCH - len(waiting))]  # of one size, so that equal pictures are equal
-            vectors.append(model.embed_images(model.images(batch)).float().cpu().numpy()[: len(waiting)])
-            waiting.clear()
+            vectors.append(model.embed_images(pixels).float().cpu().numpy()[: len(waiting)])
+        if lost := came - len(waiting):
+            left_out["image_broken"] += lost
+        for row, raw, _ in waiting:
+            first.setdefault(hashlib.md5(raw).digest(), len(rows))
+            rows.append(row)
+        waiting.clear()
 
     for row, raw, picture, reason in _pictures(shard, bar):
         if picture is None:
             left_out[reason] += 1
             continue
-        first.setdefault(hashlib.md5(raw).digest(), len(rows))
-        rows.append(row)
-        waiting.append(picture)
+        waiting.append((row, raw, picture))
         if len(waiting) == BATCH:
             flush()
     flush()
@@ -158,6 +161,34 @@ def _embedded(model: Model, shard: Shard, bar: Any) -> Part:
     if rows:
         refuse_broken(found[list(first.values())], model=model.name, modality="images")
     return Part(vectors=found, rows=pa.Table.from_pylist(rows, ROWS), left_out=dict(left_out))
+
+
+def _pixels(model: Model, waiting: list[tuple[dict[str, Any], bytes, "Image"]]) -> Any:
+    """What the model makes of the pictures that wait. One that it refuses alone, as Qwen's processor does what is more
+    than 200 times as long as wide, waits no longer."""
+
+    def made() -> Any:
+        batch = [picture for _, _, picture in waiting]
+        # Of one size, so that equal pictures are equal.
+        return model.images(batch + batch[-1:] * (BATCH - len(batch))) if batch else None
+
+    def seen(picture: "Image") -> bool:
+        try:
+            model.images([picture])
+        except MemoryError:  # of the machine, not of the picture
+            raise
+        except Exception:
+            return False
+        return True
+
+    try:
+        return made()
+    except Exception:  # processors raise almost anything
+        whole = [one for one in waiting if seen(one[2])]
+        if len(whole) == len(waiting):
+            raise
+        waiting[:] = whole
+        return made()
 
 
 def _pictures(shard: Shard, bar: Any) -> Iterator[tuple[dict[str, Any], bytes, "Image | None", str]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.sources import open_shard
 from evaluation.encode import BATCH, Model
 from evaluation.evaluate import load_checkpoint
@@ -112,15 +112,23 @@ def _image_query(path: Path) -> Query:
 def embedded(model: Model, queries: Sequence[Query]) -> np.ndarray:
     """Unit vectors fp32 [Q, D], a query at a time: what is found does not depend on the others."""
     vectors = [
-        model.embed_texts([query.text])
-        if query.picture is None
-        else model.embed_images(model.images([query.picture] * BATCH))[:1]  # as the index embeds
+        model.embed_texts([query.text]) if query.picture is None else model.embed_images(_pixels(model, query))[:1]
         for query in queries
     ]
     found = np.concatenate([vector.float().cpu().numpy() for vector in vectors])
     if not np.isfinite(found).all():
         raise UserError(f"checkpoint {model.name}: an embedding is NaN or infinite; name an earlier checkpoint")
     return found
+
+
+def _pixels(model: Model, query: Query) -> Any:
+    """Of the query's picture, in a batch as the index embeds."""
+    try:
+        return model.images([query.picture] * BATCH)  # type: ignore[list-item]
+    except Exception as error:  # processors raise almost anything
+        raise UserError(
+            f"--image {query.text}: the model refuses it ({one_line(error, 120)}); name another picture"
+        ) from None
 
 
 def nearest(index: Index, queries: np.ndarray, top: int) -> list[list[Hit]]:

@@ -161,6 +161,39 @@ def test_a_folder_of_pictures_with_captions(model, tmp_path, layout):
     assert found[0][0].caption == "photo 3" and len({hit.uid for hit in found[0]}) == 5
 
 
+def test_a_picture_that_the_model_refuses_is_left_out(tmp_path):
+    """As Qwen's processor refuses what is very long: in a full batch, in the last one, and alone in a shard."""
+
+    class Picky(SmallModel):
+        def images(self, images):
+            if any(max(image.size) > 200 * min(image.size) for image in images):
+                raise ValueError("absolute aspect ratio must be smaller than 200")
+            return super().images(images)
+
+    line = io.BytesIO()
+    Image.new("RGB", (1, 300)).save(line, "PNG")
+    members = [(f"{n:03d}", line.getvalue() if n in (5, 70) else image_bytes(n)) for n in range(72)]
+    found = {}
+    for name, cut in (("d", 70), ("good", 69)):
+        kept = [one for one in members if name == "d" or one[1] != line.getvalue()]
+        for shard, part in enumerate((kept[:cut], kept[cut:])):
+            files = [file for key, raw in part for file in ((f"{key}.png", raw), (f"{key}.txt", b"words"))]
+            write_tar(tmp_path / name / f"{shard}.tar", files)
+        found[name] = run(Picky(), tmp_path / name, texts=TEXTS, top=9)[0]
+    write_tar(tmp_path / "d" / "2.tar", [("9.png", line.getvalue()), ("9.txt", b"words")])
+    run(Picky(), tmp_path / "d", texts=TEXTS)
+    manifest = json.loads((tmp_path / "d.search" / "manifest.json").read_text())
+    assert [shard["left_out"] for shard in manifest["shards"]] == [{"image_broken": 1}] * 3
+    assert manifest["pictures"] == 70 and [shard["rows"] for shard in manifest["shards"]] == [69, 1, 0]
+    for hits, wanted in zip(found["d"], found["good"], strict=True):
+        assert [hit.uid for hit in hits] == [hit.uid for hit in wanted]
+        assert np.allclose([hit.score for hit in hits], [hit.score for hit in wanted], atol=2e-6)
+    (tmp_path / "asked.png").write_bytes(line.getvalue())
+    with pytest.raises(UserError, match=r"--image asked\.png: the model refuses it .*aspect ratio") as refused:
+        run(Picky(), tmp_path / "d", images=[tmp_path / "asked.png"])
+    assert "\n" not in str(refused.value)
+
+
 def test_what_cannot_be_searched_is_one_line(model, pairs_folder, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()

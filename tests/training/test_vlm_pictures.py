@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.training.conftest import vlm2vec_config, write_shards
 from tests.training.test_data_images import encoded, photograph
-from tests.training.vlm import CAPTIONS, QWEN
+from tests.training.vlm import CAPTIONS, QWEN, picture, tiny
 from training.auto import AutoProcessor
 from training.data import Drawn, Loader, Shards
 from training.data.rows import Item, Row
@@ -104,3 +104,48 @@ def test_augmented_they_keep_to_the_limit(taken, shards, tmp_path):
         turned += (flipped := not np.array_equal(found, wanted))
         assert not flipped or np.array_equal(found[:, ::-1], wanted)
     assert 0 < turned < len(PAYLOADS)
+
+
+def test_a_picture_that_the_processor_refuses_is_a_hole(taken, tmp_path):
+    """Qwen's refuses what is more than 200 times as long as wide; scaled down to 64 it no longer is."""
+    config, family, _ = taken
+    sizes = [(30, 20), (1, 300), (20, 30), (40, 40)]
+    folder = write_shards(tmp_path, [4], pictures=lambda n: {"png": encoded(photograph(*sizes[n]), "PNG")})
+    settings = dataclasses.replace(config.loader, batch=4, chunk=4)
+    ours = {"seed": 0, "rank": 0, "world_size": 1, "extra": family.extra}
+    reading = Loader(Shards(folder), settings, family.image, family.encode_text, **ours)
+    ((chunk,),) = reading.batches(0, 1)
+    numbers = [int(key) for key in reading.ids(0)]
+    lost = [number == 1 and not config.loader.decode_size for number in numbers]
+    assert chunk["valid"].tolist() == [not x for x in lost]
+    assert dict(reading.holes) == ({"image_broken": 1} if any(lost) else {})
+    assert [draw == 0 for draw in chunk["draws"].tolist()] == lost
+    assert chunk["right_valid"].flatten().tolist() == chunk["valid"].tolist()
+    seen = [photograph(*sizes[number]) for number, gone in zip(numbers, lost) if not gone]
+    assert torch.equal(chunk["query.pixel_values"], family.encode_images(seen)["pixel_values"])
+    assert family.model(chunk)["left"].isfinite().all()
+
+
+def test_a_row_goes_with_its_refused_picture_and_nothing_else_is_forgiven(monkeypatch):
+    _, inputs, _ = tiny("qwen2_vl", negatives=1)
+    odd, good = Item(image=Image.new("RGB", (300, 1))), Item(image=picture(1))
+    rows = [
+        Row(query=good, positive=Item(text="a")),
+        Row(query=Item(text="b"), positive=odd),
+        Row(query=Item(text="c"), positive=good, negatives=[odd]),
+        Row(query=Item(text="d"), positive=good, negatives=[good, odd]),  # beyond the room, which is 1
+    ]
+    assert inputs.collate(rows)["valid"].tolist() == [True, False, False, True]
+    one = inputs.collate(rows[1:2])
+    assert one["valid"].tolist() == [False] and not one["right_valid"].any()
+
+    side = inputs.side
+
+    def tired(items, **more):
+        if len(items) > 1:
+            raise ValueError("no more of these")
+        return side(items, **more)
+
+    monkeypatch.setattr(inputs, "side", tired)
+    with pytest.raises(ValueError, match="no more of these"):
+        inputs.collate([rows[0], rows[3]])

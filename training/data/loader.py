@@ -72,7 +72,7 @@ class Loader:
         sources: or one folder of pairs.
         encode_text: captions -> tensors of a chunk.
         extra: (kind, rows) -> more tensors of a chunk, such as masks; all of them for chunks of `rows`, and of any kind
-            where `image.raw` is set.
+            where `image.raw` is set, "valid" among them: a row whose picture it can make nothing of is not.
         mismatched: (draw) -> whether that row of pairs is given another's text too, as "other".
         cache: where decoded pictures are kept, a file for each source, or None.
 
@@ -304,8 +304,14 @@ class Loader:
         else:
             out.copy_((planes * self._scale).add_(self._shift))
 
-    def close(self, kind: str, rows: Sequence[Drawn], pixels: torch.Tensor | None) -> Chunk:
-        """The tensors of a chunk whose rows are all read."""
+    def close(self, kind: str, rows: list[Drawn], pixels: torch.Tensor | None) -> Chunk:
+        """The tensors of a chunk whose rows are all read; what the family can make nothing of becomes a hole."""
+        more: Chunk = {}
+        if self.extra is not None:
+            with self._encoding, self.timers("tokenise"):
+                more = self.extra(kind, rows)
+            for i in (~more["valid"]).nonzero().flatten().tolist() if "valid" in more else ():
+                rows[i] = rows[i] if rows[i].reason else Drawn(reason="image_broken")
         chunk: Chunk = {"valid": torch.tensor([not row.reason for row in rows])}
         chunk["groups"] = torch.tensor([row.group for row in rows])
         chunk["draws"] = torch.tensor([row.draw >> 1 for row in rows])
@@ -317,9 +323,7 @@ class Loader:
             chunk["regions"] = torch.from_numpy(np.stack([row.fields.get("region", whole) for row in rows]))
         if pixels is not None and self.image.keep:
             chunk["patches"] = torch.from_numpy(np.stack([self._patches(row.draw) for row in rows]))
-        if self.extra is not None:
-            with self._encoding, self.timers("tokenise"):
-                chunk |= self.extra(kind, rows)
+        chunk |= more
         if self.pinned:
             chunk = {name: tensor.pin_memory() for name, tensor in chunk.items()}
         return chunk if pixels is None else {"pixel_values": pixels, **chunk}
@@ -368,8 +372,9 @@ class _Making:
                 self.left -= stop - start
                 last = self.left == 0
             if last:
+                chunk = loader.close(self.kind, self.rows, self.pixels)
                 holes = Counter(row.reason for row in self.rows if row.reason in REASONS)
-                self.done.set_result((loader.close(self.kind, self.rows, self.pixels), holes))
+                self.done.set_result((chunk, holes))
         except BaseException as error:  # handed to the training thread, which raises it
             with self.lock:
                 if not self.done.done():

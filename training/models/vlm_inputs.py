@@ -152,12 +152,32 @@ class Inputs:
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def collate(self, rows: Sequence[Row | None]) -> dict[str, torch.Tensor]:
-        """A chunk; None is a hole without weight.
+        """A chunk; None is a hole without weight, and so becomes a row with a picture that the processor refuses alone.
 
         Returns:
             valid bool [c] · right_valid bool [c, m], m = 1 + negatives · query.* · target.*: tensors of `side`, the
             targets that there are, flat · target.rows int64 [n]: the place of each in [c * m].
         """
+        try:
+            return self._collated(rows)
+        except Exception:  # processors raise almost anything: Qwen's, of pictures 200 times as long as wide
+            whole = [row if row and self._seen(row) else None for row in rows]
+            if whole == list(rows):
+                raise
+            return self._collated(whole)
+
+    def _seen(self, row: Row) -> bool:
+        """Whether the processor takes each picture of the row alone."""
+        for item in (row.query, row.positive, *row.negatives[: self.negatives]):
+            try:
+                self.side([Item(image=item.image)], picture=False)
+            except MemoryError:  # of the machine, not of the picture
+                raise
+            except Exception:
+                return False
+        return True
+
+    def _collated(self, rows: Sequence[Row | None]) -> dict[str, torch.Tensor]:
         width = 1 + self.negatives
         queries, targets, places = [], [], []
         right_valid = torch.zeros(len(rows), width, dtype=torch.bool)
