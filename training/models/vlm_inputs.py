@@ -15,6 +15,7 @@ the recipe says so. That is done here, to every picture that comes, so that a
 model is trained, graded, searched and taken away with one and the same tensors.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ PLACES = {"qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "phi3_v": IMAG
 
 ALONE = ("phi3_v",)
 """Processors that read one text at a time, and mark a picture by ids below 0 instead of a token of its own."""
+SENSES = ("image", "video", "audio")
+"""What a processor may have tokens for."""
 OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 REFUSED = {"paligemma": "it reads no text without a picture, so targets that are texts have no embedding"}
@@ -72,9 +75,9 @@ class Inputs:
         self.processor, self.tokenizer, self.max_tokens, self.negatives = processor, tokenizer, max_tokens, negatives
         self.longest = longest
         self.alone = config.model_type in ALONE
-        self.special: set[str] = set()
         if self.alone:
             self.place = PLACES[config.model_type]
+            self._forbid(r"<\|image_(?!1\|>)\d+\|>")
             return
         token = getattr(processor, "image_token", None)
         if token is None or tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
@@ -87,7 +90,11 @@ class Inputs:
                 "take the two from one folder"
             )
         self.place = PLACES.get(config.model_type, token)
-        self.special = {token, tokenizer.convert_ids_to_tokens(wanted)}
+        ids = [i for sense in SENSES for i in getattr(processor, f"{sense}_token_ids", ())]
+        named = [getattr(processor, f"{sense}_token", None) for sense in SENSES]
+        named += [tokenizer.convert_ids_to_tokens(i) for i in {wanted, *ids} - {None, tokenizer.unk_token_id}]
+        self.special = {word for word in named if word}
+        self._forbid("|".join(re.escape(word) for word in sorted(self.special)))
         try:  # here, and not in a loader's thread; Mllama's reads no text beside pictures
             self.side([Item(text="a"), Item(image=BLANK), Item(image=BLANK)])
         except Exception as error:  # processors raise almost anything
@@ -96,16 +103,18 @@ class Inputs:
                 "take another backbone"
             ) from None
 
+    def _forbid(self, words: str) -> None:
+        """words: a pattern of what no text may bring by itself, since it stands for a picture, a film or a sound."""
+        self._forged, self._marked = re.compile(words), re.compile(f"{words}|{re.escape(IMAGE)}")
+
     def text(self, item: Item) -> str:
         """The text as the processor wants it: cut to `max_tokens`, and with one image token just where a picture is."""
-        plain = item.text
-        for token in self.special:
-            plain = plain.replace(token, "")
-        before, mark, after = plain.partition(IMAGE)
-        before, left = self._cut(before, self.max_tokens)
-        after, _ = self._cut(after.replace(IMAGE, ""), left)
+        before, mark, after = _without(self._forged, item.text).partition(IMAGE)
         if item.image is None:
-            return (before + after).strip() or "."  # a side without a token has no last one
+            plain, _ = self._cut(_without(self._marked, before + after), self.max_tokens)
+            return plain.strip() or "."  # a side without a token has no last one
+        before, left = self._cut(before, self.max_tokens)
+        after, _ = self._cut(_without(self._marked, after), left)
         return f"{before}{self.place}{after}" if mark else f"{self.place} {before}".rstrip()
 
     def _cut(self, text: str, budget: int) -> tuple[str, int]:
@@ -194,6 +203,13 @@ class Inputs:
             "target.rows": torch.tensor(places, dtype=torch.long),
             **{f"{side}.{name}": value for side, found in sides.items() for name, value in found.items()},
         }
+
+
+def _without(words: re.Pattern[str], text: str) -> str:
+    """Anew until nothing changes: what is taken out of a word may leave another."""
+    while (left := words.sub("", text)) != text:
+        text = left
+    return text
 
 
 def of_side(chunk: Mapping[str, torch.Tensor], side: str) -> dict[str, torch.Tensor]:
