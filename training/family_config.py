@@ -302,7 +302,7 @@ class Vlm2VecRecipe:
 
     name_or_path: any `AutoModelForImageTextToText` · backbone: or the config (`model_type` and sizes) of one from
     scratch, with a tokenizer trained on the data · processor: where its processor is, if not with the backbone ·
-    processor_settings: passed to `AutoProcessor.from_pretrained` ({max_pixels: 1003520}, ...) ·
+    processor_settings: passed to `AutoProcessor.from_pretrained` ({max_pixels: 1003520}, ...), which must take them ·
     trust_remote_code: run the code that the model's repository brings · embed_dim: width of a projection, null = none ·
     negatives: hard negatives that a row has room for · instruction: of picture-caption pairs.
     """
@@ -322,6 +322,8 @@ class Vlm2VecRecipe:
     def __post_init__(self) -> None:
         if (self.name_or_path is None) == (self.backbone is None):
             raise UserError("vlm2vec: exactly one of `name_or_path` and `backbone` (a config from scratch) is needed")
+        if self.processor_settings and self.name_or_path is None and self.processor is None:
+            raise UserError("vlm2vec.processor_settings: a backbone from scratch has none to change; leave them out")
         if self.negatives < 0:
             raise UserError(f"vlm2vec.negatives: {self.negatives} is below 0; 0 takes none")
         if self.embed_dim is not None and self.embed_dim < 1:
