@@ -93,6 +93,30 @@ def test_an_index_is_made_once_and_again_where_the_data_changed(model, pairs_fol
     assert run(other, pairs_folder, texts=TEXTS)[0] != changed and embedded(other) == 3
 
 
+def test_the_batch_bounds_what_the_model_sees_at_once_and_belongs_to_the_index(pairs_folder, tmp_path, capsys):
+    """Every call is a full batch, the query's too; few pictures at a time where a model sees them whole."""
+    picture = tmp_path / "asked.png"
+    picture.write_bytes(image_bytes(7))
+
+    def sizes(model, **settings):
+        found, _ = run(model, pairs_folder, images=[picture], texts=TEXTS, **settings)
+        return found, [number for kind, number in model.calls if kind == "images"]
+
+    usual, seen = sizes(SmallModel())
+    assert seen == [64, 64, 64]
+    small, seen = sizes(SmallModel(), batch=5)
+    assert seen == [5] * (3 + 3 + 1), "12 and 11 pictures, and the query's"
+    assert "made of the same checkpoint in another way (--batch" in capsys.readouterr().out
+    assert sizes(SmallModel(), batch=5) == (small, [5]), "it is up to date"
+    assert [[hit.uid for hit in hits] for hits in small] == [[hit.uid for hit in hits] for hits in usual]
+    assert small[-1][0].uid == "uid-00007" and small[-1][0].score == pytest.approx(1, abs=1e-6)
+    whole = SmallModel()
+    whole.preprocess = {"size": 0, "resize_mode": "fit"}
+    assert sizes(whole)[1] == [4] * 7
+    with pytest.raises(UserError, match="--batch 0: is below 1"):
+        sizes(SmallModel(), batch=0)
+
+
 def test_a_killed_index_goes_on_where_it_stopped(pairs_folder):
     class Killed(SmallModel):
         def embed_images(self, pixels):
