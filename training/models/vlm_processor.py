@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from curation.errors import UserError
+from training.models.kind import OF_HUB
 
-OF_OPENING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Settings that say where the processor comes from."""
 OF_CALLS = ("data_format", "device", "disable_grouping", "input_data_format", "return_tensors")
 """Settings of a call, which a processor only passes on."""
 PIXELS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
@@ -31,7 +30,7 @@ def check_settings(processor: Any, settings: Mapping[str, Any]) -> None:
     size = getattr(images, "size", None)
     for setting, asked in settings.items():
         field = f"vlm2vec.processor_settings.{setting}"
-        if setting in OF_OPENING:
+        if setting in OF_HUB:
             continue
         if setting in PIXELS and setting in known:
             found = [dict(size or {}).get(setting, dict(size or {}).get(PIXELS[setting]))]
