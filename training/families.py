@@ -294,7 +294,7 @@ def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Captions, ma
     processor, settings = recipe_processor(recipe, kept, captions, known)
     if kept is None:
         save_tokenizer(processor, tokenizer_folder)
-    limits = {"max_tokens": config.loader.max_tokens, "longest": config.loader.decode_size}
+    limits: dict[str, Any] = {"max_tokens": config.loader.max_tokens, "longest": config.loader.decode_size}
     inputs = Inputs(processor, settings, negatives=recipe.negatives, **limits)
     model = Vlm2Vec.from_recipe(recipe, settings, config.objective) if known is None else Vlm2Vec(known)
     task = instruct(recipe.instruction, image=True)

@@ -220,7 +220,7 @@ def processor_of(config: TrainConfig, family: Family) -> Any:
     tokens = config.loader.max_tokens
     if config.vlm2vec is not None:
         settings, longest = family.model.backbone.config, config.loader.decode_size
-        said = {"instruction": config.vlm2vec.instruction, "max_tokens": tokens, "longest": longest}
+        said: dict[str, Any] = {"instruction": config.vlm2vec.instruction, "max_tokens": tokens, "longest": longest}
         return Vlm2VecProcessor(family.tokenizer, settings, **said)
     spec = family.image
     pictures: dict[str, Any] = {"size": spec.size, "image_mean": spec.mean, "image_std": spec.std}
