@@ -133,7 +133,7 @@ def of_chunk(shown, config, family, folder):
     ((chunk,),) = loader.batches(0, 1)
     assert chunk["valid"].all()
     query, order = of_side(chunk, "query"), [int(key) for key in loader.ids(0)]
-    starts = np.cumsum([0, *query["image_grid_thw"].prod(1)])
+    starts = np.cumsum([0, *query["image_grid_thw"].prod(1).tolist()])
     places = [order.index(number) for number in range(len(shown))]
     patches = [query["pixel_values"][starts[place] : starts[place + 1]] for place in places]
     return {name: x[places] for name, x in query.items()} | {"pixel_values": torch.cat(patches)}
