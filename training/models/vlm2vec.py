@@ -9,6 +9,7 @@ The head over the vocabulary takes no part in an embedding: it is never run,
 and frozen unless it shares its weights with the input embeddings.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -288,9 +289,8 @@ def recipe_processor(
         # Before the processor: a model whose code is not trusted is refused as that.
         settings = backbone_config(known) if known else recipe_config(recipe) if recipe.name_or_path else None
         try:
-            processor = AutoProcessor.from_pretrained(
-                where, trust_remote_code=recipe.trust_remote_code, **recipe.processor_settings
-            )
+            asked = copy.deepcopy(recipe.processor_settings)  # transformers writes into them
+            processor = AutoProcessor.from_pretrained(where, trust_remote_code=recipe.trust_remote_code, **asked)
         except (OSError, ValueError) as error:
             raise UserError(f"vlm2vec.processor: {where} cannot be read ({one_line(error, 200)})") from None
         check_settings(processor, recipe.processor_settings)
