@@ -8,6 +8,10 @@ Whatever curation reads as a pool is read here, by the same code. A shard whose
 fingerprint (path, size, time) and model are those of the manifest keeps its
 rows; a killed command leaves its finished shards in OUT/parts, where the next
 one finds them. A picture that cannot be read is counted by its reason.
+
+All pictures are embedded in batches of one size, filled up by repetition, since
+kernels and so the last bits go by it: equal pictures then get equal vectors,
+whatever stands beside them. The size is part of what an index is made of.
 """
 
 import hashlib
@@ -37,6 +41,7 @@ from evaluation.encode import BATCH, Model, refuse_broken, software
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+FEW = 4  # pictures at a time of a model that sees them whole ("fit"): of 12 megapixels each takes thousands of tokens
 TEXTS, NUMBERS = ("uid", "caption", "shard"), ("offset", "size")
 ROWS = pa.schema([*((name, pa.string()) for name in TEXTS), *((name, pa.int64()) for name in NUMBERS)])
 
@@ -70,8 +75,22 @@ def shards_of(data: str) -> list[Shard]:
         raise _of_data(error) from None
 
 
-def build(model: Model, data: str, shards: Sequence[Shard], out: Path) -> Index:
+def batch_of(model: Model, asked: int | None) -> int:
+    """Pictures that are embedded at a time.
+
+    Raises:
+        UserError: less than one.
+    """
+    if asked is not None and asked < 1:
+        raise UserError(f"--batch {asked}: is below 1; leave it out for the usual")
+    return asked or (FEW if model.preprocess.get("resize_mode") == "fit" else BATCH)
+
+
+def build(model: Model, data: str, shards: Sequence[Shard], out: Path, batch: int = BATCH) -> Index:
     """The index of these shards in `out`: the one that is there, or made now of what is known and what is not.
+
+    Args:
+        batch: pictures that are embedded at a time.
 
     Raises:
         UserError: `out` holds something else; no usable picture; NaN or collapsed embeddings.
@@ -80,7 +99,7 @@ def build(model: Model, data: str, shards: Sequence[Shard], out: Path) -> Index:
         claim(out, {"holds": "pictures to search"})
     except PermissionError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder by --out") from None
-    identity = config_hash([model.weights_hash, model.preprocess, BATCH, software()])
+    identity = config_hash([model.weights_hash, model.preprocess, batch, software()])
     keys = [config_hash([identity, shard.fingerprint]) for shard in shards]
     manifest = read_manifest(out / "manifest.json")
     if manifest is not None and [shard["key"] for shard in manifest["shards"]] == keys:
@@ -90,12 +109,14 @@ def build(model: Model, data: str, shards: Sequence[Shard], out: Path) -> Index:
     known, began = (_parts(out, manifest) if manifest is not None else {}), time.perf_counter()
     new = [key for key in keys if key not in known]
     if manifest is not None:
-        why = "another checkpoint" if manifest["identity"] != identity else "other data"
+        why = "other data" if manifest["identity"] == identity else "another checkpoint"
+        if why == "another checkpoint" and manifest["weights"] == model.weights_hash:
+            why = "the same checkpoint in another way (--batch, or what is installed)"
         print(f"{out}: was made of {why}; {len(new)} of {len(keys)} shards are embedded", flush=True)
     parts = []
     with tqdm(total=0, desc="embed", unit="picture", disable=None) as bar:
         for number, (shard, key) in enumerate(zip(shards, keys, strict=True), 1):
-            parts.append(known.get(key) or _part(model, shard, out / "parts" / f"{key}.parquet", bar))
+            parts.append(known.get(key) or _part(model, shard, batch, out / "parts" / f"{key}.parquet", bar))
             if bar.disable:  # no terminal: a line in a log
                 print(f"{out}: {number} of {len(shards)} shards, {len(parts[-1].rows):,} pictures", flush=True)
     left_out = dict(sum((Counter(part.left_out) for part in parts), Counter[str]()))
@@ -115,14 +136,14 @@ def build(model: Model, data: str, shards: Sequence[Shard], out: Path) -> Index:
     return _opened(out, {"shards": listed})
 
 
-def _part(model: Model, shard: Shard, kept: Path, bar: Any) -> Part:
+def _part(model: Model, shard: Shard, batch: int, kept: Path, bar: Any) -> Part:
     """A shard, embedded now or by a command that was killed later."""
     if kept.exists():
         table = pq.read_table(kept)
         vectors = np.stack(table["vector"].to_numpy()) if len(table) else np.zeros((0, 0), np.float32)
         left_out = json.loads(table.schema.metadata[b"left_out"])
         return Part(vectors=vectors, rows=table.drop_columns("vector"), left_out=left_out)
-    part = _embedded(model, shard, bar)
+    part = _embedded(model, shard, batch, bar)
     table = part.rows.append_column("vector", pa.array(list(part.vectors), pa.list_(pa.float32())))
     kept.parent.mkdir(exist_ok=True)
     temporary = kept.with_suffix(f".{os.getpid()}.tmp")
@@ -131,33 +152,63 @@ def _part(model: Model, shard: Shard, kept: Path, bar: Any) -> Part:
     return part
 
 
-def _embedded(model: Model, shard: Shard, bar: Any) -> Part:
+def _embedded(model: Model, shard: Shard, batch: int, bar: Any) -> Part:
     left_out: Counter[str] = Counter()
     rows: list[dict[str, Any]] = []
     vectors: list[np.ndarray] = []
     first: dict[bytes, int] = {}  # digest of a picture's bytes -> the first row that shows it
-    waiting: list[Image] = []
+    waiting: list[tuple[dict[str, Any], bytes, Image]] = []
 
     def flush() -> None:
+        came, pixels = len(waiting), _pixels(model, waiting, batch)
         if waiting:
-            batch = [*waiting, *[waiting[-1]] * (BATCH - len(waiting))]  # of one size, so that equal pictures are equal
-            vectors.append(model.embed_images(model.images(batch)).float().cpu().numpy()[: len(waiting)])
-            waiting.clear()
+            vectors.append(model.embed_images(pixels).float().cpu().numpy()[: len(waiting)])
+        if lost := came - len(waiting):
+            left_out["image_broken"] += lost
+        for row, raw, _ in waiting:
+            first.setdefault(hashlib.md5(raw).digest(), len(rows))
+            rows.append(row)
+        waiting.clear()
 
     for row, raw, picture, reason in _pictures(shard, bar):
         if picture is None:
             left_out[reason] += 1
             continue
-        first.setdefault(hashlib.md5(raw).digest(), len(rows))
-        rows.append(row)
-        waiting.append(picture)
-        if len(waiting) == BATCH:
+        waiting.append((row, raw, picture))
+        if len(waiting) == batch:
             flush()
     flush()
     found = np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float32)
     if rows:
         refuse_broken(found[list(first.values())], model=model.name, modality="images")
     return Part(vectors=found, rows=pa.Table.from_pylist(rows, ROWS), left_out=dict(left_out))
+
+
+def _pixels(model: Model, waiting: list[tuple[dict[str, Any], bytes, "Image"]], batch: int) -> Any:
+    """What the model makes of the pictures that wait. One that it refuses alone, as Qwen's processor does what is more
+    than 200 times as long as wide, waits no longer."""
+
+    def made() -> Any:
+        shown = [picture for _, _, picture in waiting]
+        return model.images(shown + shown[-1:] * (batch - len(shown))) if shown else None
+
+    def seen(picture: "Image") -> bool:
+        try:
+            model.images([picture])
+        except MemoryError:  # of the machine, not of the picture
+            raise
+        except Exception:
+            return False
+        return True
+
+    try:
+        return made()
+    except Exception:  # processors raise almost anything
+        whole = [one for one in waiting if seen(one[2])]
+        if len(whole) == len(waiting):
+            raise
+        waiting[:] = whole
+        return made()
 
 
 def _pictures(shard: Shard, bar: Any) -> Iterator[tuple[dict[str, Any], bytes, "Image | None", str]]:

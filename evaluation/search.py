@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 from curation.sources import open_shard
-from evaluation.encode import BATCH, Model
+from evaluation.encode import Model
 from evaluation.evaluate import load_checkpoint
-from evaluation.index import Index, build, rgb, shards_of
+from evaluation.index import Index, batch_of, build, rgb, shards_of
 from evaluation.report import environment, inline
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def search(
     images: Sequence[Path] = (),
     top: int = 12,
     out: Path | None = None,
+    batch: int | None = None,
     load: Callable[[Path], Any] = load_checkpoint,
 ) -> tuple[list[list[Hit]], Path]:
     """The `top` pictures for each text, then for each picture, and the page that shows them.
@@ -61,6 +62,8 @@ def search(
     Args:
         data: a folder, file or URL that curation reads as a pool.
         out: folder of the index and the page; None: DATA.search.
+        batch: pictures that are embedded at a time (it changes the last digits, so another one makes another index);
+            None: few of a model that sees them whole.
         load: how a path becomes a model, to search with models that are not ours.
 
     Raises:
@@ -74,8 +77,9 @@ def search(
     out = _place(data, out)
     shards = shards_of(data)
     model = load(checkpoint)
-    index = build(model, data, shards, out)
-    found = nearest(index, embedded(model, queries), top)
+    size = batch_of(model, batch)
+    index = build(model, data, shards, out, size)
+    found = nearest(index, embedded(model, queries, size), top)
     page = out / PAGE
     page.write_text(_page(model, data, index, queries, found))
     return found, page
@@ -109,18 +113,29 @@ def _image_query(path: Path) -> Query:
     return Query(text=path.name, picture=picture)
 
 
-def embedded(model: Model, queries: Sequence[Query]) -> np.ndarray:
-    """Unit vectors fp32 [Q, D], a query at a time: what is found does not depend on the others."""
+def embedded(model: Model, queries: Sequence[Query], batch: int) -> np.ndarray:
+    """Unit vectors fp32 [Q, D], a query at a time: what is found does not depend on the others. A picture is repeated
+    to a batch of the index's size, so that it gets the vector that it has there."""
     vectors = [
         model.embed_texts([query.text])
         if query.picture is None
-        else model.embed_images(model.images([query.picture] * BATCH))[:1]  # as the index embeds
+        else model.embed_images(_pixels(model, query, batch))[:1]
         for query in queries
     ]
     found = np.concatenate([vector.float().cpu().numpy() for vector in vectors])
     if not np.isfinite(found).all():
         raise UserError(f"checkpoint {model.name}: an embedding is NaN or infinite; name an earlier checkpoint")
     return found
+
+
+def _pixels(model: Model, query: Query, batch: int) -> Any:
+    assert query.picture is not None
+    try:
+        return model.images([query.picture] * batch)
+    except Exception as error:  # processors raise almost anything
+        raise UserError(
+            f"--image {query.text}: the model refuses it ({one_line(error, 120)}); name another picture"
+        ) from None
 
 
 def nearest(index: Index, queries: np.ndarray, top: int) -> list[list[Hit]]:

@@ -299,6 +299,7 @@ def search(arguments: list[str]) -> int:
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture to look for; repeatable")
     parser.add_argument("--top", type=int, default=12, help="pictures shown a query (default: 12)")
     parser.add_argument("--out", type=Path, help="folder of the index and the page (default: DATA.search)")
+    parser.add_argument("--batch", type=int, help="pictures embedded at a time (default: 64, of a VLM 4)")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--trust-remote-code", **TRUST)
     a = parser.parse_intermixed_args(arguments)
@@ -308,9 +309,8 @@ def search(arguments: list[str]) -> int:
 
     limit_threads(a.threads)
     load = partial(load_checkpoint, trust_remote_code=a.trust_remote_code)
-    found, page = run(
-        checkpoint=a.checkpoint, data=a.data, texts=a.text, images=a.image, top=a.top, out=a.out, load=load
-    )
+    asked = {"texts": a.text, "images": a.image, "top": a.top}
+    found, page = run(checkpoint=a.checkpoint, data=a.data, **asked, out=a.out, batch=a.batch, load=load)
     print(f"{as_text(a.text, a.image, found)}\n{page}")
     return 0
 

@@ -203,6 +203,12 @@ def _put_prompt(module: Any, config: AdapterConfig) -> None:
     decoder = module.get_decoder() if hasattr(module, "get_decoder") else None
     if decoder is None or "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
         raise UserError(f"adapter.module: a prompt needs a transformers language model; {config.module!r} is none")
+    ready = UserError(
+        f"adapter.kind: {type(module).__name__} hands its decoder masks that are made already, without room for a "
+        "prompt; take lora"
+    )
+    if decoder is not module.base_model and hasattr(module, "create_masks_for_generate"):  # Gemma3's kind
+        raise ready
     sizes = decoder.config.get_text_config()
     settings = PromptTuningConfig(
         **_origin(module),
@@ -226,13 +232,16 @@ def _put_prompt(module: Any, config: AdapterConfig) -> None:
         mask, places, past = (kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
         first = past is None or past.get_seq_length() == 0
         if mask is not None:
-            assert mask.ndim == 2, "a prompt needs the plain attention mask [B, T]"
+            if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+                raise ready
             mask = torch.cat([mask.new_ones(len(mask), tokens), mask], 1)
         if places is not None:
             places = places + tokens
         if first:
             prompt = decoder.prompt_encoder(torch.arange(tokens, device=words.device))
             words = torch.cat([prompt.to(words.dtype).expand(len(words), -1, -1), words], 1)
+            if (seen := kwargs.get("visual_pos_masks")) is not None:  # [B, T]: where Qwen3-VL adds to the states
+                kwargs["visual_pos_masks"] = torch.cat([seen.new_zeros(len(seen), tokens), seen], 1)
             if places is not None:
                 own = torch.arange(tokens, device=words.device).expand(*places.shape[:-1], -1)
                 places = torch.cat([own, places], -1)

@@ -190,8 +190,9 @@ class LoaderConfig:
     captions: the caption that curation scored, or at each visit one of the json's `captions`, or one of several text
     members by weight, `{txt: 0.5, recaption.txt: 0.5}` (txt is the scored caption; what a sample lacks is not drawn) ·
     resize_mode: "squash" keeps the whole picture, "shortest" its centre square (null = as the pretrained vision tower
-    saw pictures, squash where there is none) ·
-    decode_size: side that decoded pictures are cached at (crops are cut from it; null = the model's) ·
+    saw pictures, squash where there is none); not of vlm2vec, which sees whole pictures with their aspect ·
+    decode_size: side that decoded pictures are cached at (crops are cut from it; null = the model's); of vlm2vec the
+    longest side of a picture, in training and afterwards (null = its own, which the backbone's processor bounds) ·
     crop_scale: area of the random crop · color_jitter (brightness, contrast, saturation, hue), color_jitter_prob,
     gray_scale_prob: as open_clip names them · cache_decoded: keep decoded pictures in RUN/decoded.*.u8 ·
     neighbours: after every sample one of its nearest pictures, with its own caption (NegCLIP; `gemsmith neighbours`) ·
@@ -362,8 +363,8 @@ class TrainConfig:
             raise UserError("loader.crop_scale: a crop may cut a region off; with kind regions leave it at [1, 1]")
         if self.mmgem is not None:
             self.mmgem.check_stage(self.loader.sources, self.adapter)
-        if self.vlm2vec is not None and self.loader.retain == "auto":
-            raise UserError("loader.retain: auto measures pictures of one size; vlm2vec needs a number")
+        if self.vlm2vec is not None:
+            self.vlm2vec.check_loader(self.loader)
 
     @property
     def family(self) -> str:

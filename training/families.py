@@ -280,8 +280,9 @@ def _flava(config: TrainConfig, tokenizer_folder: Path, captions: Captions, made
 def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Captions, made_of: MadeOf = None) -> Family:
     from PIL import Image
 
+    from training.data.rows import Item, Row
     from training.models.vlm2vec import Vlm2Vec, Vlm2VecConfig, recipe_processor
-    from training.models.vlm_inputs import Inputs, Item, Row, instruct
+    from training.models.vlm_inputs import Inputs, instruct
     from training.tokenizer import save_tokenizer
 
     assert config.vlm2vec is not None
@@ -293,13 +294,13 @@ def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Captions, ma
     processor, settings = recipe_processor(recipe, kept, captions, known)
     if kept is None:
         save_tokenizer(processor, tokenizer_folder)
-    inputs = Inputs(processor, settings, max_tokens=config.loader.max_tokens, negatives=recipe.negatives)
+    limits: dict[str, Any] = {"max_tokens": config.loader.max_tokens, "longest": config.loader.decode_size}
+    inputs = Inputs(processor, settings, negatives=recipe.negatives, **limits)
     model = Vlm2Vec.from_recipe(recipe, settings, config.objective) if known is None else Vlm2Vec(known)
     task = instruct(recipe.instruction, image=True)
-    side, resize_mode = config.loader.decode_size or 224, config.loader.resize_mode or "squash"
 
     def row_of(drawn: Drawn) -> Row | None:
-        """A picture (uint8 [S, S, 3]) with its caption is a query that should find the caption."""
+        """A picture (uint8 [h, w, 3]) with its caption is a query that should find the caption."""
         if drawn.reason:
             return None
         if "row" in drawn.fields:
@@ -315,7 +316,9 @@ def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Captions, ma
     return Family(
         model=model,
         made_of=_settings(model),
-        image=ImageSpec(size=side, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode=resize_mode, raw=True),
+        image=ImageSpec(
+            size=config.loader.decode_size or 0, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode="fit", raw=True
+        ),
         encode_text=lambda texts: inputs.side([Item(text=text) for text in texts], picture=False),
         export=export,
         read_export=lambda folder: Vlm2Vec.from_pretrained(

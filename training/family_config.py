@@ -302,7 +302,7 @@ class Vlm2VecRecipe:
 
     name_or_path: any `AutoModelForImageTextToText` · backbone: or the config (`model_type` and sizes) of one from
     scratch, with a tokenizer trained on the data · processor: where its processor is, if not with the backbone ·
-    processor_settings: passed to `AutoProcessor.from_pretrained` ({max_pixels: 1003520}, ...) ·
+    processor_settings: passed to `AutoProcessor.from_pretrained` ({max_pixels: 1003520}, ...), which must take them ·
     trust_remote_code: run the code that the model's repository brings · embed_dim: width of a projection, null = none ·
     negatives: hard negatives that a row has room for · instruction: of picture-caption pairs.
     """
@@ -322,7 +322,23 @@ class Vlm2VecRecipe:
     def __post_init__(self) -> None:
         if (self.name_or_path is None) == (self.backbone is None):
             raise UserError("vlm2vec: exactly one of `name_or_path` and `backbone` (a config from scratch) is needed")
+        if self.processor_settings and self.name_or_path is None and self.processor is None:
+            raise UserError("vlm2vec.processor_settings: a backbone from scratch has none to change; leave them out")
         if self.negatives < 0:
             raise UserError(f"vlm2vec.negatives: {self.negatives} is below 0; 0 takes none")
         if self.embed_dim is not None and self.embed_dim < 1:
             raise UserError(f"vlm2vec.embed_dim: {self.embed_dim} is below 1; null takes the backbone's width")
+
+    def check_loader(self, loader: Any) -> None:
+        """
+        Raises:
+            UserError: a loader that this family's pictures, which are of any shape, cannot come from.
+        """
+        if loader.retain == "auto":
+            raise UserError("loader.retain: auto measures pictures of one size; vlm2vec needs a number")
+        if loader.resize_mode is not None:
+            raise UserError(
+                f"loader.resize_mode: {loader.resize_mode}: a VLM sees whole pictures with their aspect; leave it out"
+            )
+        if loader.cache_decoded and loader.decode_size is None:
+            raise UserError("loader.cache_decoded: vlm2vec's pictures have no largest size; give loader.decode_size")

@@ -166,11 +166,15 @@ class Vlm2VecProcessor:
 
     FILE = "vlm2vec_processor.json"
 
-    def __init__(self, backbone: Any, config: Any, *, instruction: str, max_tokens: int) -> None:
-        """backbone: the VLM's processor, with which its `generate` is prompted · config: the VLM's."""
+    def __init__(
+        self, backbone: Any, config: Any, *, instruction: str, max_tokens: int, longest: int | None = None
+    ) -> None:
+        """backbone: the VLM's processor, with which its `generate` is prompted · config: the VLM's ·
+        longest: pixels of a picture's longest side, above which it is scaled down; None: it is left as it is."""
         self.backbone, self.tokenizer = backbone, backbone.tokenizer
-        self.instruction, self.max_tokens = instruction, max_tokens
-        self._inputs = Inputs(backbone, config, max_tokens=max_tokens)
+        self._settings = {"instruction": instruction, "max_tokens": max_tokens, "longest": longest}
+        self.instruction = instruction
+        self._inputs = Inputs(backbone, config, max_tokens=max_tokens, longest=longest)
 
     def __call__(self, images: Pictures | None = None, text: Texts | None = None, return_tensors: str = "pt") -> Any:
         """The backbone's inputs, a row each: of a picture asked for its caption, of a text, or of a picture with its
@@ -189,7 +193,7 @@ class Vlm2VecProcessor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.backbone.save_pretrained(str(folder))
-        write_json(Path(folder) / self.FILE, {"instruction": self.instruction, "max_tokens": self.max_tokens})
+        write_json(Path(folder) / self.FILE, self._settings)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, trust_remote_code: bool = False) -> Self:
@@ -215,8 +219,9 @@ def processor_of(config: TrainConfig, family: Family) -> Any:
     """The processor of a run's family."""
     tokens = config.loader.max_tokens
     if config.vlm2vec is not None:
-        settings = family.model.backbone.config
-        return Vlm2VecProcessor(family.tokenizer, settings, instruction=config.vlm2vec.instruction, max_tokens=tokens)
+        settings, longest = family.model.backbone.config, config.loader.decode_size
+        said: dict[str, Any] = {"instruction": config.vlm2vec.instruction, "max_tokens": tokens, "longest": longest}
+        return Vlm2VecProcessor(family.tokenizer, settings, **said)
     spec = family.image
     pictures: dict[str, Any] = {"size": spec.size, "image_mean": spec.mean, "image_std": spec.std}
     pictures |= {"resize_mode": spec.resize_mode, "interpolation": spec.interpolation}

@@ -93,6 +93,30 @@ def test_an_index_is_made_once_and_again_where_the_data_changed(model, pairs_fol
     assert run(other, pairs_folder, texts=TEXTS)[0] != changed and embedded(other) == 3
 
 
+def test_the_batch_bounds_what_the_model_sees_at_once_and_belongs_to_the_index(pairs_folder, tmp_path, capsys):
+    """Every call is a full batch, the query's too; few pictures at a time where a model sees them whole."""
+    picture = tmp_path / "asked.png"
+    picture.write_bytes(image_bytes(7))
+
+    def sizes(model, **settings):
+        found, _ = run(model, pairs_folder, images=[picture], texts=TEXTS, **settings)
+        return found, [number for kind, number in model.calls if kind == "images"]
+
+    usual, seen = sizes(SmallModel())
+    assert seen == [64, 64, 64]
+    small, seen = sizes(SmallModel(), batch=5)
+    assert seen == [5] * (3 + 3 + 1), "12 and 11 pictures, and the query's"
+    assert "made of the same checkpoint in another way (--batch" in capsys.readouterr().out
+    assert sizes(SmallModel(), batch=5) == (small, [5]), "it is up to date"
+    assert [[hit.uid for hit in hits] for hits in small] == [[hit.uid for hit in hits] for hits in usual]
+    assert small[-1][0].uid == "uid-00007" and small[-1][0].score == pytest.approx(1, abs=1e-6)
+    whole = SmallModel()
+    whole.preprocess = {"size": 0, "resize_mode": "fit"}
+    assert sizes(whole)[1] == [4] * 7
+    with pytest.raises(UserError, match="--batch 0: is below 1"):
+        sizes(SmallModel(), batch=0)
+
+
 def test_a_killed_index_goes_on_where_it_stopped(pairs_folder):
     class Killed(SmallModel):
         def embed_images(self, pixels):
@@ -159,6 +183,39 @@ def test_a_folder_of_pictures_with_captions(model, tmp_path, layout):
         (folder / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
     found, _ = run(model, folder, images=[folder / "3.png"], top=5)
     assert found[0][0].caption == "photo 3" and len({hit.uid for hit in found[0]}) == 5
+
+
+def test_a_picture_that_the_model_refuses_is_left_out(tmp_path):
+    """As Qwen's processor refuses what is very long: in a full batch, in the last one, and alone in a shard."""
+
+    class Picky(SmallModel):
+        def images(self, images):
+            if any(max(image.size) > 200 * min(image.size) for image in images):
+                raise ValueError("absolute aspect ratio must be smaller than 200")
+            return super().images(images)
+
+    line = io.BytesIO()
+    Image.new("RGB", (1, 300)).save(line, "PNG")
+    members = [(f"{n:03d}", line.getvalue() if n in (5, 70) else image_bytes(n)) for n in range(72)]
+    found = {}
+    for name, cut in (("d", 70), ("good", 69)):
+        kept = [one for one in members if name == "d" or one[1] != line.getvalue()]
+        for shard, part in enumerate((kept[:cut], kept[cut:])):
+            files = [file for key, raw in part for file in ((f"{key}.png", raw), (f"{key}.txt", b"words"))]
+            write_tar(tmp_path / name / f"{shard}.tar", files)
+        found[name] = run(Picky(), tmp_path / name, texts=TEXTS, top=9)[0]
+    write_tar(tmp_path / "d" / "2.tar", [("9.png", line.getvalue()), ("9.txt", b"words")])
+    run(Picky(), tmp_path / "d", texts=TEXTS)
+    manifest = json.loads((tmp_path / "d.search" / "manifest.json").read_text())
+    assert [shard["left_out"] for shard in manifest["shards"]] == [{"image_broken": 1}] * 3
+    assert manifest["pictures"] == 70 and [shard["rows"] for shard in manifest["shards"]] == [69, 1, 0]
+    for hits, wanted in zip(found["d"], found["good"], strict=True):
+        assert [hit.uid for hit in hits] == [hit.uid for hit in wanted]
+        assert np.allclose([hit.score for hit in hits], [hit.score for hit in wanted], atol=2e-6)
+    (tmp_path / "asked.png").write_bytes(line.getvalue())
+    with pytest.raises(UserError, match=r"--image asked\.png: the model refuses it .*aspect ratio") as refused:
+        run(Picky(), tmp_path / "d", images=[tmp_path / "asked.png"])
+    assert "\n" not in str(refused.value)
 
 
 def test_what_cannot_be_searched_is_one_line(model, pairs_folder, tmp_path):

@@ -23,7 +23,7 @@ FLAGS = {
     "evaluate": "--cache --checkpoint --data --embed-tokens --help --out --tasks --threads --trust-remote-code",
     "heatmap": "--checkpoint --help --image --out --text",
     "watch": "--best --cache --data --help --idle-seconds --out --run --tasks --threads --trust-remote-code",
-    "search": "--checkpoint --data --help --image --out --threads --top --trust-remote-code",
+    "search": "--batch --checkpoint --data --help --image --out --threads --top --trust-remote-code",
     "compare": "--a-checkpoint --b-checkpoint --help",
     "report": "--help",
     "demo": "--help --out --overwrite --seed",

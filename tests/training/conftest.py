@@ -85,10 +85,10 @@ FAMILIES = {
 
 
 def write_shards(
-    folder: Path, sizes: list[int], captions: Any = None, members: Any = None, regions: Any = None
+    folder: Path, sizes: list[int], captions: Any = None, members: Any = None, regions: Any = None, pictures: Any = None
 ) -> Path:
     """Shards of flat-coloured pictures whose captions name their number; `captions`, `members` and `regions` of a
-    number: more."""
+    number: more; `pictures` of one: its own {extension: bytes}."""
     import io
 
     from PIL import Image
@@ -107,7 +107,7 @@ def write_shards(
             if regions is not None:
                 record["regions"] = regions(number)
             files = {
-                "jpg": buffer.getvalue(),
+                **(pictures(number) if pictures else {"jpg": buffer.getvalue()}),
                 "txt": record["caption"].encode(),
                 "json": json.dumps(record).encode(),
                 **({name: text.encode() for name, text in members(number).items()} if members else {}),

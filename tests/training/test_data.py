@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -92,6 +93,26 @@ def test_kept_pictures_are_those_written_whole(tmp_path):
     assert kept.read(6) is None and np.array_equal(kept.read(5), first)
     (tmp_path / "kept").write_bytes(whole[: len(whole) // 7 * 6 - 40] + bytes(30) + whole[len(whole) // 7 * 6 - 10 :])
     assert kept.read(5) is None and np.array_equal(kept.read(6), second)
+
+
+def test_kept_pictures_have_their_own_shape_and_another_layout_is_not_misread(tmp_path):
+    shapes = [(8, 8), (3, 8), (8, 1), (1, 2)]
+    written = [np.random.default_rng(i).integers(0, 256, (*shape, 3), np.uint8) for i, shape in enumerate(shapes)]
+    kept = Decoded(tmp_path / "kept", side=8)
+    for i in reversed(range(len(shapes))):
+        kept.write(i, written[i])
+    assert all(np.array_equal(kept.read(i), pixels) for i, pixels in enumerate(written))
+    kept.write(0, written[1])
+    assert np.array_equal(kept.read(0), written[1]) and kept.read(4) is None
+    data = bytearray((tmp_path / "kept").read_bytes())
+    data[0], data[4] = data[4], data[0]  # as high as wide it would have the same bytes
+    (tmp_path / "kept").write_bytes(data)
+    assert kept.read(0) is None and np.array_equal(kept.read(1), written[1])
+
+    squares = [np.full((8, 8, 3), value, np.uint8).tobytes() for value in (1, 2, 3, 4)]  # the first layout's records
+    (tmp_path / "old").write_bytes(b"".join(p + zlib.crc32(p).to_bytes(4, "little") for p in squares))
+    old = Decoded(tmp_path / "old", side=8)
+    assert [old.read(i) for i in range(4)] == [None] * 4
 
 
 def test_no_room_for_kept_pictures_is_no_broken_picture(shards, tmp_path):

@@ -95,6 +95,35 @@ def test_other_pictures_are_read_by_pillow(image, kind):
     assert difference(images.decode(payload, 32, "squash"), by_pillow(payload, 32, "squash", images.WHOLE)) < 1.5
 
 
+@pytest.mark.parametrize(
+    ("size", "fitted"),
+    [((500, 375), (64, 48)), ((90, 200), (29, 64)), ((64, 40), (64, 40)), ((30, 20), (30, 20)), ((2, 900), (1, 64))],
+)
+@pytest.mark.parametrize(("kind", "settings"), [("PNG", {}), ("JPEG", {"quality": 90})])
+def test_a_picture_that_fits_keeps_its_aspect_and_its_pixels_where_it_is_small(size, fitted, kind, settings):
+    payload = encoded(photograph(*size), kind, **settings)
+    native = Image.open(io.BytesIO(payload)).convert("RGB")
+    found = images.decode(payload, 64, "fit")
+    assert np.array_equal(found, np.asarray(native.resize(fitted, Image.Resampling.BICUBIC)))
+    assert np.array_equal(images.decode(payload, 0, "fit"), np.asarray(native)), "no limit"
+    assert np.array_equal(images.cut(found, 64, "fit", images.WHOLE), found), "done twice it is done once"
+
+
+def test_a_crop_that_fits_is_cut_and_scaled_as_the_whole_is():
+    whole = photograph(80, 40)
+    payload, box, pixels = encoded(whole, "PNG"), (0.25, 0.5, 0.75, 1.0), np.asarray(whole)
+    assert np.array_equal(images.decode(payload, 100, "fit", box), pixels[20:40, 20:60])
+    assert np.array_equal(images.cut(pixels, 100, "fit", box), pixels[20:40, 20:60])
+    assert images.decode(payload, 40, "fit", box).shape == (10, 20, 3)
+    kept = images.cut(images.decode(payload, 40, "fit"), 40, "fit", box)
+    assert difference(images.decode(payload, 40, "fit", box), kept) < 1.5, "also of what was kept decoded"
+
+
+def test_a_bomb_is_not_decoded_to_see_whether_it_fits():
+    with pytest.raises(ValueError, match="decompression_bomb"):
+        images.decode(encoded(Image.new("L", (12_000, 8_000)), "PNG"), 64, "fit")
+
+
 def test_boxes_have_the_area_and_aspect_that_is_asked_for():
     boxes = [images.draw_box(np.random.default_rng(i), 0.3, 0.6) for i in range(2_000)]
     w, h = (np.array([b[i + 2] - b[i] for b in boxes]) for i in (0, 1))

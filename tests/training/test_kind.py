@@ -96,6 +96,32 @@ def test_recipes_that_name_a_folder_of_another_family(folders, tmp_path):
         assert "\n" not in str(refused.value)
 
 
+def test_a_clip_opens_by_its_name_on_the_hub_and_says_what_it_does_not_know(folders, tmp_path):
+    """Out of the hub's own cache, without a network; by AutoModel, too."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--org--clip"
+    shutil.copytree(folders["coca"], cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    hub = {"cache_dir": str(tmp_path), "local_files_only": True}
+    wanted = OpenClip.from_pretrained(folders["coca"]).state_dict()
+    for opening in (OpenClip.from_pretrained, AutoModel.from_pretrained):
+        found = opening("org/clip", **hub)
+        assert isinstance(found, OpenClip) and all(torch.equal(x, wanted[n]) for n, x in found.state_dict().items())
+        for dtype in ({"dtype": torch.bfloat16}, {"torch_dtype": torch.bfloat16}, {"dtype": "bfloat16"}):
+            assert {p.dtype for p in opening(folders["coca"], **dtype).parameters()} == {torch.bfloat16}
+        with pytest.raises(UserError, match=r"^OpenClip\.from_pretrained: device_map is not known here"):
+            opening(folders["coca"], device_map="cpu")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(folders["coca"] / "config.json", tmp_path / "bare")
+    for name in ("org/none", str(tmp_path / "bare"), str(tmp_path / "absent" / "folder")):
+        with pytest.raises(
+            UserError, match=r"^OpenClip\.from_pretrained: .* cannot be read .*; name a CLIP's"
+        ) as refused:
+            OpenClip.from_pretrained(name, **hub)
+        assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("config", [clip_config, coca_config])
 @pytest.mark.parametrize(
     ("section", "typo", "named"),

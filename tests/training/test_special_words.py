@@ -1,12 +1,16 @@
 """Special tokens that a text spells out, in training, grading and by hand: they neither end nor embed it."""
 
+import types
+
 import pytest
 import torch
 
 from curation.errors import UserError
 from tests.training.conftest import flava_config, tiny_config
+from tests.training.vlm import BACKBONES, picture, tiny
 from training.families import build
 from training.models.flava_batch import encode
+from training.models.vlm_inputs import IMAGE, Inputs, Item
 from training.processor import processor_of
 from training.tokenizer import CAP, EMB
 
@@ -63,3 +67,36 @@ def test_texts_that_cannot_be_embedded_are_one_line(mmgem):
         model.get_text_features(ids[:1], attention_mask=torch.tensor([[1, 1, 0]]))
     with pytest.raises(UserError, match=r"^attention_mask: has padding before a text; pad on the right"):
         model.get_text_features(ids[:1], attention_mask=torch.tensor([[0, 1, 1]]))
+
+
+VLM_WORDS = {kind: ["<|image_pad|>", "<|video_pad|>"] for kind in BACKBONES} | {"llava_next": ["<image>"]}
+
+
+@pytest.mark.parametrize("kind", sorted(BACKBONES))
+def test_a_text_brings_a_vlm_neither_picture_nor_film(kind):
+    """Not by halves of the word around another, nor around the mark of a picture's place, either."""
+    model, inputs, processor = tiny(kind)
+    plain, shown = Item(text="a  cube"), Item(text="a  cube", image=picture(1))
+    with torch.no_grad():
+        wanted = model.embed(inputs.side([plain], picture=False))
+        for word in VLM_WORDS[kind]:
+            halves = word[:4], word[4:]
+            for spelled in (word, word.join(halves), word.join(halves).join(halves), word + word, IMAGE.join(halves)):
+                item = Item(text=f"a {spelled} cube")
+                assert inputs.text(item) == "a  cube"
+                assert torch.equal(model.embed(inputs.side([item], picture=False)), wanted)
+                if IMAGE not in spelled:  # where it is, the picture goes between the halves
+                    assert inputs.text(Item(text=item.text, image=shown.image)) == inputs.text(shown)
+            between = Item(text=f"a {IMAGE.join(halves)} cube", image=shown.image)
+            assert model.embed(inputs.side([between, shown])).isfinite().all()
+    processor.audio_token = "<sound>"
+    hearing = Inputs(processor, model.backbone.config, max_tokens=40)
+    assert hearing.text(Item(text="a <sou<sound>nd> cube")) == "a  cube"
+
+
+def test_a_text_brings_phi_3_v_no_other_picture_than_its_own():
+    _, _, processor = tiny("llava_next")
+    inputs = Inputs(processor, types.SimpleNamespace(model_type="phi3_v"), max_tokens=8)
+    spelled = f"a <|image_<|image_22|>3|> b{IMAGE}<|image_2|>"
+    assert inputs.text(Item(text=spelled)) == "a  b"
+    assert inputs.text(Item(text=spelled, image=picture(1))) == f"a  b{IMAGE}"

@@ -1,5 +1,7 @@
 """People who take a model away: the README's lines run, and every family's folder gives what was graded."""
 
+import dataclasses
+import io
 import re
 import shutil
 
@@ -12,11 +14,13 @@ from transformers import CLIPConfig, CLIPModel
 from curation.errors import UserError
 from tests.conftest import ROOT
 from tests.training.bridges import MAPPINGS, bridge_config
-from tests.training.conftest import clip_config, coca_config, flava_config, siglip_config, tiny_config
+from tests.training.conftest import clip_config, coca_config, flava_config, siglip_config, tiny_config, write_shards
 from tests.training.vlm import BACKBONES, RECIPE
 from training.auto import AutoModel, AutoProcessor
+from training.data import Loader, Shards
 from training.export import cast, save
 from training.families import build
+from training.models.vlm_inputs import of_side
 from training.train import parse
 
 COLOURS, SHAPES, TABLES = ("red", "blue", "green"), ("cube", "ball"), ("low", "oak")
@@ -84,14 +88,15 @@ def test_the_readme_s_lines_run(taken, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_folder_embeds_as_the_trained_model_does(kind, taken):
-    """The oracle goes by the ways of training: the family's own text tensors, torchvision's resizing by Pillow."""
-    folder, _, family = taken(kind)
+def test_a_folder_embeds_as_the_trained_model_does(kind, taken, tmp_path):
+    """The oracle goes by the ways of training: the family's own text tensors, torchvision's resizing by Pillow, or a
+    chunk of the loader."""
+    folder, config, family = taken(kind)
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     trained = family.model.eval()
     shown, texts = pictures(), TEXTS[: 2 if family.encode_images else 3]
     if family.encode_images:
-        wanted = trained.get_image_features(**family.encode_images(shown)).pooler_output
+        wanted = trained.embed(of_chunk(shown, config, family, tmp_path / "shards"))
     else:
         pixels = torch.stack([by_hand(picture, family.image) for picture in shown])
         assert torch.allclose(processor(images=shown)["pixel_values"], pixels, atol=1e-6)
@@ -112,6 +117,26 @@ def test_a_folder_embeds_as_the_trained_model_does(kind, taken):
     assert torch.allclose(model.get_text_features(**processor(text=texts)).pooler_output, wanted, atol=2e-6)
     alone = [model.get_text_features(**processor(text=text)).pooler_output for text in texts]
     assert torch.allclose(torch.cat(alone), wanted, atol=2e-5), "a text alone is the text among others"
+
+
+def of_chunk(shown, config, family, folder):
+    """The queries that training makes of these pictures, in their order."""
+
+    def png(number):
+        shown[number].save(buffer := io.BytesIO(), "PNG")
+        return {"png": buffer.getvalue()}
+
+    write_shards(folder, [len(shown)], pictures=png)
+    settings = dataclasses.replace(config.loader, batch=len(shown), chunk=len(shown))
+    ours = {"seed": 0, "rank": 0, "world_size": 1, "extra": family.extra}
+    loader = Loader(Shards(folder), settings, family.image, family.encode_text, **ours)
+    ((chunk,),) = loader.batches(0, 1)
+    assert chunk["valid"].all()
+    query, order = of_side(chunk, "query"), [int(key) for key in loader.ids(0)]
+    starts = np.cumsum([0, *query["image_grid_thw"].prod(1).tolist()])
+    places = [order.index(number) for number in range(len(shown))]
+    patches = [query["pixel_values"][starts[place] : starts[place + 1]] for place in places]
+    return {name: x[places] for name, x in query.items()} | {"pixel_values": torch.cat(patches)}
 
 
 def pooled_by_hand(kind, model, image, text, inputs):

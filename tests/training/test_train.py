@@ -276,7 +276,7 @@ def stopped(finished, shards, tmp_path) -> Path:
     spec = ImageSpec(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
     alone = {"seed": 0, "rank": 0, "world_size": 1, "cache": run / "decoded"}
     list(Loader(Shards(shards), LoaderConfig(batch=10, chunk=10), spec, lambda _: {}, **alone).batches(0, 10))
-    assert (run / "decoded.data.u8").stat().st_size == 100 * (32 * 32 * 3 + 4)
+    assert (run / "decoded.data.u8").stat().st_size == 100 * (12 + 32 * 32 * 3)
     return run
 
 

@@ -128,6 +128,8 @@ def test_rows_train_resume_and_open(kind, mmeb, tmp_path):
         (["--loader.sources.NIGHTS.kind", "texts"], "loader.sources.NIGHTS.kind: vlm2vec trains on pairs and rows"),
         (["--loader.sources.NIGHTS.limit", "0"], "loader.sources.NIGHTS.limit"),
         (["--loader.retain", "auto"], "loader.retain"),
+        (["--loader.resize_mode", "squash"], r"loader\.resize_mode: squash: a VLM sees whole pictures"),
+        (["--loader.decode_size", "null"], r"loader\.cache_decoded: .* give loader\.decode_size"),
     ],
 )
 def test_what_cannot_be_trained_is_one_clear_line(more, named, mmeb, tmp_path):

@@ -10,9 +10,10 @@ from transformers.models.smolvlm import processing_smolvlm as smolvlm_processor
 
 from curation.errors import UserError
 from tests.training.vlm import CAPTIONS, LLAVA, TEXT, assert_alone_as_padded, picture, tiny
-from training.config import ObjectiveConfig
+from training import adapters
+from training.config import AdapterConfig, ObjectiveConfig
 from training.family_config import Vlm2VecRecipe
-from training.models import vlm_inputs
+from training.models import vlm_inputs, vlm_processor
 from training.models.vlm2vec import Vlm2Vec, recipe_processor
 from training.models.vlm_inputs import IMAGE, Inputs, Item, Row, instruct
 from training.tokenizer import train_bpe
@@ -92,7 +93,26 @@ def smolvlm():
     return config, processor
 
 
-FOREIGN = {"gemma3": gemma3, "idefics3": idefics3, "llava": llava, "smolvlm": smolvlm}
+def qwen3_vl():
+    tokenizer = words()
+    tokenizer.add_tokens(vlm_processor.QWEN_TOKENS, special_tokens=True)
+    ids = dict(zip(("vision_start", "vision_end", "image", "video"), vlm_processor.QWEN_TOKENS, strict=True))
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    config = transformers.Qwen3VLConfig(
+        text_config=text_config(tokenizer, head_dim=16, rope_parameters=rope),
+        vision_config={
+            "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4,
+            "out_hidden_size": TEXT["hidden_size"], "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+        },
+        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()},
+    )  # fmt: skip
+    images = transformers.Qwen2VLImageProcessor(
+        patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 64 * 64}
+    )
+    return config, transformers.Qwen3VLProcessor(images, tokenizer, transformers.Qwen3VLVideoProcessor())
+
+
+FOREIGN = {"gemma3": gemma3, "idefics3": idefics3, "llava": llava, "smolvlm": smolvlm, "qwen3_vl": qwen3_vl}
 KINDS = pytest.mark.parametrize("kind", FOREIGN)
 
 
@@ -160,18 +180,49 @@ def test_a_chunk_of_texts_runs_the_vision_tower_and_moves_nothing_in_it(kind, fo
     chunk = inputs.collate([Row(query=Item(text=t), positive=Item(text=t + " x")) for t in ("a", "b", "c")])
     assert "query.pixel_values" in chunk
     model(chunk)["left"].square().sum().backward()
-    seen = [p.grad for n, p in model.named_parameters() if "vision_" in n]
+    seen = [p.grad for n, p in model.named_parameters() if "vision_" in n or ".visual." in n]
     assert any(g is not None for g in seen) and all(g is None or not g.any() for g in seen)
 
 
 @KINDS
 def test_texts_of_mmeb_show_their_picture_by_the_backbones_own_token(kind, folder):
     _, inputs = opened(folder(kind))
-    token = {"gemma3": "<start_of_image>"}.get(kind, "<image>")
+    token = {"gemma3": "<start_of_image>", "qwen3_vl": vlm_inputs.QWEN}.get(kind, "<image>")
     shown = Item(text=f"{IMAGE}\nRepresent the given image.", image=picture(1))
     assert inputs.text(shown) == f"{token}\nRepresent the given image."
     forged = "".join(sorted(inputs.special))
     assert inputs.text(Item(text=f"a {forged} forged", image=picture(1))) == f"{token} a  forged"
+
+
+PROMPT = AdapterConfig(kind="prompt", module="backbone", tokens=3)
+
+
+@pytest.mark.parametrize("kind", sorted(FOREIGN.keys() - {"gemma3"}))
+def test_a_prompt_of_words_is_those_words_before_the_text(kind, folder):
+    """Qwen3-VL's decoder adds to the states where pictures are: there, and not `tokens` before it."""
+    model, inputs = opened(folder(kind), "right")
+    bare, _ = opened(folder(kind), "right")
+    adapters.apply(model, PROMPT)
+    decoder, first = model.backbone.get_decoder(), torch.tensor([7, 30, 11])
+    with torch.no_grad():
+        decoder.prompt_encoder.embedding.weight.copy_(bare.backbone.get_input_embeddings().weight[first])
+        for item in (Item(text="a red cube"), Item(text=instruct("find", "cube", True), image=picture(1))):
+            side = inputs.side([item], picture=False)
+            more = {"input_ids": first, "attention_mask": torch.ones(3, dtype=torch.long)}
+            more["mm_token_type_ids"] = torch.zeros(3, dtype=torch.long)
+            longer = {n: torch.cat([more[n][None], x], 1) if n in more else x for n, x in side.items()}
+            assert (model.embed(side) - bare.embed(longer)).abs().max() < 1e-5
+            assert (model.embed(side) - bare.embed(side)).abs().max() > 1e-3
+    assert_alone_as_padded(model, inputs)
+
+
+def test_a_prompt_has_no_place_in_gemma3_s_masks(folder):
+    model, _ = opened(folder("gemma3"))
+    with pytest.raises(
+        UserError, match=r"^adapter\.kind: Gemma3ForCond\w+ hands its decoder masks .*take lora"
+    ) as error:
+        adapters.apply(model, PROMPT)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

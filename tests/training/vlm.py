@@ -8,7 +8,8 @@ from tests.conftest import ROOT
 from training.config import ObjectiveConfig
 from training.family_config import Vlm2VecRecipe
 from training.models.vlm2vec import Vlm2Vec, recipe_config
-from training.models.vlm_inputs import Inputs, Item, Row, build_processor, build_tokenizer, instruct
+from training.models.vlm_inputs import Inputs, Item, Row, instruct
+from training.models.vlm_processor import build_processor, build_tokenizer
 
 TEXT = {
     "hidden_size": 32,

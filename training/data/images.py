@@ -5,6 +5,9 @@ in the DCT, to what still covers it; Pillow takes over from simplejpeg for
 whatever that refuses (CMYK, PNG, WebP, ...). Never for measuring: the pixels
 differ by a few levels from those of an unscaled decode. Decoders and resizing
 release the GIL.
+
+Models that take pictures of any shape ("fit") are graded with just the tensors
+that they are trained with, so theirs are decoded unscaled, and by what grades.
 """
 
 import io
@@ -18,6 +21,7 @@ import simplejpeg
 from PIL import Image, ImageEnhance
 
 from curation.errors import UserError
+from curation.images import decode as decode_whole
 from curation.images import formats
 
 Box = tuple[float, float, float, float]
@@ -29,7 +33,8 @@ HOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEA
 class ImageSpec:
     """Side of the model's input, its statistics, and how pictures are brought to it.
 
-    resize_mode: "squash" keeps the whole picture, "shortest" its centre square · interpolation: bicubic or bilinear ·
+    resize_mode: "squash" keeps the whole picture, "shortest" its centre square, "fit" the whole with its aspect, whose
+    longest side is `size` at most (0 = any) · interpolation: bicubic or bilinear ·
     patches: those of the ViT · keep: how many of them a training step sees (FLIP, arXiv 2212.00794); 0 = all ·
     grid: (rows, columns) of patches that regions are weights over ·
     raw: the family makes its tensors of pictures and texts itself, by `extra`.
@@ -57,15 +62,20 @@ class ImageSpec:
 
 
 def decode(payload: bytes, side: int, resize_mode: str, box: Box = WHOLE, interpolation: str = "bicubic") -> np.ndarray:
-    """uint8 [side, side, 3]: a box of the picture, resized.
+    """uint8 [side, side, 3]: a box of the picture, resized; or [h, w, 3] as `fit` says.
 
     Args:
-        resize_mode: "squash": the box is of the whole picture; "shortest": of its centre square.
+        resize_mode: "squash", "fit": the box is of the whole picture; "shortest": of its centre square.
         box: (left, top, right, bottom), in parts of that.
 
     Raises:
         Exception: Pillow's decoders raise almost anything.
     """
+    if resize_mode == "fit":
+        whole, _, reason = decode_whole(payload)
+        if whole is None:
+            raise ValueError(reason)
+        return np.asarray(fit(whole.convert("RGB"), side, box, interpolation))
     wide, high = (math.ceil(side / (box[i + 2] - box[i])) for i in (0, 1))
     if resize_mode == "shortest":
         wide = high = max(wide, high)
@@ -92,11 +102,28 @@ def _jpeg(payload: bytes, wide: int, high: int) -> np.ndarray | None:
         return None
 
 
-def cut(pixels: np.ndarray, size: int, box: Box, interpolation: str = "bicubic") -> np.ndarray:
-    """A box of a square picture that is decoded already: uint8 [S, S, 3] -> [size, size, 3]."""
-    side = pixels.shape[0]
-    left, top, right, bottom = (edge * side for edge in box)
-    return _resized(Image.fromarray(pixels), size, (left, top, right, bottom), interpolation)
+def cut(pixels: np.ndarray, size: int, resize_mode: str, box: Box, interpolation: str = "bicubic") -> np.ndarray:
+    """A box of a picture that `decode` gave whole: uint8 [S, S, 3] -> [size, size, 3], or as `fit` says."""
+    image = Image.fromarray(pixels)
+    if resize_mode == "fit":
+        return np.asarray(fit(image, size, box, interpolation))
+    left, top, right, bottom = (edge * pixels.shape[0] for edge in box)
+    return _resized(image, size, (left, top, right, bottom), interpolation)
+
+
+def fit(image: Image.Image, longest: int | None, box: Box = WHOLE, interpolation: str = "bicubic") -> Image.Image:
+    """A box of a picture with its aspect, at the scale at which the whole is at most `longest` pixels long.
+
+    It is never enlarged, and a whole picture that is no longer, or has no limit (None, 0), is left as it is: doing it
+    twice changes nothing. The scale is the whole's, so that things in a crop are as large as grading shows them.
+    """
+    scale = min(1.0, longest / max(image.size)) if longest else 1.0
+    if scale == 1.0 and box == WHOLE:
+        return image
+    left, right = (edge * image.width for edge in box[::2])
+    top, bottom = (edge * image.height for edge in box[1::2])
+    size = (max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale)))
+    return image.resize(size, HOW[interpolation], box=(left, top, right, bottom))
 
 
 def _resized(image: Image.Image, side: int, box: Box, interpolation: str) -> np.ndarray:

@@ -52,7 +52,7 @@ Chunk = dict[str, torch.Tensor]
 class Drawn:
     """A row of a chunk: `draw` = hash64(seed, epoch, uid), from which all that is random in it comes.
 
-    fields: "text" and "pixels" (uint8 [S, S, 3], moved and cropped, not normalised) where its kind has them, "other"
+    fields: "text" and "pixels" (as `Loader._pixels` gives them) where its kind has them, "other"
     (the text of the sample after it in its source, or None) of a mismatched pair; of `rows` what the source gave ·
     reason: why it is a hole, "" where it is none, "padding" for what only fills a rank's part · group: int64, equal
     where rows show the same thing: of the json's (or the row's) "group" where it has one, else of the text
@@ -72,7 +72,7 @@ class Loader:
         sources: or one folder of pairs.
         encode_text: captions -> tensors of a chunk.
         extra: (kind, rows) -> more tensors of a chunk, such as masks; all of them for chunks of `rows`, and of any kind
-            where `image.raw` is set.
+            where `image.raw` is set, "valid" among them: a row whose picture it can make nothing of is not.
         mismatched: (draw) -> whether that row of pairs is given another's text too, as "other".
         cache: where decoded pictures are kept, a file for each source, or None.
 
@@ -267,7 +267,8 @@ class Loader:
     def _pixels(
         self, source: int, i: int, fields: Mapping[str, Any], rng: np.random.Generator
     ) -> tuple[np.ndarray, bool]:
-        """The picture as the model sees it but for normalising, uint8 [S, S, 3], and whether it is flipped."""
+        """The picture as the model sees it but for normalising, uint8 [S, S, 3] ("fit": [h, w, 3]), and whether it is
+        flipped."""
         config, image = self.config, self.image
         low, high = config.crop_scale
         box = images.draw_box(rng, low, high) if low < 1.0 else images.WHOLE
@@ -281,7 +282,7 @@ class Loader:
                 whole = images.decode(payload, self.side, image.resize_mode, interpolation=image.interpolation)
             else:
                 whole = images.decode(payload, image.size, image.resize_mode, box, image.interpolation)
-            pixels = images.cut(whole, image.size, box, image.interpolation) if decoded else whole
+            pixels = images.cut(whole, image.size, image.resize_mode, box, image.interpolation) if decoded else whole
         except Exception:  # Pillow's decoders raise almost anything
             raise Hole("image_broken") from None
         if decoded and kept is None:
@@ -303,8 +304,14 @@ class Loader:
         else:
             out.copy_((planes * self._scale).add_(self._shift))
 
-    def close(self, kind: str, rows: Sequence[Drawn], pixels: torch.Tensor | None) -> Chunk:
-        """The tensors of a chunk whose rows are all read."""
+    def close(self, kind: str, rows: list[Drawn], pixels: torch.Tensor | None) -> Chunk:
+        """The tensors of a chunk whose rows are all read; what the family can make nothing of becomes a hole."""
+        more: Chunk = {}
+        if self.extra is not None:
+            with self._encoding, self.timers("tokenise"):
+                more = self.extra(kind, rows)
+            for i in (~more["valid"]).nonzero().flatten().tolist() if "valid" in more else ():
+                rows[i] = rows[i] if rows[i].reason else Drawn(reason="image_broken")
         chunk: Chunk = {"valid": torch.tensor([not row.reason for row in rows])}
         chunk["groups"] = torch.tensor([row.group for row in rows])
         chunk["draws"] = torch.tensor([row.draw >> 1 for row in rows])
@@ -316,9 +323,7 @@ class Loader:
             chunk["regions"] = torch.from_numpy(np.stack([row.fields.get("region", whole) for row in rows]))
         if pixels is not None and self.image.keep:
             chunk["patches"] = torch.from_numpy(np.stack([self._patches(row.draw) for row in rows]))
-        if self.extra is not None:
-            with self._encoding, self.timers("tokenise"):
-                chunk |= self.extra(kind, rows)
+        chunk |= more
         if self.pinned:
             chunk = {name: tensor.pin_memory() for name, tensor in chunk.items()}
         return chunk if pixels is None else {"pixel_values": pixels, **chunk}
@@ -367,8 +372,9 @@ class _Making:
                 self.left -= stop - start
                 last = self.left == 0
             if last:
+                chunk = loader.close(self.kind, self.rows, self.pixels)
                 holes = Counter(row.reason for row in self.rows if row.reason in REASONS)
-                self.done.set_result((loader.close(self.kind, self.rows, self.pixels), holes))
+                self.done.set_result((chunk, holes))
         except BaseException as error:  # handed to the training thread, which raises it
             with self.lock:
                 if not self.done.done():

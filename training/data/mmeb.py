@@ -27,8 +27,8 @@ from PIL import Image
 
 from curation.errors import UserError, one_line
 from curation.images import formats
+from training.data.rows import Item, Row
 from training.data.shards import Hole
-from training.models.vlm_inputs import Item, Row
 
 SIDES = ("qry", "pos", "neg")
 SPLIT = "original"

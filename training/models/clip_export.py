@@ -13,14 +13,19 @@ import torch
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.generic import can_return_tuple
 
+from curation.errors import UserError, one_line
 from training.config import ObjectiveConfig
 from training.family_config import ClipRecipe
 from training.models.clip import Clip, export, read_export
-from training.models.kind import check_kind
+from training.models.kind import OF_HUB, check_kind
 
-OPEN_CLIP = "open_clip_config.json"
+OPEN_CLIP, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+FIELD = "OpenClip.from_pretrained"
+PASSED = ("adapter_kwargs", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors")
+"""What `AutoModel` hands on, and what changes nothing here."""
 
 
 class OpenClipConfig(PretrainedConfig):
@@ -59,15 +64,24 @@ class OpenClip(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **settings: Any) -> Self:
-        """Of a local folder; of transformers' settings, `config` and `dtype` alone are known.
+        """Of a local folder, or by name from the hub; of transformers' other settings, `config` and `dtype` are known.
 
         Raises:
-            UserError: the folder holds another family's model.
+            UserError: nothing there, another family's model, or another setting.
         """
-        folder, dtype = Path(pretrained_model_name_or_path), settings.get("dtype")
-        check_kind(folder, OpenClipConfig.model_type, "OpenClip.from_pretrained")
-        model = cls(settings.get("config") or OpenClipConfig.from_pretrained(folder))
-        model.clip.load_state_dict(read_export(model.clip, folder))
+        name, hub = pretrained_model_name_or_path, {key: settings.pop(key) for key in OF_HUB if key in settings}
+        config, old = settings.pop("config", None), settings.pop("torch_dtype", None)
+        dtype = settings.pop("dtype", old)
+        if unknown := sorted(key for key in settings if key not in PASSED and not key.startswith("_")):
+            raise UserError(
+                f"{FIELD}: {unknown[0]} is not known here; leave it out, and do it to the model by `.to(...)`"
+            )
+        folder = Path(name) if Path(name).is_dir() else _fetched(name, CONFIG_NAME, hub).parent
+        check_kind(folder, OpenClipConfig.model_type, FIELD)
+        weights = _fetched(name, WEIGHTS, hub)
+        model = cls(config or OpenClipConfig.from_pretrained(folder))
+        model.clip.load_state_dict(read_export(model.clip, weights.parent))
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         return model.eval() if dtype in (None, "auto") else model.to(dtype).eval()
 
     def save_pretrained(self, save_directory: Any, *_: Any, **__: Any) -> None:
@@ -94,6 +108,14 @@ class OpenClip(PreTrainedModel):
         return _features(towers.encode_text, input_ids, tower.ln_final if normed else tower.transformer)
 
 
+def _fetched(name: Any, file: str, hub: dict[str, Any]) -> Path:
+    """A file of a folder, or of a repository on the hub."""
+    try:
+        return Path(cached_file(str(name), file, **hub) or "")
+    except OSError as error:
+        raise UserError(f"{FIELD}: {name} cannot be read ({one_line(error, 200)}); name a CLIP's export") from None
+
+
 def _features(encode: Any, inputs: torch.Tensor, last: torch.nn.Module | None) -> BaseModelOutputWithPooling:
     """Unit embeddings by a tower of open_clip's, which keeps its states to itself, and what `last` in it gave."""
     seen: list[Any] = []
@@ -112,5 +134,5 @@ def describe(folder: Path) -> None:
     from safetensors import safe_open
 
     known = json.loads((folder / OPEN_CLIP).read_text())
-    with safe_open(folder / "open_clip_model.safetensors", framework="pt") as file:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
         OpenClipConfig(**known, siglip="logit_bias" in file.keys()).save_pretrained(folder)  # noqa: SIM118

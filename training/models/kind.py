@@ -18,6 +18,9 @@ from curation.errors import UserError, one_line
 from curation.preprocess import HUB, LOCAL, check_activation
 from training.partitioned import lasting_sources
 
+OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""What transformers' `from_pretrained` knows of where something comes from."""
+
 
 def check_whole(folder: Path, field: str) -> None:
     """

@@ -9,6 +9,7 @@ The head over the vocabulary takes no part in an embedding: it is never run,
 and frozen unless it shares its weights with the input embeddings.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,7 +34,8 @@ from training.config import ObjectiveConfig
 from training.family_config import Vlm2VecRecipe
 from training.models.kind import check_kind, opened
 from training.models.scalars import add_scalars, read_scalars
-from training.models.vlm_inputs import build_processor, build_tokenizer, of_side
+from training.models.vlm_inputs import of_side
+from training.models.vlm_processor import build_processor, build_tokenizer, check_settings
 
 
 class Vlm2VecConfig(PretrainedConfig):
@@ -274,7 +276,7 @@ def recipe_processor(
         known: the config of the whole model, where it was made before.
 
     Raises:
-        UserError: see `recipe_config`; or no processor there.
+        UserError: see `recipe_config`; or no processor there, or one that does not take the recipe's settings.
     """
     where = str(kept) if kept else recipe.processor or recipe.name_or_path
     if where is None:
@@ -287,11 +289,11 @@ def recipe_processor(
         # Before the processor: a model whose code is not trusted is refused as that.
         settings = backbone_config(known) if known else recipe_config(recipe) if recipe.name_or_path else None
         try:
-            processor = AutoProcessor.from_pretrained(
-                where, trust_remote_code=recipe.trust_remote_code, **recipe.processor_settings
-            )
+            asked = copy.deepcopy(recipe.processor_settings)  # transformers writes into them
+            processor = AutoProcessor.from_pretrained(where, trust_remote_code=recipe.trust_remote_code, **asked)
         except (OSError, ValueError) as error:
             raise UserError(f"vlm2vec.processor: {where} cannot be read ({one_line(error, 200)})") from None
+        check_settings(processor, recipe.processor_settings)
         settings = settings or recipe_config(recipe, processor.tokenizer)
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is not None:  # transformers writes down what it was made with alone

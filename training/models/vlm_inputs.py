@@ -9,10 +9,14 @@ Each side of a chunk shows at least one picture: where no row does, a blank row
 is added whose embedding nobody reads. Otherwise one rank would run the vision
 tower and another would not, and ZeRO-3 would wait for ever. Its gradient is
 exactly zero.
+
+Pictures go in whole and with their aspect, at most `longest` pixels long where
+the recipe says so. That is done here, to every picture that comes, so that a
+model is trained, graded, searched and taken away with one and the same tensors.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +24,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from curation.errors import UserError, one_line
-
-IMAGE = "<|image_1|>"
-"""Where a text shows its picture, as MMEB-train writes it (TIGER-Lab/MMEB-train)."""
+from training.data.images import fit
+from training.data.rows import IMAGE, Item, Row
 
 QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
 PLACES = {"qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "phi3_v": IMAGE}
@@ -30,6 +33,8 @@ PLACES = {"qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "phi3_v": IMAG
 
 ALONE = ("phi3_v",)
 """Processors that read one text at a time, and mark a picture by ids below 0 instead of a token of its own."""
+SENSES = ("image", "video", "audio")
+"""What a processor may have tokens for."""
 OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 REFUSED = {"paligemma": "it reads no text without a picture, so targets that are texts have no embedding"}
@@ -37,23 +42,6 @@ REFUSED = {"paligemma": "it reads no text without a picture, so targets that are
 
 
 BLANK = Image.new("RGB", (32, 32))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """One side: a text, a picture, or both."""
-
-    text: str = ""
-    image: Image.Image | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A query and what it should find: the positive, then hard negatives."""
-
-    query: Item
-    positive: Item
-    negatives: Sequence[Item] = field(default_factory=tuple)
 
 
 def instruct(task: str, query: str = "", image: bool = False) -> str:
@@ -64,11 +52,14 @@ def instruct(task: str, query: str = "", image: bool = False) -> str:
 class Inputs:
     """The tensors of rows, through the backbone's own processor."""
 
-    def __init__(self, processor: Any, config: Any, *, max_tokens: int, negatives: int = 0) -> None:
+    def __init__(
+        self, processor: Any, config: Any, *, max_tokens: int, negatives: int = 0, longest: int | None = None
+    ) -> None:
         """
         Args:
             processor: `AutoProcessor` of the backbone · config: the backbone's.
             max_tokens: of a text, without its picture's · negatives: hard negatives that each row has room for.
+            longest: pixels of a picture's longest side, above which it is scaled down; None: it is left as it is.
 
         Raises:
             UserError: a backbone that cannot be one, without pad or image token, or whose processor has another or
@@ -82,10 +73,11 @@ class Inputs:
         if tokenizer.pad_token_id is None:
             raise UserError("vlm2vec: the backbone's tokenizer has no pad token; set `pad_token` in its folder")
         self.processor, self.tokenizer, self.max_tokens, self.negatives = processor, tokenizer, max_tokens, negatives
+        self.longest = longest
         self.alone = config.model_type in ALONE
-        self.special: set[str] = set()
         if self.alone:
             self.place = PLACES[config.model_type]
+            self._forbid(r"<\|image_(?!1\|>)\d+\|>")
             return
         token = getattr(processor, "image_token", None)
         if token is None or tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
@@ -98,7 +90,11 @@ class Inputs:
                 "take the two from one folder"
             )
         self.place = PLACES.get(config.model_type, token)
-        self.special = {token, tokenizer.convert_ids_to_tokens(wanted)}
+        ids = [i for sense in SENSES for i in getattr(processor, f"{sense}_token_ids", ())]
+        named = [getattr(processor, f"{sense}_token", None) for sense in SENSES]
+        named += [tokenizer.convert_ids_to_tokens(i) for i in {wanted, *ids} - {None, tokenizer.unk_token_id}]
+        self.special = {word for word in named if word}
+        self._forbid("|".join(re.escape(word) for word in sorted(self.special)))
         try:  # here, and not in a loader's thread; Mllama's reads no text beside pictures
             self.side([Item(text="a"), Item(image=BLANK), Item(image=BLANK)])
         except Exception as error:  # processors raise almost anything
@@ -107,16 +103,18 @@ class Inputs:
                 "take another backbone"
             ) from None
 
+    def _forbid(self, words: str) -> None:
+        """words: a pattern of what no text may bring by itself, since it stands for a picture, a film or a sound."""
+        self._forged, self._marked = re.compile(words), re.compile(f"{words}|{re.escape(IMAGE)}")
+
     def text(self, item: Item) -> str:
         """The text as the processor wants it: cut to `max_tokens`, and with one image token just where a picture is."""
-        plain = item.text
-        for token in self.special:
-            plain = plain.replace(token, "")
-        before, mark, after = plain.partition(IMAGE)
-        before, left = self._cut(before, self.max_tokens)
-        after, _ = self._cut(after.replace(IMAGE, ""), left)
+        before, mark, after = _without(self._forged, item.text).partition(IMAGE)
         if item.image is None:
-            return (before + after).strip() or "."  # a side without a token has no last one
+            plain, _ = self._cut(_without(self._marked, before + after), self.max_tokens)
+            return plain.strip() or "."  # a side without a token has no last one
+        before, left = self._cut(before, self.max_tokens)
+        after, _ = self._cut(_without(self._marked, after), left)
         return f"{before}{self.place}{after}" if mark else f"{self.place} {before}".rstrip()
 
     def _cut(self, text: str, budget: int) -> tuple[str, int]:
@@ -136,7 +134,8 @@ class Inputs:
         items = list(items)
         if picture and all(item.image is None for item in items):
             items.append(Item(image=BLANK))
-        rows = [[] if item.image is None else [item.image.convert("RGB")] for item in items]
+        # RGB first, as training decodes: a palette could not be scaled smoothly.
+        rows = [[] if item.image is None else [fit(item.image.convert("RGB"), self.longest)] for item in items]
         if self.alone:
             return self._one_by_one([self.text(item) for item in items], rows)
         found = self.processor(
@@ -162,12 +161,32 @@ class Inputs:
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def collate(self, rows: Sequence[Row | None]) -> dict[str, torch.Tensor]:
-        """A chunk; None is a hole without weight.
+        """A chunk; None is a hole without weight, and so becomes a row with a picture that the processor refuses alone.
 
         Returns:
             valid bool [c] · right_valid bool [c, m], m = 1 + negatives · query.* · target.*: tensors of `side`, the
             targets that there are, flat · target.rows int64 [n]: the place of each in [c * m].
         """
+        try:
+            return self._collated(rows)
+        except Exception:  # processors raise almost anything: Qwen's, of pictures 200 times as long as wide
+            whole = [row if row and self._seen(row) else None for row in rows]
+            if whole == list(rows):
+                raise
+            return self._collated(whole)
+
+    def _seen(self, row: Row) -> bool:
+        """Whether the processor takes each picture of the row alone."""
+        for item in (row.query, row.positive, *row.negatives[: self.negatives]):
+            try:
+                self.side([Item(image=item.image)], picture=False)
+            except MemoryError:  # of the machine, not of the picture
+                raise
+            except Exception:
+                return False
+        return True
+
+    def _collated(self, rows: Sequence[Row | None]) -> dict[str, torch.Tensor]:
         width = 1 + self.negatives
         queries, targets, places = [], [], []
         right_valid = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -186,67 +205,16 @@ class Inputs:
         }
 
 
+def _without(words: re.Pattern[str], text: str) -> str:
+    """Anew until nothing changes: what is taken out of a word may leave another."""
+    while (left := words.sub("", text)) != text:
+        text = left
+    return text
+
+
 def of_side(chunk: Mapping[str, torch.Tensor], side: str) -> dict[str, torch.Tensor]:
     """The backbone's arguments of one side of a chunk."""
     start = f"{side}."
     return {
         name.removeprefix(start): x for name, x in chunk.items() if name.startswith(start) and name != "target.rows"
     }
-
-
-def build_processor(config: Any, tokenizer: Any) -> Any:
-    """A processor for a backbone from scratch, of the sizes in its config.
-
-    Raises:
-        UserError: a kind of backbone whose processor is not known here.
-    """
-    import transformers
-
-    vision = config.vision_config
-    if config.model_type in ("qwen2_vl", "qwen2_5_vl"):
-        side = vision.patch_size * vision.spatial_merge_size
-        images: Any = transformers.Qwen2VLImageProcessor(
-            patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            size={"shortest_edge": side * side, "longest_edge": 64 * side * side},
-        )
-        plain = config.model_type == "qwen2_vl"
-        kind: Any = transformers.Qwen2VLProcessor if plain else transformers.Qwen2_5_VLProcessor
-        return kind(images, tokenizer, transformers.Qwen2VLVideoProcessor())
-    if config.model_type == "llava_next":
-        tile = {"height": vision.image_size, "width": vision.image_size}
-        images = transformers.LlavaNextImageProcessor(
-            size={"shortest_edge": vision.image_size},
-            crop_size=tile,
-            image_grid_pinpoints=config.image_grid_pinpoints,
-        )
-        return transformers.LlavaNextProcessor(
-            images,
-            tokenizer,
-            patch_size=vision.patch_size,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            num_additional_image_tokens=1,
-        )
-    raise UserError(
-        f"vlm2vec.backbone: no processor for {config.model_type!r} is built here; name one by vlm2vec.processor"
-    )
-
-
-QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-SPECIAL = {
-    "qwen2_vl": QWEN_TOKENS,
-    "qwen2_5_vl": QWEN_TOKENS,
-    "llava_next": ["<image>"],
-}
-"""Tokens that a tokenizer trained here adds for a backbone from scratch."""
-
-
-def build_tokenizer(captions: list[str], vocab_size: int, model_type: str) -> Any:
-    """The byte-level BPE of `training.tokenizer`, with the backbone's image tokens."""
-    from training.tokenizer import train_bpe
-
-    tokenizer = train_bpe(captions, vocab_size)
-    tokenizer.add_tokens(SPECIAL.get(model_type, []), special_tokens=True)
-    tokenizer.padding_side = "left"
-    return tokenizer
