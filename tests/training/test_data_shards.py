@@ -1,6 +1,7 @@
 """Shards from afar: fetched when needed, once a host, evicted; gone, lying or damaged ones; the error budget."""
 
 import dataclasses
+import hashlib
 import json
 import threading
 
@@ -219,6 +220,27 @@ def test_holes_are_counted_by_reason(tmp_path):
         "json_broken": 2,
     }
     assert sum(int(c["valid"].sum()) for c in chunks) == 1
+
+
+def test_half_a_surrogate_pair_in_the_json_ends_no_run(tmp_path):
+    """json may hold one and UTF-8 may not: it is hashed as what it is, others as ever."""
+    half, folder = "\ud83d", write_shards(tmp_path / "data", [8])
+    (tar_file,) = folder.glob("*.tar")
+    raw = bytearray(tar_file.read_bytes())
+    for member in tar.members(bytes(raw)):
+        number, _, extension = member.name.partition(".")
+        if extension == "json" and int(number) < 4:
+            changed = {"uid": half + number} if int(number) < 2 else {"uid": number, "group": half}
+            raw[member.offset : member.offset + member.size] = json.dumps(changed).encode().ljust(member.size)
+    tar_file.write_bytes(raw)
+    it = loader(Shards(folder))
+    (chunks,) = it.batches(0, 1)
+    assert it.holes == {} and all(c["valid"].all() for c in chunks)
+    assert len({int(d) for c in chunks for d in c["draws"]}) == 8, "each its own draw"
+    groups = {int(n): int(g) for c in chunks for n, g in zip(c["input_ids"], c["groups"])}
+    assert groups[2] == groups[3] and len(set(groups.values())) == 7
+    digest = hashlib.blake2b("0\x00a\x00é".encode(), digest_size=8).digest()
+    assert hash64(0, "a", "é") == int.from_bytes(digest, "little")
 
 
 def test_the_uid_decides_what_is_drawn_and_the_key_only_without_one(tmp_path):
