@@ -37,15 +37,12 @@ from curation.hashing import config_hash
 from curation.manifest import read_manifest, write_manifest
 from training import zero
 from training.distributed import World
-from training.family_config import LOSSES
 from training.optim import MOMENTS, Sharded
 from training.zero import Stretch
 
 WEIGHTS = "weights"
 APPEARS_S = 60.0
 """Until a network's file system shows a host what another has written (NFS: `acdirmax`)."""
-GOES_ON = ("retain", "health", "budget", "holes")
-"""What the loop adds to a manifest and a resumed run goes on from; checkpoints saved before it did lack some."""
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -250,44 +247,6 @@ def check(folder: Path) -> dict[str, Any]:
 def latest(run: Path) -> Path | None:
     found = complete(run)
     return found[-1] if found else None
-
-
-def check_resumable(folder: Path, recipe: dict[str, Any]) -> None:
-    """
-    Args:
-        recipe: of the run that would go on from it.
-
-    Raises:
-        UserError: it is cut short, of another model, or saved by a gemsmith that kept less.
-    """
-    try:
-        manifest = check(folder)
-    except UserError as error:
-        raise UserError(f"{error}: delete that folder and the run resumes from the one before") from None
-    if lacking := [name for name in GOES_ON if name not in manifest]:
-        raise UserError(
-            f"--out {folder}: its manifest.json has no {' and no '.join(lacking)}, so an older gemsmith saved it; "
-            "resume with that one, or `gemsmith export` it and begin anew with --overwrite"
-        )
-    theirs = manifest["config"]
-    ours = json.loads(json.dumps(recipe, default=str))
-    for section in (*LOSSES, "adapter"):
-        if ours[section] != theirs[section]:
-            name = next(_differing(section, ours[section], theirs[section]))
-            raise UserError(
-                f"--out {folder}: is a checkpoint of another model, whose recipe has another {name}; "
-                "delete that folder, or resume with the recipe that it was trained with"
-            )
-
-
-def _differing(name: str, ours: Any, theirs: Any) -> Iterator[str]:
-    """Dotted names of what differs."""
-    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
-        yield name
-        return
-    for key in sorted({*ours, *theirs}):
-        if ours.get(key) != theirs.get(key):
-            yield from _differing(f"{name}.{key}", ours.get(key), theirs.get(key))
 
 
 @dataclass(frozen=True, slots=True)

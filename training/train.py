@@ -17,7 +17,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 
 from curation.errors import UserError, exit_code, full_disk_named, one_line
 from curation.manifest import claim, read_manifest
-from training import begin, checkpoint
+from training import begin, checkpoint, resumption
 from training.config import TrainConfig, as_dict, make_parser
 from training.data import Mixture, fingerprint, named, open_sources
 from training.deepspeed_config import computing, deepspeed_config
@@ -65,7 +65,7 @@ def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size:
         print(f"{run} is already complete: {done['steps']} steps, {done['samples']} samples")
         return False
     if (last := checkpoint.latest(run)) is not None:
-        checkpoint.check_resumable(last, as_dict(config))
+        resumption.check_resumable(last, as_dict(config))
     return True
 
 

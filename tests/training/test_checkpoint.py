@@ -16,7 +16,7 @@ from curation.errors import UserError, full_disk_named
 from tests.conftest import ROOT
 from tests.training.conftest import largest_file, tiny_config
 from tests.training.rank_zero import Toy, optim
-from training import checkpoint, zero
+from training import checkpoint, resumption, zero
 from training.config import as_dict
 from training.data import named
 from training.distributed import World
@@ -142,11 +142,11 @@ def test_a_checkpoint_that_an_older_gemsmith_saved_is_named(trained, tmp_path):
     recipe, past = as_dict(tiny_config()), {"retain": 8, "health": {}, "budget": [], "holes": {}}
     saver = checkpoint.Saver(tmp_path, keep_last=2)
     saver.save(*trained, 1, {"config": recipe, **past})
-    checkpoint.check_resumable(checkpoint.latest(tmp_path), recipe)
+    resumption.check_resumable(checkpoint.latest(tmp_path), recipe)
     del past["budget"], past["holes"]
     saver.save(*trained, 2, {"config": recipe, **past})
     with pytest.raises(UserError, match=r"step_00000002: .* has no budget and no holes, .* resume with that one, or"):
-        checkpoint.check_resumable(checkpoint.latest(tmp_path), recipe)
+        resumption.check_resumable(checkpoint.latest(tmp_path), recipe)
 
 
 def test_a_file_that_is_no_checkpoint_is_named(trained, tmp_path):
