@@ -16,13 +16,11 @@ of the step, so nothing else has to be kept. Without a device, `consolidated`
 puts the whole weights together.
 """
 
-import hashlib
 import json
 import math
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +28,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from curation.errors import UserError
 from curation.hashing import config_hash
 from curation.manifest import read_manifest, write_manifest
-from training import zero
+from training import rank_files, zero
 from training.distributed import World
 from training.optim import MOMENTS, Sharded
+from training.rank_files import WEIGHTS
 from training.zero import Stretch
 
-WEIGHTS = "weights"
 APPEARS_S = 60.0
 """Until a network's file system shows a host what another has written (NFS: `acdirmax`)."""
 
@@ -52,10 +49,6 @@ def step_folder(run: Path, step: int) -> Path:
 def complete(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted(m.parent for m in (run / "checkpoints").glob("step_*/manifest.json"))
-
-
-def rank_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank_{rank:05d}.safetensors"
 
 
 class Saver:
@@ -83,22 +76,17 @@ class Saver:
         if world.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # the remains of a save that was cut short
         world.barrier()
-        tensors, table = _collect(engine, optimizer)
-        facts = {"step": step, "world_size": world.size, **facts, "shapes": zero.shapes(engine), **_names(engine)}
+        tensors, table = rank_files.collect(engine, optimizer)
+        facts = {"step": step, "world_size": world.size, **facts, "shapes": zero.shapes(engine)}
+        facts["shared"] = rank_files.shared_names(engine)
 
         def write() -> None:
-            file = rank_file(folder, world.rank)
-            part = file.with_suffix(".part")
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                header = {"stretches": table, "weights": _weights_hash(tensors)}
-                save_file(tensors, part, metadata={"table": json.dumps(header)})  # of two keys the order is drawn
-                part.rename(file)
+                rank_files.write(rank_files.path(folder, world.rank), tensors, table)
                 if world.rank == 0 and self.background:
                     self._close(folder, facts)
-            except (OSError, SafetensorError) as error:  # a full disk comes as either
+            except (OSError, SafetensorError) as error:
                 self._failure = error
-                part.unlink(missing_ok=True)
 
         if self.background:
             self._writing = threading.Thread(target=write, name="checkpoint")
@@ -141,23 +129,21 @@ class Saver:
             )
 
     def _close(self, folder: Path, facts: dict[str, Any]) -> None:
-        """The manifest, once the files of all ranks are seen; older checkpoints go.
+        """The manifest, once the files of all ranks are seen; older checkpoints go once it is on the disk.
 
         Raises:
             OSError: one is written, and not seen here.
         """
-        files = [rank_file(folder, rank) for rank in range(facts["world_size"])]
+        files = [rank_files.path(folder, rank) for rank in range(facts["world_size"])]
         while missing := [file for file in files if not file.exists()]:
             if time.monotonic() > self._written + APPEARS_S:
                 raise OSError(f"{missing[0].name} was written, and is not seen on rank 0's host")
             time.sleep(0.1)
         sizes = {f.name: f.stat().st_size for f in files}
-        hashes = []
-        for file in files:
-            with safe_open(file, "pt") as opened:
-                hashes.append(json.loads(opened.metadata()["table"])["weights"])
-        named = config_hash([hashes, facts["shapes"]])
+        named = config_hash([[rank_files.header(file)["weights"] for file in files], facts["shapes"]])
         write_manifest(folder / "manifest.json", {"weights_hash": named, "files": sizes, **facts})
+        for place in (folder, folder.parent, self.run):  # each holds the name of the one before it
+            rank_files.to_disk(place)
         self._drop()
 
     def _drop(self) -> None:
@@ -171,56 +157,10 @@ class Saver:
             shutil.rmtree(remains, ignore_errors=True)
 
 
-def _weights_hash(tensors: dict[str, torch.Tensor]) -> str:
-    """16 hex digits that name a rank's weights and buffers. Every rank makes its own, so that none reads another's."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in tensors.items():
-        if name.startswith((WEIGHTS, "buffer.")):
-            digest.update(f"{name} ".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def best(run: Path) -> str | None:
     """The folder name of the checkpoint that `gemsmith watch --best` found best so far: it is never dropped."""
     record = read_manifest(run / "best.json")
     return record["checkpoint"] if record else None
-
-
-def _collect(engine: Any, optimizer: Sharded) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Copies of this rank's tensors in host memory, and the table that names their stretches."""
-    tensors: dict[str, torch.Tensor] = {}
-    table: dict[str, list[Any]] = {}
-    for number, state in enumerate(optimizer.states.values()):
-        held = state.shard.stretches if state.shard.split or World.current().rank == 0 else []
-        if not held:
-            continue
-        flat = state.shard.flat.detach().view(-1)
-        for kind, whole in ((WEIGHTS, flat), *state.moments.items()):
-            tensors[f"{kind}.{number}"] = torch.cat([whole[s.start : s.start + s.size] for s in held]).cpu()
-        table[str(number)] = [[s.name, s.offset, s.size, taken] for s, taken in zip(held, state.steps)]
-    for number, (stretch, values) in enumerate(zero.frozen(engine).items()):
-        tensors[f"{WEIGHTS}.frozen{number}"] = optimizer.frozen.get(stretch, values).clone().cpu()
-        table[f"frozen{number}"] = [[stretch.name, stretch.offset, stretch.size, 0]]
-    if World.current().rank == 0:
-        for name, value in _persistent_buffers(engine.module):
-            tensors[f"buffer.{name}"] = value.detach().clone().cpu()
-    return tensors, table
-
-
-def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for prefix, part in module.named_modules():
-        for name, value in part.named_buffers(recurse=False):
-            if name not in part._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, value
-
-
-def _names(engine: Any) -> dict[str, Any]:
-    """Other names of what is shared: an LLM's head is often its embedding, VeRA's matrices are all layers'."""
-    module = engine.module
-    first = {id(x): name for name, x in (*module.named_parameters(), *_persistent_buffers(module))}
-    every = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return {"shared": {name: first[id(x)] for name, x in every if first.get(id(x), name) != name}}
 
 
 def check(folder: Path) -> dict[str, Any]:
