@@ -16,6 +16,7 @@ pictures are read when the row is drawn, in the loader's threads. A row that
 names a picture which is not there, or broken, is a hole.
 """
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -26,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from curation.errors import UserError, one_line
+from training.bottleneck import apart
 from training.data.shards import Hole
 from training.models.vlm_inputs import Item, Row
 
@@ -129,7 +131,8 @@ class Subset:
 
     def _picture(self, path: str) -> Image.Image:
         try:
-            with Image.open(self.images / path) as opened:
+            payload = (self.images / path).read_bytes()
+            with apart("decode"), Image.open(io.BytesIO(payload)) as opened:
                 return opened.convert("RGB")
         except FileNotFoundError:
             raise Hole("image_missing") from None
