@@ -23,7 +23,7 @@ from curation.hashing import config_hash, hash64
 from curation.manifest import write_manifest
 from training import adapters, checkpoint, resumption, retention, zero
 from training.config import TrainConfig, as_dict
-from training.data import REASONS, Budget, Loader, Shards, Source, every_caption, open_sources
+from training.data import COUNTS, REASONS, Budget, Loader, Shards, Source, every_caption, open_sources
 from training.deepspeed_config import deepspeed_config, reduces_once
 from training.distributed import World
 from training.families import Family, build
@@ -227,7 +227,7 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
         stop = True
 
     signal.signal(signal.SIGTERM, ask_to_stop)
-    trainer = make_trainer(config, open_sources(config.loader, data), run)
+    trainer = make_trainer(config, open_sources(config.loader, data, run / COUNTS), run)
     budget = Budget(config.loader.max_error_rate, config.loader.error_window)
     world, recipe = trainer.world, as_dict(config)
     step, last = 0, trainer.last

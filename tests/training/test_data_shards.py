@@ -16,7 +16,7 @@ from curation.errors import UserError
 from curation.hashing import hash64
 from tests.training.conftest import write_shards
 from training.config import LoaderConfig
-from training.data import Budget, ImageSpec, Loader, Shards, open_sources
+from training.data import Budget, ImageSpec, Loader, Shards, keep_counts, open_sources
 from training.data.cache import ShardCache
 
 SPEC = ImageSpec(size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -179,6 +179,26 @@ def test_sizes_that_lie_are_one_clear_line(tmp_path, sizes, said):
     with pytest.raises(UserError, match=said) as raised:
         list(loader(Shards(folder)).batches(0, 2))
     assert str(folder / "sizes.json") in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_shards_that_do_not_say_their_size_are_counted_once(tmp_path, monkeypatch):
+    folder, counts, read = write_shards(tmp_path / "data", SIZES), tmp_path / "run" / "counts", []
+    data, samples = {"data": str(folder)}, tar.samples
+    monkeypatch.setattr(tar, "samples", lambda bytes_: read.append(1) or samples(bytes_))
+    sources = open_sources(LoaderConfig(), data, counts)
+    assert len(read) == 8 and sources[0].samples.sizes.tolist() == SIZES
+    keep_counts(sources, counts)
+    before = counts.stat().st_mtime_ns
+    again = open_sources(LoaderConfig(), data, counts)
+    assert len(read) == 8 and again[0].samples.sizes.tolist() == SIZES
+    assert numbers(loader(again).batches(0, 5)) == numbers(loader(Shards(folder)).batches(0, 5))
+    keep_counts(again, counts)
+    assert counts.stat().st_mtime_ns == before, "nothing new"
+    other = write_shards(tmp_path / "other", [9])
+    (folder / "00000003.tar").write_bytes((other / "00000000.tar").read_bytes())
+    read.clear()
+    changed = open_sources(LoaderConfig(), data, counts)
+    assert len(read) == 1 and changed[0].samples.sizes.tolist() == [*SIZES[:3], 9, *SIZES[4:]]
 
 
 def test_few_shards_stay_open(tmp_path):
