@@ -55,7 +55,9 @@ class Trainer:
     masters: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def forward(self, chunk: Chunk, separable: bool) -> Outputs:
-        out = Outputs(**self.flops.forward(lambda: self.engine(chunk, separable=separable), chunk, separable))
+        # A chunk at a time, and for the second pass again: a rank's whole batch of pictures would take gigabytes.
+        there = _on(self.engine.device, chunk)
+        out = Outputs(**self.flops.forward(lambda: self.engine(there, separable=separable), chunk, separable))
         for name, value in out.scalars.items():
             # The master's value with the parameter's gradient: bf16 would round a temperature to 1 %.
             if name in self.masters:
@@ -102,7 +104,7 @@ class Trainer:
         set_lr(self.engine.optimizer, share := factor(number, self.config.steps, self.config.optim))
         torch.manual_seed(hash64(self.config.seed, "step", number, self.world.rank) >> 1)
         self.begin(number)
-        metrics = self.accumulate([_on(self.engine.device, chunk) for chunk in chunks])
+        metrics = self.accumulate(chunks)
         loss, kind, used = float(metrics["loss"]), kind_of(metrics), self.used.agree(self.world)
         self.optimizer.used = frozenset() if self.health.trouble(loss, None, kind) else used
         self.engine.step()  # drops a step whose gradient is not finite
@@ -288,7 +290,7 @@ def settle_retention(trainer: Trainer) -> None:
     if before is not None and before["world_size"] == world.size:
         loader.retain = before["retain"]
         return
-    chunks = [_on(trainer.engine.device, chunk) for chunk in loader.of_each_kind()]
+    chunks = loader.of_each_kind()
     parameters = list(trainer.family.model.parameters())
     stage = trainer.engine.zero_optimization_stage()
     if stage < 2 or reduces_once(trainer.config, stage):  # a rank has all gradients, in fp32
