@@ -1,9 +1,10 @@
 """Checkpoints by parameter: written by any number of ranks at any ZeRO stage, read by any other.
 
-    RUN/checkpoints/step_00000100/  rank_00000.safetensors   what this rank's shards hold, stretch after stretch:
-                                                             fp32 weights, both moments; frozen weights; buffers
-                                    manifest.json            written last: step, samples, recipe, shapes, every file's
-                                                             size, and the weights' hash that evaluation caches by
+    RUN/checkpoints/step_00000100/  rank_00000.safetensors    what this rank's shards hold, stretch after stretch:
+                                                              fp32 weights, both moments; buffers
+                                    frozen_00000.safetensors  its frozen weights, the same file in all checkpoints
+                                    manifest.json             written last: step, samples, recipe, shapes, every file's
+                                                              size, and the weights' hash that evaluation caches by
 
 A file's header says which stretch of which parameter lies where and how many
 steps the optimiser took with it (training/zero.py), so a rank finds what it
@@ -62,7 +63,8 @@ class Saver:
         self.run, self.keep_last, self.background = run, keep_last, background
         self._writing: threading.Thread | None = None
         self._failure: Exception | None = None
-        self._written = math.inf  # when every rank had written its file
+        self._written = math.inf  # when every rank had written its files
+        self._frozen: dict[str, Any] | None = None  # the header of this rank's frozen weights, once they were hashed
 
     def save(self, engine: Any, optimizer: Sharded, step: int, facts: dict[str, Any]) -> None:
         """Write the checkpoint of `step`, its manifest last; then drop all but the last and the best ones.
@@ -77,12 +79,18 @@ class Saver:
             shutil.rmtree(folder, ignore_errors=True)  # the remains of a save that was cut short
         world.barrier()
         tensors, table = rank_files.collect(engine, optimizer)
+        frozen_file = rank_files.frozen_path(folder, world.rank)
+        frozen = self._frozen_to_write(engine, optimizer, frozen_file)
         facts = {"step": step, "world_size": world.size, **facts, "shapes": zero.shapes(engine)}
         facts["shared"] = rank_files.shared_names(engine)
 
         def write() -> None:
             try:
-                rank_files.write(rank_files.path(folder, world.rank), tensors, table)
+                if frozen is not None:
+                    assert self._frozen is not None
+                    rank_files.write(frozen_file, frozen, self._frozen)
+                header = rank_files.header_of(tensors, table) | {"frozen": self._frozen is not None}
+                rank_files.write(rank_files.path(folder, world.rank), tensors, header)
                 if world.rank == 0 and self.background:
                     self._close(folder, facts)
             except (OSError, SafetensorError) as error:
@@ -101,6 +109,18 @@ class Saver:
             except OSError as error:
                 self._failure = error
         self._agree(world)
+
+    def _frozen_to_write(self, engine: Any, optimizer: Sharded, file: Path) -> rank_files.Tensors | None:
+        """This rank's frozen weights; None where it keeps none, or `file` is a link to an older checkpoint's now."""
+        tensors: rank_files.Tensors = {}
+        if self._frozen is None:
+            tensors, table = rank_files.collect_frozen(engine, optimizer)
+            if not tensors:
+                return None
+            self._frozen = rank_files.header_of(tensors, table)
+        if rank_files.link(file, self._frozen):
+            return None
+        return tensors or rank_files.collect_frozen(engine, optimizer)[0]
 
     def wait(self) -> None:
         """Until what is being written is complete on all ranks.
@@ -135,16 +155,23 @@ class Saver:
             OSError: one is written, and not seen here.
         """
         files = [rank_files.path(folder, rank) for rank in range(facts["world_size"])]
-        while missing := [file for file in files if not file.exists()]:
-            if time.monotonic() > self._written + APPEARS_S:
-                raise OSError(f"{missing[0].name} was written, and is not seen on rank 0's host")
-            time.sleep(0.1)
-        sizes = {f.name: f.stat().st_size for f in files}
-        named = config_hash([[rank_files.header(file)["weights"] for file in files], facts["shapes"]])
+        headers = self._seen(files)
+        frozen = [rank_files.frozen_path(folder, rank) for rank, found in enumerate(headers) if found.get("frozen")]
+        headers += self._seen(frozen)
+        sizes = {f.name: f.stat().st_size for f in files + frozen}
+        named = config_hash([[found["weights"] for found in headers], facts["shapes"]])
         write_manifest(folder / "manifest.json", {"weights_hash": named, "files": sizes, **facts})
         for place in (folder, folder.parent, self.run):  # each holds the name of the one before it
             rank_files.to_disk(place)
         self._drop()
+
+    def _seen(self, files: list[Path]) -> list[dict[str, Any]]:
+        """The headers of files that all were written, once they are seen here."""
+        while missing := [file for file in files if not file.exists()]:
+            if time.monotonic() > self._written + APPEARS_S:
+                raise OSError(f"{missing[0].name} was written, and is not seen on rank 0's host")
+            time.sleep(0.1)
+        return [rank_files.read_header(file) for file in files]
 
     def _drop(self) -> None:
         """Remove older checkpoints, and remains of saves and removals that were cut short. What cannot go now (it is

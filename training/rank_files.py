@@ -1,4 +1,11 @@
-"""What one rank writes of a checkpoint: its tensors, and a table in the file's header that names their stretches.
+"""What one rank writes of a checkpoint: its tensors, and a table in each file's header that names their stretches.
+
+    rank_00000.safetensors    what it trains, and both moments; on rank 0 buffers too
+    frozen_00000.safetensors  what it keeps of the frozen weights
+
+Frozen weights never change in a run, so they are written once: each later
+checkpoint has a hard link to the same file. An adapter of megabytes on a
+backbone of 7B would else write 28 GB at every save.
 
 A file has its name only when all of it is on the disk, not in the machine's
 memory: the manifest, written after all ranks' files, then says nothing that a
@@ -10,11 +17,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from training import zero
@@ -29,6 +37,10 @@ def path(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:05d}.safetensors"
 
 
+def frozen_path(folder: Path, rank: int) -> Path:
+    return folder / f"frozen_{rank:05d}.safetensors"
+
+
 def to_disk(place: Path) -> None:
     """Have a file's bytes, or the names in a folder, outlast a power cut."""
     handle = os.open(place, os.O_RDONLY)
@@ -41,15 +53,17 @@ def to_disk(place: Path) -> None:
         os.close(handle)
 
 
-def write(file: Path, tensors: Tensors, table: dict[str, Any]) -> None:
+def write(file: Path, tensors: Tensors, header: dict[str, Any]) -> None:
     """
+    Args:
+        header: what `header_of` made of them, or more.
+
     Raises:
         OSError, SafetensorError: a full disk comes as either.
     """
     part = file.with_suffix(".part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        header = {"stretches": table, "weights": _weights_hash(tensors)}
         save_file(tensors, part, metadata={"table": json.dumps(header)})  # of two keys the order is drawn
         to_disk(part)
         part.rename(file)
@@ -59,9 +73,26 @@ def write(file: Path, tensors: Tensors, table: dict[str, Any]) -> None:
         raise
 
 
-def header(file: Path) -> dict[str, Any]:
-    """{"stretches": {part: [[parameter, offset, size, steps]]}, "weights": their hash}; older ones are the stretches
-    alone."""
+def link(file: Path, header: dict[str, Any]) -> bool:
+    """Make `file` another name of an older checkpoint's, where that has just this header (and so these weights, by
+    their hash); whether it is one now. A file system may know no links."""
+    for before in sorted(file.parent.parent.glob(f"step_*/{file.name}"), reverse=True):
+        with suppress(OSError, SafetensorError):
+            if read_header(before) == header:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                os.link(before, file)
+                return True
+    return False
+
+
+def header_of(tensors: Tensors, table: dict[str, list[Any]]) -> dict[str, Any]:
+    """{"stretches": {part: [[parameter, offset, size, steps]]}, "weights": their hash}; in the header of a rank's first
+    file also "frozen": whether there is the other. (Older ones are the stretches alone, with the frozen ones.)"""
+    return {"stretches": table, "weights": _weights_hash(tensors)}
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """What the file was written with."""
     with safe_open(file, "pt") as opened:
         return json.loads(opened.metadata()["table"])
 
@@ -77,7 +108,7 @@ def _weights_hash(tensors: Tensors) -> str:
 
 
 def collect(engine: Any, optimizer: Sharded) -> tuple[Tensors, dict[str, list[Any]]]:
-    """Copies of this rank's tensors in host memory, and the table that names their stretches."""
+    """Copies of what this rank trains in host memory, and the table that names its stretches."""
     tensors: Tensors = {}
     table: dict[str, list[Any]] = {}
     for number, state in enumerate(optimizer.states.values()):
@@ -88,12 +119,20 @@ def collect(engine: Any, optimizer: Sharded) -> tuple[Tensors, dict[str, list[An
         for kind, whole in ((WEIGHTS, flat), *state.moments.items()):
             tensors[f"{kind}.{number}"] = torch.cat([whole[s.start : s.start + s.size] for s in held]).cpu()
         table[str(number)] = [[s.name, s.offset, s.size, taken] for s, taken in zip(held, state.steps)]
-    for number, (stretch, values) in enumerate(zero.frozen(engine).items()):
-        tensors[f"{WEIGHTS}.frozen{number}"] = optimizer.frozen.get(stretch, values).clone().cpu()
-        table[f"frozen{number}"] = [[stretch.name, stretch.offset, stretch.size, 0]]
     if World.current().rank == 0:
         for name, value in _persistent_buffers(engine.module):
             tensors[f"buffer.{name}"] = value.detach().clone().cpu()
+    return tensors, table
+
+
+def collect_frozen(engine: Any, optimizer: Sharded) -> tuple[Tensors, dict[str, list[Any]]]:
+    """The same of what it keeps of the frozen weights; empty where it keeps none."""
+    tensors: Tensors = {}
+    table: dict[str, list[Any]] = {}
+    for number, (stretch, values) in enumerate(zero.frozen(engine).items()):
+        kept = optimizer.frozen.get(stretch, values)
+        tensors[f"{WEIGHTS}.frozen{number}"] = kept.detach().to("cpu", copy=True)
+        table[f"frozen{number}"] = [[stretch.name, stretch.offset, stretch.size, 0]]
     return tensors, table
 
 
