@@ -14,8 +14,9 @@ import numpy as np
 
 
 def hash64(*parts: str | int) -> int:
-    """An unsigned 64-bit hash of the parts; ("ab", "c") and ("a", "bc") differ."""
-    digest = hashlib.blake2b("\x00".join(map(str, parts)).encode(), digest_size=8)
+    """An unsigned 64-bit hash of the parts; ("ab", "c") and ("a", "bc") differ. A lone surrogate, which json allows and
+    UTF-8 cannot hold, is hashed as what it is."""
+    digest = hashlib.blake2b("\x00".join(map(str, parts)).encode(errors="surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 
@@ -25,7 +26,7 @@ def hash64_many(seed: str | int, uids: Iterable[str]) -> np.ndarray:
     out = bytearray()
     for uid in uids:
         h = prefix.copy()
-        h.update(uid.encode())
+        h.update(uid.encode(errors="surrogatepass"))
         out += h.digest()
     return np.frombuffer(bytes(out), dtype="<u8")
 

@@ -3,22 +3,26 @@
 Two figures decide: how long the step loop waited for a batch, and where the
 loader's threads spent their time meanwhile (`Timers`: seconds by part, summed
 over its threads). Waiting alone would not tell a slow disk from slow decoding.
+A second counts once: what is timed within a part is not that part's.
 """
 
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 MENDS = {
     "read": "the disk or network is slow: copy the shards to a local disk, or lower loader.window_shards",
     "decode": "decoding, cropping and resizing are slow: raise loader.threads (now {threads}), or set "
     "loader.cache_decoded, or lower loader.decode_size, or store smaller pictures",
-    "tokenise": "tokenisation is slow: lower loader.max_tokens, or use a fast tokenizer",
+    "tokenise": "tokenisation is slow, one thread at a time: lower loader.max_tokens, or use a fast tokenizer",
+    "prepare": "the family's own inputs (a VLM's image processor, masks, codes, hard negatives) are slow: raise "
+    "loader.threads (now {threads}), or let pictures be smaller (a VLM: vlm2vec.processor_settings)",
     "collate": "stacking and normalising pictures is slow: raise loader.threads (now {threads})",
 }
 """What the parts of a loader are called, and what to do about each."""
+_here = threading.local()
 
 
 class Timers:
@@ -30,19 +34,29 @@ class Timers:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Time what happens inside."""
+        """Time what happens inside, but for what is timed apart in there."""
+        outer, _here.timers = getattr(_here, "timers", None), self
+        before, _here.within = getattr(_here, "within", 0.0), 0.0
         begun = time.perf_counter()
         try:
             yield
         finally:
+            took = time.perf_counter() - begun
             with self._lock:
-                self._seconds[part] += time.perf_counter() - begun
+                self._seconds[part] += took - _here.within
+            _here.timers, _here.within = outer, before + took
 
     @property
     def seconds(self) -> dict[str, float]:
         """So far, over all threads."""
         with self._lock:
             return dict(self._seconds)
+
+
+def apart(part: str) -> AbstractContextManager[None]:
+    """Have what happens inside timed as `part`, by whoever times this thread; by nobody where nobody does."""
+    timers = getattr(_here, "timers", None)
+    return nullcontext() if timers is None else timers(part)
 
 
 def warning(waited: float, spent: float, seconds: Mapping[str, float], threads: int, bound: float) -> str | None:

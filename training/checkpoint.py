@@ -1,9 +1,10 @@
 """Checkpoints by parameter: written by any number of ranks at any ZeRO stage, read by any other.
 
-    RUN/checkpoints/step_00000100/  rank_00000.safetensors   what this rank's shards hold, stretch after stretch:
-                                                             fp32 weights, both moments; frozen weights; buffers
-                                    manifest.json            written last: step, samples, recipe, shapes, every file's
-                                                             size, and the weights' hash that evaluation caches by
+    RUN/checkpoints/step_00000100/  rank_00000.safetensors    what this rank's shards hold, stretch after stretch:
+                                                              fp32 weights, both moments; buffers
+                                    frozen_00000.safetensors  its frozen weights, the same file in all checkpoints
+                                    manifest.json             written last: step, samples, recipe, shapes, every file's
+                                                              size, and the weights' hash that evaluation caches by
 
 A file's header says which stretch of which parameter lies where and how many
 steps the optimiser took with it (training/zero.py), so a rank finds what it
@@ -16,13 +17,11 @@ of the step, so nothing else has to be kept. Without a device, `consolidated`
 puts the whole weights together.
 """
 
-import hashlib
 import json
 import math
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,22 +29,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from curation.errors import UserError
 from curation.hashing import config_hash
 from curation.manifest import read_manifest, write_manifest
-from training import zero
+from training import rank_files, zero
 from training.distributed import World
-from training.family_config import LOSSES
 from training.optim import MOMENTS, Sharded
+from training.rank_files import WEIGHTS
 from training.zero import Stretch
 
-WEIGHTS = "weights"
 APPEARS_S = 60.0
 """Until a network's file system shows a host what another has written (NFS: `acdirmax`)."""
-GOES_ON = ("retain", "health", "budget", "holes")
-"""What the loop adds to a manifest and a resumed run goes on from; checkpoints saved before it did lack some."""
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -55,10 +50,6 @@ def step_folder(run: Path, step: int) -> Path:
 def complete(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted(m.parent for m in (run / "checkpoints").glob("step_*/manifest.json"))
-
-
-def rank_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank_{rank:05d}.safetensors"
 
 
 class Saver:
@@ -72,7 +63,8 @@ class Saver:
         self.run, self.keep_last, self.background = run, keep_last, background
         self._writing: threading.Thread | None = None
         self._failure: Exception | None = None
-        self._written = math.inf  # when every rank had written its file
+        self._written = math.inf  # when every rank had written its files
+        self._frozen: dict[str, Any] | None = None  # the header of this rank's frozen weights, once they were hashed
 
     def save(self, engine: Any, optimizer: Sharded, step: int, facts: dict[str, Any]) -> None:
         """Write the checkpoint of `step`, its manifest last; then drop all but the last and the best ones.
@@ -86,22 +78,23 @@ class Saver:
         if world.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # the remains of a save that was cut short
         world.barrier()
-        tensors, table = _collect(engine, optimizer)
-        facts = {"step": step, "world_size": world.size, **facts, "shapes": zero.shapes(engine), **_names(engine)}
+        tensors, table = rank_files.collect(engine, optimizer)
+        frozen_file = rank_files.frozen_path(folder, world.rank)
+        frozen = self._frozen_to_write(engine, optimizer, frozen_file)
+        facts = {"step": step, "world_size": world.size, **facts, "shapes": zero.shapes(engine)}
+        facts["shared"] = rank_files.shared_names(engine)
 
         def write() -> None:
-            file = rank_file(folder, world.rank)
-            part = file.with_suffix(".part")
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                header = {"stretches": table, "weights": _weights_hash(tensors)}
-                save_file(tensors, part, metadata={"table": json.dumps(header)})  # of two keys the order is drawn
-                part.rename(file)
+                if frozen is not None:
+                    assert self._frozen is not None
+                    rank_files.write(frozen_file, frozen, self._frozen)
+                header = rank_files.header_of(tensors, table) | {"frozen": self._frozen is not None}
+                rank_files.write(rank_files.path(folder, world.rank), tensors, header)
                 if world.rank == 0 and self.background:
                     self._close(folder, facts)
-            except (OSError, SafetensorError) as error:  # a full disk comes as either
+            except (OSError, SafetensorError) as error:
                 self._failure = error
-                part.unlink(missing_ok=True)
 
         if self.background:
             self._writing = threading.Thread(target=write, name="checkpoint")
@@ -116,6 +109,18 @@ class Saver:
             except OSError as error:
                 self._failure = error
         self._agree(world)
+
+    def _frozen_to_write(self, engine: Any, optimizer: Sharded, file: Path) -> rank_files.Tensors | None:
+        """This rank's frozen weights; None where it keeps none, or `file` is a link to an older checkpoint's now."""
+        tensors: rank_files.Tensors = {}
+        if self._frozen is None:
+            tensors, table = rank_files.collect_frozen(engine, optimizer)
+            if not tensors:
+                return None
+            self._frozen = rank_files.header_of(tensors, table)
+        if rank_files.link(file, self._frozen):
+            return None
+        return tensors or rank_files.collect_frozen(engine, optimizer)[0]
 
     def wait(self) -> None:
         """Until what is being written is complete on all ranks.
@@ -144,24 +149,29 @@ class Saver:
             )
 
     def _close(self, folder: Path, facts: dict[str, Any]) -> None:
-        """The manifest, once the files of all ranks are seen; older checkpoints go.
+        """The manifest, once the files of all ranks are seen; older checkpoints go once it is on the disk.
 
         Raises:
             OSError: one is written, and not seen here.
         """
-        files = [rank_file(folder, rank) for rank in range(facts["world_size"])]
+        files = [rank_files.path(folder, rank) for rank in range(facts["world_size"])]
+        headers = self._seen(files)
+        frozen = [rank_files.frozen_path(folder, rank) for rank, found in enumerate(headers) if found.get("frozen")]
+        headers += self._seen(frozen)
+        sizes = {f.name: f.stat().st_size for f in files + frozen}
+        named = config_hash([[found["weights"] for found in headers], facts["shapes"]])
+        write_manifest(folder / "manifest.json", {"weights_hash": named, "files": sizes, **facts})
+        for place in (folder, folder.parent, self.run):  # each holds the name of the one before it
+            rank_files.to_disk(place)
+        self._drop()
+
+    def _seen(self, files: list[Path]) -> list[dict[str, Any]]:
+        """The headers of files that all were written, once they are seen here."""
         while missing := [file for file in files if not file.exists()]:
             if time.monotonic() > self._written + APPEARS_S:
                 raise OSError(f"{missing[0].name} was written, and is not seen on rank 0's host")
             time.sleep(0.1)
-        sizes = {f.name: f.stat().st_size for f in files}
-        hashes = []
-        for file in files:
-            with safe_open(file, "pt") as opened:
-                hashes.append(json.loads(opened.metadata()["table"])["weights"])
-        named = config_hash([hashes, facts["shapes"]])
-        write_manifest(folder / "manifest.json", {"weights_hash": named, "files": sizes, **facts})
-        self._drop()
+        return [rank_files.read_header(file) for file in files]
 
     def _drop(self) -> None:
         """Remove older checkpoints, and remains of saves and removals that were cut short. What cannot go now (it is
@@ -174,56 +184,10 @@ class Saver:
             shutil.rmtree(remains, ignore_errors=True)
 
 
-def _weights_hash(tensors: dict[str, torch.Tensor]) -> str:
-    """16 hex digits that name a rank's weights and buffers. Every rank makes its own, so that none reads another's."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in tensors.items():
-        if name.startswith((WEIGHTS, "buffer.")):
-            digest.update(f"{name} ".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def best(run: Path) -> str | None:
     """The folder name of the checkpoint that `gemsmith watch --best` found best so far: it is never dropped."""
     record = read_manifest(run / "best.json")
     return record["checkpoint"] if record else None
-
-
-def _collect(engine: Any, optimizer: Sharded) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Copies of this rank's tensors in host memory, and the table that names their stretches."""
-    tensors: dict[str, torch.Tensor] = {}
-    table: dict[str, list[Any]] = {}
-    for number, state in enumerate(optimizer.states.values()):
-        held = state.shard.stretches if state.shard.split or World.current().rank == 0 else []
-        if not held:
-            continue
-        flat = state.shard.flat.detach().view(-1)
-        for kind, whole in ((WEIGHTS, flat), *state.moments.items()):
-            tensors[f"{kind}.{number}"] = torch.cat([whole[s.start : s.start + s.size] for s in held]).cpu()
-        table[str(number)] = [[s.name, s.offset, s.size, taken] for s, taken in zip(held, state.steps)]
-    for number, (stretch, values) in enumerate(zero.frozen(engine).items()):
-        tensors[f"{WEIGHTS}.frozen{number}"] = optimizer.frozen.get(stretch, values).clone().cpu()
-        table[f"frozen{number}"] = [[stretch.name, stretch.offset, stretch.size, 0]]
-    if World.current().rank == 0:
-        for name, value in _persistent_buffers(engine.module):
-            tensors[f"buffer.{name}"] = value.detach().clone().cpu()
-    return tensors, table
-
-
-def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for prefix, part in module.named_modules():
-        for name, value in part.named_buffers(recurse=False):
-            if name not in part._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, value
-
-
-def _names(engine: Any) -> dict[str, Any]:
-    """Other names of what is shared: an LLM's head is often its embedding, VeRA's matrices are all layers'."""
-    module = engine.module
-    first = {id(x): name for name, x in (*module.named_parameters(), *_persistent_buffers(module))}
-    every = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return {"shared": {name: first[id(x)] for name, x in every if first.get(id(x), name) != name}}
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -250,44 +214,6 @@ def check(folder: Path) -> dict[str, Any]:
 def latest(run: Path) -> Path | None:
     found = complete(run)
     return found[-1] if found else None
-
-
-def check_resumable(folder: Path, recipe: dict[str, Any]) -> None:
-    """
-    Args:
-        recipe: of the run that would go on from it.
-
-    Raises:
-        UserError: it is cut short, of another model, or saved by a gemsmith that kept less.
-    """
-    try:
-        manifest = check(folder)
-    except UserError as error:
-        raise UserError(f"{error}: delete that folder and the run resumes from the one before") from None
-    if lacking := [name for name in GOES_ON if name not in manifest]:
-        raise UserError(
-            f"--out {folder}: its manifest.json has no {' and no '.join(lacking)}, so an older gemsmith saved it; "
-            "resume with that one, or `gemsmith export` it and begin anew with --overwrite"
-        )
-    theirs = manifest["config"]
-    ours = json.loads(json.dumps(recipe, default=str))
-    for section in (*LOSSES, "adapter"):
-        if ours[section] != theirs[section]:
-            name = next(_differing(section, ours[section], theirs[section]))
-            raise UserError(
-                f"--out {folder}: is a checkpoint of another model, whose recipe has another {name}; "
-                "delete that folder, or resume with the recipe that it was trained with"
-            )
-
-
-def _differing(name: str, ours: Any, theirs: Any) -> Iterator[str]:
-    """Dotted names of what differs."""
-    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
-        yield name
-        return
-    for key in sorted({*ours, *theirs}):
-        if ours.get(key) != theirs.get(key):
-            yield from _differing(f"{name}.{key}", ours.get(key), theirs.get(key))
 
 
 @dataclass(frozen=True, slots=True)

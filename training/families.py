@@ -25,6 +25,7 @@ from training.config import AdapterConfig, TrainConfig
 from training.data import Drawn, ImageSpec, Source
 from training.family_config import ClipRecipe, MMGemRecipe, TokenizerConfig
 from training.look import look_of
+from training.tokenizer import take_turns
 
 Captions = Callable[[], Iterable[str]]
 MadeOf = dict[str, Any] | None
@@ -346,6 +347,7 @@ def build(config: TrainConfig, tokenizer_folder: Path, captions: Captions, made_
         adapter = replace(adapter, init_from=None)
         made_of = None if adapter.kind == "qlora" else made_of
     family = FAMILIES[config.family](config, tokenizer_folder, captions, made_of)
+    take_turns(getattr(family.tokenizer, "tokenizer", family.tokenizer))  # in a processor, or open_clip's wrapper
     return family if adapter is None else _adapted(family, config, adapter)
 
 

@@ -63,14 +63,15 @@ class Replay:
             torch.cuda.set_rng_state(self.device)
 
 
-def rows_of(chunks: Sequence[Chunk], m: int) -> Rows:
+def rows_of(chunks: Sequence[Chunk], m: int, device: torch.device | str = "cpu") -> Rows:
     """What counts in the coupled loss, of chunks whose model embeds them: "coupled" [c] where it is less than "valid"
-    (pairs that do not belong together), "right_valid" [c, m] and "groups" [c] where the chunks have them."""
+    (pairs that do not belong together), "right_valid" [c, m] and "groups" [c] where the chunks have them. All of it is
+    brought to the embeddings' device, which the chunks need not be on."""
     valid = torch.cat([c.get("coupled", c["valid"]) for c in chunks])
     given = "right_valid" in chunks[0]
     right_valid = torch.cat([c["right_valid"] for c in chunks]) if given else valid[:, None].expand(-1, m)
     groups = torch.cat([c["groups"] for c in chunks]) if "groups" in chunks[0] else None
-    return Rows(valid, right_valid, groups)
+    return Rows(valid.to(device), right_valid.to(device), None if groups is None else groups.to(device))
 
 
 def gradient_cached_step(
@@ -87,7 +88,7 @@ def gradient_cached_step(
     """Accumulate the gradient of `coupled + sum of weights * separable means` over the global batch.
 
     Args:
-        forward: (chunk, separable) -> Outputs; `separable` asks for the sums.
+        forward: (chunk, separable) -> Outputs; `separable` asks for the sums. Brings the chunk to the model's device.
         backward: back-propagates a scalar, e.g. `engine.backward`.
         chunks: this rank's part of the batch; every rank has chunks of the same kinds and sizes, in the same order.
             `chunk["valid"]` is bool [c]: rows that count.
@@ -173,4 +174,4 @@ def _coupled(
     right = torch.cat([out.right.detach() for out, _ in has])  # type: ignore[union-attr]
     right = right.view(len(left), -1, left.shape[1])  # [b, m, D]
     scalars = {name: value.detach() for name, value in has[0][0].scalars.items()}
-    return coupled(left, right, scalars, rows_of([chunk for _, chunk in has], right.shape[1]), world)
+    return coupled(left, right, scalars, rows_of([chunk for _, chunk in has], right.shape[1], left.device), world)

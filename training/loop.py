@@ -21,9 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from curation.errors import UserError
 from curation.hashing import config_hash, hash64
 from curation.manifest import write_manifest
-from training import adapters, checkpoint, retention, zero
+from training import adapters, checkpoint, resumption, retention, zero
 from training.config import TrainConfig, as_dict
-from training.data import REASONS, Budget, Loader, Shards, Source, every_caption, open_sources
+from training.data import COUNTS, REASONS, Budget, Loader, Shards, Source, every_caption, open_sources
 from training.deepspeed_config import deepspeed_config, reduces_once
 from training.distributed import World
 from training.families import Family, build
@@ -39,7 +39,7 @@ from training.sight import Sight
 
 @dataclass(slots=True)
 class Trainer:
-    """An engine and what feeds it."""
+    """An engine and what feeds it. last: the checkpoint to go on from, the same on every rank."""
 
     engine: Any
     optimizer: Sharded
@@ -49,12 +49,15 @@ class Trainer:
     config: TrainConfig
     world: World
     health: Health
+    last: Path | None = None
     flops: FlopMeter = field(default_factory=FlopMeter)
     number: int = 0
     masters: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def forward(self, chunk: Chunk, separable: bool) -> Outputs:
-        out = Outputs(**self.flops.forward(lambda: self.engine(chunk, separable=separable), chunk, separable))
+        # A chunk at a time, and for the second pass again: a rank's whole batch of pictures would take gigabytes.
+        there = _on(self.engine.device, chunk)
+        out = Outputs(**self.flops.forward(lambda: self.engine(there, separable=separable), chunk, separable))
         for name, value in out.scalars.items():
             # The master's value with the parameter's gradient: bf16 would round a temperature to 1 %.
             if name in self.masters:
@@ -101,7 +104,7 @@ class Trainer:
         set_lr(self.engine.optimizer, share := factor(number, self.config.steps, self.config.optim))
         torch.manual_seed(hash64(self.config.seed, "step", number, self.world.rank) >> 1)
         self.begin(number)
-        metrics = self.accumulate([_on(self.engine.device, chunk) for chunk in chunks])
+        metrics = self.accumulate(chunks)
         loss, kind, used = float(metrics["loss"]), kind_of(metrics), self.used.agree(self.world)
         self.optimizer.used = frozenset() if self.health.trouble(loss, None, kind) else used
         self.engine.step()  # drops a step whose gradient is not finite
@@ -166,7 +169,7 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
     deferred = Deferred()
     members = config.loader.captions if isinstance(config.loader.captions, dict) else None
     sources = [Source(name="data", samples=data)] if isinstance(data, Shards) else data
-    last = checkpoint.latest(run)
+    last = resumption.agreed(run, world)
     made_of = None if last is None else checkpoint.check(last).get("made_of")
     for first in (True, False):  # what is trained on the data (tokenizer, codebook) rank 0 makes, the others read
         if (world.rank == 0) == first:
@@ -210,7 +213,7 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
         mismatched=family.mismatched,
     )
     health = Health(max_ratio=config.optim.max_loss_ratio, max_skipped=config.optim.max_skipped)
-    return Trainer(engine, optimizer, used, family, loader, config, world, health)
+    return Trainer(engine, optimizer, used, family, loader, config, world, health, last)
 
 
 def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
@@ -226,10 +229,10 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
         stop = True
 
     signal.signal(signal.SIGTERM, ask_to_stop)
-    trainer = make_trainer(config, open_sources(config.loader, data), run)
+    trainer = make_trainer(config, open_sources(config.loader, data, run / COUNTS), run)
     budget = Budget(config.loader.max_error_rate, config.loader.error_window)
     world, recipe = trainer.world, as_dict(config)
-    step, last = 0, checkpoint.latest(run)
+    step, last = 0, trainer.last
     if last is not None:
         step = checkpoint.resume(trainer.engine, trainer.optimizer, last)
         before = checkpoint.check(last)
@@ -237,7 +240,7 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
         budget.restore(before["budget"])
         if world.rank == 0:  # one rank goes on with what all have found, whatever their number was
             trainer.loader.holes.update(before["holes"])
-    settle_retention(trainer, last)
+    settle_retention(trainer)
     saver = checkpoint.Saver(run, config.keep_last, config.background_save)
     facts = {
         "config": recipe,
@@ -275,7 +278,7 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
     return step == config.steps
 
 
-def settle_retention(trainer: Trainer, last: Path | None) -> None:
+def settle_retention(trainer: Trainer) -> None:
     """The retained samples: what the recipe says, what a first chunk shows to fit, or, resumed, what was chosen then.
 
     A resumed run has to sum in the same order as before, unless its ranks hold other parts of the batch.
@@ -283,11 +286,11 @@ def settle_retention(trainer: Trainer, last: Path | None) -> None:
     config, loader, world = trainer.config.loader, trainer.loader, trainer.world
     if config.retain != "auto":
         return
-    before = checkpoint.check(last) if last is not None else None
+    before = checkpoint.check(trainer.last) if trainer.last is not None else None
     if before is not None and before["world_size"] == world.size:
         loader.retain = before["retain"]
         return
-    chunks = [_on(trainer.engine.device, chunk) for chunk in loader.of_each_kind()]
+    chunks = loader.of_each_kind()
     parameters = list(trainer.family.model.parameters())
     stage = trainer.engine.zero_optimization_stage()
     if stage < 2 or reduces_once(trainer.config, stage):  # a rank has all gradients, in fp32

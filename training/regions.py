@@ -70,7 +70,7 @@ def read_region(entry: Any, width: int, height: int) -> Region:
         ValueError: one of REASONS.
     """
     phrase = entry.get("name") if isinstance(entry, Mapping) else None
-    if not isinstance(phrase, str) or not phrase.strip():
+    if not isinstance(phrase, str) or not phrase.strip() or not _is_utf8(phrase):
         raise ValueError("region_broken")
     if entry.get("segmentation") is not None:
         mask = _mask(entry["segmentation"], width, height)
@@ -89,6 +89,15 @@ def read_region(entry: Any, width: int, height: int) -> Region:
     if box[0] >= box[2] or box[1] >= box[3]:
         raise ValueError("region_outside")
     return Region(phrase, box)
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether it has no lone surrogate, which json allows and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _finite(number: Any) -> bool:

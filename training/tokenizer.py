@@ -5,16 +5,43 @@ tokenizer is a function of the captions alone (its input is sorted), and of all
 shards up to 50,000 captions, drawn by hash.
 """
 
+import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from curation.errors import UserError
 from curation.hashing import hash64
+from training.bottleneck import apart
 from training.family_config import TokenizerConfig
 
 EMB, CAP = "[EMB]", "[CAP]"
 TRAINED_ON = 50_000
+
+
+class InTurn:
+    """A fast tokenizer's encoding, for one thread at a time."""
+
+    def __init__(self, encode: Callable[..., Any]) -> None:
+        self.encode, self._turn = encode, threading.Lock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with apart("tokenise"), self._turn:
+            return self.encode(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[type["InTurn"], tuple[Callable[..., Any]]]:
+        return InTurn, (self.encode,)  # copies have a turn of their own
+
+
+def take_turns(tokenizer: Any) -> None:
+    """Let threads share a Hugging Face fast tokenizer. Padding and truncation are its own state, which each call sets
+    before it encodes: a second thread is refused ("Already borrowed"), or encodes by the first one's. What else a
+    processor does with pictures and texts needs no turn. Other tokenizers are left as they are."""
+    from transformers import PreTrainedTokenizerFast
+
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        tokenizer._encode_plus = InTurn(tokenizer._encode_plus)  # type: ignore[method-assign]
 
 
 def train_bpe(captions: list[str], vocab_size: int) -> Any:

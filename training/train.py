@@ -17,9 +17,9 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 
 from curation.errors import UserError, exit_code, full_disk_named, one_line
 from curation.manifest import claim, read_manifest
-from training import begin, checkpoint
+from training import begin, checkpoint, resumption
 from training.config import TrainConfig, as_dict, make_parser
-from training.data import Mixture, fingerprint, named, open_sources
+from training.data import COUNTS, Mixture, fingerprint, keep_counts, named, open_sources
 from training.deepspeed_config import computing, deepspeed_config
 from training.log import check_wandb
 
@@ -51,7 +51,7 @@ def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size:
     check_free(run)
     begin.check(config)
     deepspeed_config(config, world_size)
-    sources = open_sources(config.loader, data)
+    sources = open_sources(config.loader, data, run / COUNTS)
     weights = {source.name: source.weight for source in sources}
     Mixture(weights, seed=config.seed, unit=config.loader.unit, mixing=config.loader.mixing)
     check_wandb(config.log.wandb)
@@ -61,11 +61,12 @@ def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size:
     identity = {"config": computed, "deepspeed": computing(config), "data": fingerprint(config.loader, data)}
     with full_disk_named(run):
         claim(run, identity, overwrite=overwrite)
+        keep_counts(sources, run / COUNTS)
     if (done := read_manifest(run / "manifest.json")) is not None:
         print(f"{run} is already complete: {done['steps']} steps, {done['samples']} samples")
         return False
     if (last := checkpoint.latest(run)) is not None:
-        checkpoint.check_resumable(last, as_dict(config))
+        resumption.check_resumable(last, as_dict(config))
     return True
 
 

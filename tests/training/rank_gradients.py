@@ -48,7 +48,7 @@ def gradients(config: TrainConfig, shards: str, run: Path) -> dict[str, Any]:
     run.mkdir(parents=True, exist_ok=True)
     sources = open_sources(config.loader, named(config.loader, shards.split(",")))
     trainer = make_trainer(config, sources, run)
-    settle_retention(trainer, None)
+    settle_retention(trainer)
     found = one_step(trainer)
     trainer.engine.destroy()
     return found

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from training.bottleneck import MENDS, Timers, warning
+from training.bottleneck import MENDS, Timers, apart, warning
 
 
 @pytest.mark.parametrize("part", sorted(MENDS))
@@ -20,6 +20,21 @@ def test_below_the_bound_nothing_is_said_and_without_timers_no_cause_is_made_up(
     assert warning(1.0, 10.0, {"decode": 9.0}, threads=1, bound=0.1) is None
     line = warning(5.0, 10.0, {}, threads=1, bound=0.1)
     assert line is not None and "keeps no timers" in line and "decod" not in line
+
+
+def test_a_second_counts_once_where_a_part_is_timed_apart():
+    timers = Timers()
+    with apart("decode"):
+        pass  # nobody times this thread
+    with timers("read"):
+        time.sleep(0.02)
+        for _ in range(2):
+            with apart("decode"):
+                time.sleep(0.05)
+                with apart("tokenise"):
+                    time.sleep(0.1)
+    found = timers.seconds
+    assert 0.02 <= found["read"] < 0.1 <= found["decode"] < 0.2 <= found["tokenise"], found
 
 
 def test_timers_add_up_over_threads():

@@ -16,7 +16,7 @@ from curation.errors import UserError, full_disk_named
 from tests.conftest import ROOT
 from tests.training.conftest import largest_file, tiny_config
 from tests.training.rank_zero import Toy, optim
-from training import checkpoint, zero
+from training import checkpoint, resumption, zero
 from training.config import as_dict
 from training.data import named
 from training.distributed import World
@@ -95,6 +95,37 @@ def test_the_last_ones_are_kept(trained, tmp_path):
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_00000003", "step_00000004"]
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_a_power_cut_finds_each_file_on_the_disk_before_what_vouches_for_it(trained, tmp_path, monkeypatch, background):
+    """The order of what the system is asked: bytes, then names, of the ranks' files; so of the manifest; then old
+    checkpoints go."""
+    saver, asked = checkpoint.Saver(tmp_path, keep_last=1, background=background), []
+    saver.save(*trained, 1, {"zero_stage": 0})
+    saver.wait()
+
+    def noting(name, of):
+        do = getattr(os, name)
+
+        def noted(first, *others, **settings):
+            path = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
+            asked.append((of, os.path.relpath(path, tmp_path)))
+            return do(first, *others, **settings)
+
+        monkeypatch.setattr(os, name, noted)
+
+    for name, of in (("fsync", "sync"), ("rename", "name"), ("replace", "name"), ("unlink", "drop")):
+        noting(name, of)
+    saver.save(*trained, 2, {"zero_stage": 0})
+    saver.wait()
+    new, old = "checkpoints/step_00000002", "checkpoints/step_00000001"
+    steps = [(of, "manifest" if ".manifest.json." in path else path) for of, path in asked]
+    file = f"{new}/rank_00000.part"
+    expected = [("sync", file), ("name", file), ("sync", new), ("sync", "manifest"), ("name", "manifest")]
+    expected += [("sync", new), ("sync", "checkpoints"), ("sync", "."), ("drop", f"{old}/manifest.json")]
+    assert [step for step in steps if step in expected] == expected
+    assert not checkpoint.step_folder(tmp_path, 1).exists()
+
+
 @pytest.mark.parametrize("refused", ["unlink", "rmdir"])
 @pytest.mark.parametrize("background", [False, True])
 def test_an_old_one_that_cannot_go_yet_ends_no_run(trained, tmp_path, monkeypatch, background, refused):
@@ -142,11 +173,11 @@ def test_a_checkpoint_that_an_older_gemsmith_saved_is_named(trained, tmp_path):
     recipe, past = as_dict(tiny_config()), {"retain": 8, "health": {}, "budget": [], "holes": {}}
     saver = checkpoint.Saver(tmp_path, keep_last=2)
     saver.save(*trained, 1, {"config": recipe, **past})
-    checkpoint.check_resumable(checkpoint.latest(tmp_path), recipe)
+    resumption.check_resumable(checkpoint.latest(tmp_path), recipe)
     del past["budget"], past["holes"]
     saver.save(*trained, 2, {"config": recipe, **past})
     with pytest.raises(UserError, match=r"step_00000002: .* has no budget and no holes, .* resume with that one, or"):
-        checkpoint.check_resumable(checkpoint.latest(tmp_path), recipe)
+        resumption.check_resumable(checkpoint.latest(tmp_path), recipe)
 
 
 def test_a_file_that_is_no_checkpoint_is_named(trained, tmp_path):

@@ -1,6 +1,7 @@
 """Several sources in one run: exact shares, every sample once an epoch of its source, one batch for any world size."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -164,6 +165,20 @@ def test_rows_of_another_reader_become_what_the_family_makes_of_them():
     assert draws[0] != draws[1], "another epoch, other draws"
     groups = [g for c in first for g in c["groups"][c["valid"]].tolist()]
     assert len(set(groups)) == 8, "rows without a group of their own are each its own"
+
+
+def test_chunks_are_prepared_beside_each_other():
+    """A family's `extra` may be slow (a VLM's image processor): two threads are in it at once, or neither gets on."""
+    both = threading.Barrier(2, timeout=30)
+
+    def extra(kind, rows):
+        both.wait()
+        return {"n": torch.tensor([r.fields.get("number", -1) for r in rows])}
+
+    config, place = LoaderConfig(batch=8, chunk=4, threads=2), {"seed": 1, "rank": 0, "world_size": 1}
+    made = Loader([Source(name="r", samples=Rows(), kind="rows")], config, SPEC, encode, **place, extra=extra)
+    assert [len(c["n"]) for chunks in made.batches(0, 2) for c in chunks] == [4] * 4
+    assert made.timers.seconds.keys() == {"read", "prepare"}
 
 
 TWO = LoaderConfig(sources={"a": SourceConfig(path="x"), "b": SourceConfig()})

@@ -1,6 +1,7 @@
 """Shards from afar: fetched when needed, once a host, evicted; gone, lying or damaged ones; the error budget."""
 
 import dataclasses
+import hashlib
 import json
 import threading
 
@@ -15,7 +16,7 @@ from curation.errors import UserError
 from curation.hashing import hash64
 from tests.training.conftest import write_shards
 from training.config import LoaderConfig
-from training.data import Budget, ImageSpec, Loader, Shards, open_sources
+from training.data import Budget, ImageSpec, Loader, Shards, keep_counts, open_sources
 from training.data.cache import ShardCache
 
 SPEC = ImageSpec(size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -180,6 +181,26 @@ def test_sizes_that_lie_are_one_clear_line(tmp_path, sizes, said):
     assert str(folder / "sizes.json") in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_shards_that_do_not_say_their_size_are_counted_once(tmp_path, monkeypatch):
+    folder, counts, read = write_shards(tmp_path / "data", SIZES), tmp_path / "run" / "counts", []
+    data, samples = {"data": str(folder)}, tar.samples
+    monkeypatch.setattr(tar, "samples", lambda bytes_: read.append(1) or samples(bytes_))
+    sources = open_sources(LoaderConfig(), data, counts)
+    assert len(read) == 8 and sources[0].samples.sizes.tolist() == SIZES
+    keep_counts(sources, counts)
+    before = counts.stat().st_mtime_ns
+    again = open_sources(LoaderConfig(), data, counts)
+    assert len(read) == 8 and again[0].samples.sizes.tolist() == SIZES
+    assert numbers(loader(again).batches(0, 5)) == numbers(loader(Shards(folder)).batches(0, 5))
+    keep_counts(again, counts)
+    assert counts.stat().st_mtime_ns == before, "nothing new"
+    other = write_shards(tmp_path / "other", [9])
+    (folder / "00000003.tar").write_bytes((other / "00000000.tar").read_bytes())
+    read.clear()
+    changed = open_sources(LoaderConfig(), data, counts)
+    assert len(read) == 1 and changed[0].samples.sizes.tolist() == [*SIZES[:3], 9, *SIZES[4:]]
+
+
 def test_few_shards_stay_open(tmp_path):
     shards = Shards(write_shards(tmp_path / "data", [2] * 12), keep=3)
     for i in range(24):
@@ -219,6 +240,27 @@ def test_holes_are_counted_by_reason(tmp_path):
         "json_broken": 2,
     }
     assert sum(int(c["valid"].sum()) for c in chunks) == 1
+
+
+def test_half_a_surrogate_pair_in_the_json_ends_no_run(tmp_path):
+    """json may hold one and UTF-8 may not: it is hashed as what it is, others as ever."""
+    half, folder = "\ud83d", write_shards(tmp_path / "data", [8])
+    (tar_file,) = folder.glob("*.tar")
+    raw = bytearray(tar_file.read_bytes())
+    for member in tar.members(bytes(raw)):
+        number, _, extension = member.name.partition(".")
+        if extension == "json" and int(number) < 4:
+            changed = {"uid": half + number} if int(number) < 2 else {"uid": number, "group": half}
+            raw[member.offset : member.offset + member.size] = json.dumps(changed).encode().ljust(member.size)
+    tar_file.write_bytes(raw)
+    it = loader(Shards(folder))
+    (chunks,) = it.batches(0, 1)
+    assert it.holes == {} and all(c["valid"].all() for c in chunks)
+    assert len({int(d) for c in chunks for d in c["draws"]}) == 8, "each its own draw"
+    groups = {int(n): int(g) for c in chunks for n, g in zip(c["input_ids"], c["groups"])}
+    assert groups[2] == groups[3] and len(set(groups.values())) == 7
+    digest = hashlib.blake2b("0\x00a\x00é".encode(), digest_size=8).digest()
+    assert hash64(0, "a", "é") == int.from_bytes(digest, "little")
 
 
 def test_the_uid_decides_what_is_drawn_and_the_key_only_without_one(tmp_path):

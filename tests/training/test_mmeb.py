@@ -6,6 +6,7 @@ import pytest
 
 from curation.errors import UserError
 from tests.training.vlm import picture, tiny
+from training.bottleneck import Timers
 from training.config import LoaderConfig, SourceConfig
 from training.data import Hole
 from training.data.mmeb import Subset
@@ -108,6 +109,13 @@ def test_rows_become_chunks_and_a_lost_picture_a_hole(folder):
     assert all("image_1" not in text for text in texts)
     assert texts[0].count("<|vision_start|>") == 1
     assert model(chunk)["right"].shape == (5, 3, 32)
+
+
+def test_decoding_is_told_from_reading(folder):
+    timers = Timers()
+    with timers("read"):
+        subsets(folder)["MSCOCO_i2t"].sample(0)
+    assert timers.seconds.keys() == {"read", "decode"} and timers.seconds["decode"] > 0
 
 
 def test_where_the_first_pictures_are_lost_the_others_are_found(folder):

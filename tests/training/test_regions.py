@@ -93,6 +93,7 @@ def test_polygons_and_run_lengths_become_masks():
         ({"name": "a"}, "region_broken"),
         ({"name": " ", "bbox_xywh": [5, 5, 10, 10]}, "region_broken"),
         ({"bbox_xywh": [5, 5, 10, 10]}, "region_broken"),
+        ({"name": "a \ud800", "bbox_xywh": [5, 5, 10, 10]}, "region_broken"),
         ("a", "region_broken"),
         ({"name": "a", "segmentation": []}, "region_broken"),
         ({"name": "a", "segmentation": [[1, 2, 3, 4]]}, "region_broken"),

@@ -46,11 +46,12 @@ def trainer_of(config, family, sources):
         loader=loader_of(config, family, sources),
         family=family,
         world=World(),
+        last=None,
         flops=FlopMeter(),
         engine=SimpleNamespace(device=torch.device("cpu"), zero_optimization_stage=lambda: 0),
         forward=lambda chunk, separable: Outputs(**family.model(chunk, separable=separable)),
     )
-    settle_retention(trainer, None)
+    settle_retention(trainer)
     return trainer
 
 

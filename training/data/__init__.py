@@ -6,9 +6,10 @@ from training.data.loader import Drawn, Loader
 from training.data.mixture import Mixture
 from training.data.order import Order
 from training.data.shards import REASONS, Hole, Shards, drawn_text, picture
-from training.data.sources import Samples, Source, every_caption, fingerprint, named, open_sources
+from training.data.sources import COUNTS, Samples, Source, every_caption, fingerprint, keep_counts, named, open_sources
 
 __all__ = [
+    "COUNTS",
     "REASONS",
     "Budget",
     "Drawn",
@@ -24,6 +25,7 @@ __all__ = [
     "drawn_text",
     "every_caption",
     "fingerprint",
+    "keep_counts",
     "named",
     "open_sources",
     "picture",

@@ -12,7 +12,8 @@ and sizes in the same order. A sample that cannot be read stays in its place as
 a hole without weight, so later positions do not shift; holes are counted by reason.
 
 Chunks are read in pieces by threads (decoders and tokenizers release the GIL);
-the thread that reads the last piece of a chunk closes it. Pixels are written
+the thread that reads the last piece of a chunk closes it, beside others: only
+in a tokenizer they take turns (training/tokenizer.py). Pixels are written
 normalised into the chunk's tensor, pinned where there is a GPU, some batches
 ahead of the step. Pictures may be kept decoded in one file that all ranks of a
 host share (training/data/decoded.py): later epochs then cost a copy.
@@ -70,7 +71,7 @@ class Loader:
 
     Args:
         sources: or one folder of pairs.
-        encode_text: captions -> tensors of a chunk.
+        encode_text: captions -> tensors of a chunk; called by several threads at once, as `extra` is.
         extra: (kind, rows) -> more tensors of a chunk, such as masks; all of them for chunks of `rows`, and of any kind
             where `image.raw` is set, "valid" among them: a row whose picture it can make nothing of is not.
         mismatched: (draw) -> whether that row of pairs is given another's text too, as "other".
@@ -116,7 +117,6 @@ class Loader:
         self.longest = False  # give every row the longest text there may be: what a chunk of the run takes at most
         self.holes: Counter[str] = Counter()  # of the batches given so far, on this rank, by reason
         self.timers = Timers()
-        self._encoding = threading.Lock()  # Hugging Face's fast tokenizers refuse two threads at once
         pictures = [source.kind in ("pairs", "images", "regions") for source in self.sources]
         self._decoded = [
             Decoded(cache.with_suffix(f".{source.name}.u8"), self.side) if cache and has else None
@@ -308,7 +308,7 @@ class Loader:
         """The tensors of a chunk whose rows are all read; what the family can make nothing of becomes a hole."""
         more: Chunk = {}
         if self.extra is not None:
-            with self._encoding, self.timers("tokenise"):
+            with self.timers("prepare"):
                 more = self.extra(kind, rows)
             for i in (~more["valid"]).nonzero().flatten().tolist() if "valid" in more else ():
                 rows[i] = rows[i] if rows[i].reason else Drawn(reason="image_broken")
@@ -316,7 +316,7 @@ class Loader:
         chunk["groups"] = torch.tensor([row.group for row in rows])
         chunk["draws"] = torch.tensor([row.draw >> 1 for row in rows])
         if kind in ("pairs", "texts", "regions") and not self.image.raw:
-            with self._encoding, self.timers("tokenise"):
+            with self.timers("tokenise"):
                 chunk |= self.encode_text([row.fields.get("text", "") for row in rows])
         if kind == "regions":
             whole = np.full(int(np.prod(self.image.grid)), 1 / np.prod(self.image.grid), np.float32)

@@ -16,6 +16,7 @@ pictures are read when the row is drawn, in the loader's threads. A row that
 names a picture which is not there, or broken, is a hole.
 """
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -27,6 +28,7 @@ from PIL import Image
 
 from curation.errors import UserError, one_line
 from curation.images import formats
+from training.bottleneck import apart
 from training.data.rows import Item, Row
 from training.data.shards import Hole
 
@@ -130,7 +132,8 @@ class Subset:
 
     def _picture(self, path: str) -> Image.Image:
         try:
-            with Image.open(self.images / path, formats=formats()) as opened:
+            payload = (self.images / path).read_bytes()
+            with apart("decode"), Image.open(io.BytesIO(payload), formats=formats()) as opened:
                 return opened.convert("RGB")
         except FileNotFoundError:
             raise Hole("image_missing") from None

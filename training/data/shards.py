@@ -1,7 +1,8 @@
 """A folder of webdataset tars, here or behind a URL: which sample lies where, and the members of a sample.
 
 Sizes come from `sizes.json` or `index.json` beside the tars, as `gemsmith
-curate` writes them; without either, local tars are counted by their headers.
+curate` writes them; without either, local tars are counted by their headers,
+once a run (training/data/sources.py).
 A tar is opened, and its index checked against those sizes, when its first
 sample is asked for; as many stay open as two windows of the order have.
 """
@@ -40,8 +41,15 @@ class Hole(Exception):
 class Shards:
     """The samples of a folder of tars, numbered through in the order of the tars' names."""
 
-    def __init__(self, folder: Path | str, *, cache: ShardCache | None = None, keep: int = 16) -> None:
-        """cache: where remote tars are kept · keep: tars that stay open.
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        cache: ShardCache | None = None,
+        keep: int = 16,
+        known: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        """cache: where remote tars are kept · keep: tars that stay open · known: what `counted` gave before.
 
         Raises:
             UserError: no such folder, no tars or no samples in it, damage, or sizes that are not those of the tars.
@@ -62,7 +70,7 @@ class Shards:
         self._pool = ThreadPoolExecutor(FETCHES, "fetch")
         self.recorded, sizes = self._recorded(listed)
         if sizes is None:
-            sizes = {_base(file.name): len(self._indexed(n)[1]) for n, file in enumerate(self.files)}
+            sizes = {_base(file.name): self._count(n, known or {}) for n, file in enumerate(self.files)}
         names = [_base(file.name) for file in self.files]
         for name in sorted({*names, *sizes}):
             if name not in names or name not in sizes:
@@ -97,10 +105,20 @@ class Shards:
             raise UserError(f"--data {there[found]}: is broken ({reason!r}); build the shards again") from None
         return there[found], sizes
 
+    def _count(self, shard: int, known: Mapping[str, Sequence[Any]]) -> int:
+        file = self.files[shard]
+        *told, samples = known.get(file.name, (0,))
+        return samples if told == [file.size, file.stamp] else len(self._indexed(shard)[1])
+
+    def counted(self) -> dict[str, list[Any]]:
+        """{name: [size, stamp, samples]} of tars that had to be counted."""
+        if self.recorded:
+            return {}
+        return {file.name: [file.size, file.stamp, int(n)] for file, n in zip(self.files, self.sizes)}
+
     def _lie(self, name: str, said: int | None, found: int | str) -> None:
-        raise UserError(
-            f"--data {self.recorded}: says {said} samples for {name}, found {found}; build the shards again"
-        )
+        where = self.recorded or self.folder
+        raise UserError(f"--data {where}: says {said} samples for {name}, found {found}; build the shards again")
 
     def place(self, i: int) -> tuple[int, int]:
         """(shard, index in it) of sample i."""

@@ -16,12 +16,15 @@ import numpy as np
 
 from curation import files
 from curation.errors import UserError
+from curation.manifest import read_manifest, write_manifest
 from training.config import Kind, LoaderConfig, SourceConfig
 from training.data.cache import ShardCache
 from training.data.mmeb import Subset, read_of
 from training.data.neighbours import FILE as NEIGHBOURS
 from training.data.shards import Shards
 
+COUNTS = "counted_shards.json"
+"""In a run's folder: the samples of each tar that was counted there."""
 ONE = "data"  # the name of the source that `--data DIR` means
 
 
@@ -83,8 +86,11 @@ def named(config: LoaderConfig, data: Sequence[str]) -> dict[str, str]:
     return paths
 
 
-def open_sources(config: LoaderConfig, paths: Mapping[str, str]) -> list[Source]:
+def open_sources(config: LoaderConfig, paths: Mapping[str, str], counts: Path | None = None) -> list[Source]:
     """Open every source's shards or subset; remote shards share one cache on this host.
+
+    Args:
+        counts: what `keep_counts` wrote before, or nothing.
 
     Raises:
         UserError: what `Shards` or `Subset` finds, or a cache too small for two windows of the remote shards.
@@ -94,6 +100,7 @@ def open_sources(config: LoaderConfig, paths: Mapping[str, str]) -> list[Source]
         folder = Path(config.cache_dir) if config.cache_dir else Path(tempfile.gettempdir()) / "gemsmith-shards"
         cache = ShardCache(folder, int(config.cache_gib * 2**30))
     keep, sources, need = 2 * config.window_shards, [], 0
+    known = read_manifest(counts) if counts is not None else None
     for name, path in paths.items():
         settings = config.sources.get(name, SourceConfig())
         if settings.kind == "rows":
@@ -102,7 +109,7 @@ def open_sources(config: LoaderConfig, paths: Mapping[str, str]) -> list[Source]
             continue
         full = files.full_name(path)
         remote = files.is_remote(full)
-        shards = Shards(full if remote else Path(path), cache=cache if remote else None, keep=keep)
+        shards = Shards(full if remote else Path(path), cache=cache if remote else None, keep=keep, known=known)
         if remote:
             need += sum(sorted(file.size for file in shards.files)[-keep:])
         sources.append(Source(name=name, samples=shards, weight=settings.weight, kind=settings.kind))
@@ -112,6 +119,17 @@ def open_sources(config: LoaderConfig, paths: Mapping[str, str]) -> list[Source]
             f"({need / 2**30:.3g} GiB); raise it or lower loader.window_shards"
         )
     return sources
+
+
+def keep_counts(sources: Sequence[Source], counts: Path) -> None:
+    """Write down how many samples lie in shards that do not say so, for every rank and every start to come: reading all
+    headers of a large folder takes minutes."""
+    found: dict[str, Any] = {}
+    for source in sources:
+        if isinstance(source.samples, Shards):
+            found |= source.samples.counted()
+    if not found.items() <= (read_manifest(counts) or {}).items():
+        write_manifest(counts, found)
 
 
 def fingerprint(config: LoaderConfig, paths: Mapping[str, str]) -> list[Any]:

@@ -14,6 +14,7 @@ epoch, uid), so that results depend on no rank, thread or chunk.
 
 import itertools
 import re
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -76,10 +77,11 @@ def tagger_of(model: str) -> Tagger:
     """
     if model == BUILTIN:
         return builtin
-    pipeline = load_pipeline(model)
+    pipeline, turn = load_pipeline(model), threading.Lock()  # its vocabulary grows as it reads
 
     def tagged(caption: str) -> tuple[list[tuple[int, int]], str]:
-        words = [word for word in pipeline(caption) if not word.is_space]
+        with turn:
+            words = [word for word in pipeline(caption) if not word.is_space]
         letters = [SPACY_TAGS.get(word.tag_) or SPACY.get(word.pos_, "O") for word in words]
         return [(word.idx, word.idx + len(word)) for word in words], "".join(letters)
 

@@ -13,7 +13,6 @@ one that meets its own words again is a match. A batch of mismatched pairs alone
 has no contrastive loss, where torchmultimodal would train on all of them.
 """
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +26,6 @@ from training.family_config import MaskConfig, TokenizerConfig
 from training.masks import block_mask, token_mask
 from training.models.codebook import Codebook
 from training.tokenizer import special_ids
-
-_encoding = threading.Lock()  # Hugging Face's fast tokenizers refuse two threads at once
 
 
 def load_flava_tokenizer(config: TokenizerConfig, captions: Callable[[], Iterable[str]]) -> Any:
@@ -51,8 +48,7 @@ def load_flava_tokenizer(config: TokenizerConfig, captions: Callable[[], Iterabl
 def encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> tuple[list[list[int]], list[list[int | None]]]:
     """[CLS] text [SEP], at most `max_tokens` each, and the word that each token is of (None: special). Special tokens
     that a text spells out are left out of it."""
-    with _encoding:
-        found = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=max_tokens - 2)
+    found = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=max_tokens - 2)
     cls, sep, special = tokenizer.cls_token_id, tokenizer.sep_token_id, special_ids(tokenizer)
     ids, words = [], []
     for number, row in enumerate(found["input_ids"]):

@@ -1,0 +1,69 @@
+"""Two real gloo ranks, each with its own view of the run, as two hosts have of a network's file system."""
+
+import shutil
+import threading
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from curation.errors import UserError
+from curation.manifest import write_manifest
+from training import checkpoint
+from training.distributed import World
+from training.resumption import agreed
+
+LATE = 0.7
+"""Seconds after which rank 1 sees what rank 0 has seen all the time."""
+
+
+def land(run, step):
+    """A checkpoint with one file, its manifest last."""
+    folder = checkpoint.step_folder(run, step)
+    folder.mkdir(parents=True)
+    (folder / "rank_00000.safetensors").write_bytes(b"weights")
+    write_manifest(folder / "manifest.json", {"step": step, "files": {"rank_00000.safetensors": 7}})
+
+
+def rank_main(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    world, run = World.current(), folder / str(rank)
+    told = [agreed(run / "empty", world)]
+    land(run, 4)
+    if rank == 0:
+        land(run, 8)
+    checkpoint.APPEARS_S, late = 30.0, threading.Timer(LATE, land, (run, 8))
+    if rank == 1:
+        late.start()
+    told.append(agreed(run, world))
+    told.append(agreed(run, world))
+    last = checkpoint.step_folder(run, 8)
+    if rank == 1:  # its manifest is seen, a file of it is not yet
+        late.join()
+        (last / "rank_00000.safetensors").rename(last / "elsewhere")
+        threading.Timer(LATE, (last / "elsewhere").rename, (last / "rank_00000.safetensors",)).start()
+    told.append(agreed(run, world))
+    dist.barrier()
+    if rank == 0:  # an older one counts that rank 0 sees, and none that the other alone does
+        shutil.rmtree(last)
+    told.append(agreed(run, world))
+    if rank == 1:
+        shutil.rmtree(checkpoint.step_folder(run, 4))
+    checkpoint.APPEARS_S = 0.2
+    try:
+        agreed(run, world)
+    except UserError as error:
+        told.append(error)
+    (folder / f"told_{rank}").write_text("\n".join(str(line).replace(str(run), "RUN") for line in told))
+    dist.barrier()
+
+
+def test_ranks_go_on_from_the_checkpoint_that_rank_0_sees_or_end_together(tmp_path):
+    mp.spawn(rank_main, (tmp_path,), nprocs=2)
+    steps = ["None", *(f"RUN/checkpoints/step_{step:08d}" for step in (8, 8, 8, 4))]
+    for rank, who in ((0, "another rank"), (1, "rank 1")):
+        *found, said = (tmp_path / f"told_{rank}").read_text().splitlines()
+        assert found == steps
+        assert said == (
+            f"--out RUN/checkpoints/step_00000004: rank 0 resumes from it, and {who} does not see all of it within "
+            "0.2 s; put --out on a disk that all hosts share"
+        )
