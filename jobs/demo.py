@@ -72,23 +72,22 @@ class Story:
     sizes: DemoSizes
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(
-        self,
-        name: str,
-        *command: object,
-        beside: Sequence[object] | None = None,
-        leaves: Path | None = None,
-        threads: int = 1,
-    ) -> None:
-        """Run a step of so many threads a process, with another process beside it; both must end well.
+    def run(self, name: str, *command: object, threads: int = 1) -> None:
+        """Run a step of so many threads a process; it must end well."""
+        self._run(name, [command], threads)
 
-        leaves: what the step writes last. The plain launcher ends with 0 where it was killed, and what runs beside it
+    def run_watched(self, name: str, *command: object, watch: Sequence[object], leaves: Path) -> None:
+        """Run a step with another process beside it; both must end well.
+
+        leaves: what the step writes last. The plain launcher ends with 0 where it was killed, and what watches it
         would wait for that file.
         """
-        print(f"\n=== {name}: {' '.join(map(str, command[:2]))} ...", flush=True)
-        begun, environment = time.monotonic(), {**os.environ, "OMP_NUM_THREADS": str(threads)}
         # The training has the cores; grading takes what it leaves.
-        commands = [command, *([] if beside is None else [("nice", "-n", "19", *beside)])]
+        self._run(name, [command, ("nice", "-n", "19", *watch)], 1, leaves)
+
+    def _run(self, name: str, commands: Sequence[Sequence[object]], threads: int, leaves: Path | None = None) -> None:
+        print(f"\n=== {name}: {' '.join(map(str, commands[0][:2]))} ...", flush=True)
+        begun, environment = time.monotonic(), {**os.environ, "OMP_NUM_THREADS": str(threads)}
         running: list[subprocess.Popen[bytes]] = []
         try:
             with _sigterm_held():
@@ -204,13 +203,13 @@ def train_arm(story: Story, arm: str) -> None:
         "--out", out / "watched" / arm / "results.jsonl", "--threads", 1,
         "--config", "recipes/evaluate/tiny_demo.yaml", "--retrieval.limit", story.sizes.watched,
     ]  # fmt: skip
-    story.run(
+    story.run_watched(
         f"train {arm}", tool("deepspeed"), "--num_accelerators", ranks(), "training/train.py",
         "--config", RECIPE, "--mmgem.vision.arch", f"local-dir:{out / 'scorer' / 'export'}",
         "--data", out / arm / "shards", "--out", run,
         "--seed", story.seed, "--precision", precision(), "--samples", story.sizes.arm_samples,
         "--mmgem.tokenizer.name_or_path", tokenizer(story),
-        beside=watch, leaves=run / "manifest.json",
+        watch=watch, leaves=run / "manifest.json",
     )  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def test_sigterm_ends_the_step_at_work(tmp_path):
 def test_what_waits_beside_a_step_that_left_nothing_is_ended(tmp_path):
     before = psutil.Process().children()
     with pytest.raises(UserError, match="the step 'train' ended with 1"):
-        Story(tmp_path, 0, SMALL).run("train", "true", beside=["sleep", 3600], leaves=tmp_path / "manifest.json")
+        Story(tmp_path, 0, SMALL).run_watched("train", "true", watch=["sleep", 3600], leaves=tmp_path / "manifest.json")
     assert psutil.Process().children() == before
 
 

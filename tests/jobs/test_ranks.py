@@ -40,3 +40,13 @@ def test_ranks_told_to_use_the_cores_see_no_gpu():
         words = [sys.executable, "-c", "import os, training.config; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.stdout == seen + "\n", done.stderr
+
+
+def test_claims_are_tried_on_cores(monkeypatch):
+    """As they are registered: their steps inherit it, their ranks' launcher too."""
+    found: dict[str, str] = {}
+    for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr("jobs.reproduce.run.reproduce", lambda *_, **__: found.update(os.environ))
+    assert COMMANDS["reproduce"][1](["all"]) == 0
+    assert (found["DS_ACCELERATOR"], found["CUDA_VISIBLE_DEVICES"]) == ("cpu", "")
