@@ -98,7 +98,7 @@ def published(rank: int, collectives: int, *, waits: bool = False, at: str = "a.
         (
             {r: published(r, 9, at=f"r{r % 2}.py:3 in g") for r in range(5)},
             5,
-            "none is inside one: ranks 1, 3 at r1.py:3 in g; ranks 0, 2, 4 at r0.py:3 in g (after step 7, computing)",
+            "none is inside one: ranks 1, 3 at r1.py:3 in g (after step 7, computing); ranks 0, 2, 4 at r0.py:3 in g (",
         ),
     ],
 )

@@ -74,15 +74,18 @@ class _SummedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         factors = hidden.dtype if hidden.is_cuda else wide  # of products: a GPU sums bf16 ones in fp32, a CPU does not
+        settings: Any = {} if factors == wide else {"out_dtype": wide}
         asked = [graph and needed for needed in ctx.needs_input_grad[:3]]
         of_hidden = torch.empty_like(hidden) if asked[0] else None
         of_weight = torch.zeros_like(weight, dtype=wide) if asked[1] else None
         of_bias = torch.zeros_like(bias, dtype=wide) if asked[2] and bias is not None else None
         total, table = hidden.new_zeros((), dtype=wide), weight.to(factors)
+        room = hidden.new_empty(min(size, len(hidden)), len(weight), dtype=wide)  # for all pieces
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             states, at = hidden[rows].to(factors), labels[rows, None]
-            x = _product(states, table.T, wide)  # [r, V]: logits, and in the same memory all that becomes of them
+            x = room[: len(states)]  # [r, V]: the logits, and all that becomes of them
+            torch.mm(states, table.T, out=x, **settings)
             if bias is not None:
                 x += bias
             if scale != 1:
@@ -99,7 +102,7 @@ class _SummedLoss(torch.autograd.Function):
             total += whole.log().sum()
             if not any(asked):
                 continue
-            x /= whole
+            x *= whole.reciprocal()
             x.scatter_(1, at, x.gather(1, at) - 1)
             if slope is not None:
                 x *= slope
@@ -109,9 +112,9 @@ class _SummedLoss(torch.autograd.Function):
                 of_bias += x.sum(0)
             given = x.to(factors)
             if of_hidden is not None:
-                of_hidden[rows] = _product(given, table, wide)
+                of_hidden[rows] = given @ table
             if of_weight is not None:
-                _add_product(of_weight, given.T, states)
+                torch.addmm(of_weight, given.T, states, out=of_weight, **settings)
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         return total
 
@@ -121,16 +124,6 @@ class _SummedLoss(torch.autograd.Function):
         # In place, for room; a vector of one keeps the factor's digits beside bf16, where a scalar would be rounded.
         found = [None if x is None else x.mul_(factor.view(1)) for x in ctx.saved_tensors]
         return *found, None, None, None, None, None
-
-
-def _product(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    return torch.mm(a, b) if a.dtype == wide else torch.mm(a, b, out_dtype=wide)
-
-
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b"""
-    settings: Any = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
-    torch.addmm(total, a, b, out=total, **settings)
 
 
 class _Given(BaseModelOutputWithPast):
