@@ -1,6 +1,5 @@
 """What a rank holds of its batch on the device of its engine."""
 
-import gc
 import weakref
 from types import SimpleNamespace
 
@@ -32,7 +31,6 @@ class Engine:
         return copies
 
     def __call__(self, chunk, separable):
-        gc.collect()
         alive = [x for ref in self.there if (x := ref()) is not None]
         assert any(x is chunk["x"] for x in alive), "it was brought here"
         self.seen.append(len(alive))
