@@ -65,7 +65,8 @@ class Sidecar:
         one by one."""
         if self._metadata:
             uids = {uid for key, said in samples if (uid := self._uid(key, said)) is not None}
-            self._looked_up = {uid: {} for uid in uids} | self._metadata.rows(sorted(uids))
+            self._looked_up = {uid: {} for uid in uids}
+            self._looked_up.update(self._metadata.rows(sorted(uids)))
 
     def row(self, key: str, uid: object) -> Mapping[str, Any]:
         """The row of a sample, {} where there is none; its own table's columns before those of metadata."""

@@ -41,7 +41,7 @@ def ledger(out: Path) -> list[dict[str, object]]:
 
 def digests(out: Path) -> dict[str, str]:
     """Everything that curation makes except timings: signals, ledger, shards, cards and what the page is drawn from."""
-    folders = [out / "shards", out / "ledger", *(d for d in (out / "signals").iterdir() if d.name != "shards")]
+    folders = [out / "shards", out / "ledger", *(d for d in (out / "signals").glob("*/") if d.name != "shards")]
     files = [p for folder in folders for p in sorted(folder.iterdir())]
     files += [out / "README.md", out / "croissant.json", out / "report" / "summary.json"]
     return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
