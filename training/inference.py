@@ -142,8 +142,7 @@ def load(folder: Path, embed_tokens: int | None = None, *, trust_remote_code: bo
     """
     folder = folder.resolve()  # its run is the folder around it, whatever it was called by
     run, words = folder.parent, folder
-    parts = {*folder.glob("rank_*"), *folder.glob("frozen_*")}  # of a checkpoint
-    exported = sorted(set(folder.glob("*.safetensors")) - parts)
+    exported = sorted(set(folder.glob("*.safetensors")) - set(folder.glob("rank_*")))  # those are a checkpoint's
     if not exported:
         manifest = checkpoint.check(folder)
         config = _reading(trusting(config_from(manifest["config"]), trust_remote_code), embed_tokens)
