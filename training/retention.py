@@ -79,7 +79,7 @@ def choose(
     room = room_of(config, torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None, coming)
     costs = []  # of each kind: bytes of a chunk, of each of its samples, of what does not grow with them
     for chunk in chunks:
-        half = {name: tensor[: rows // 2] for name, tensor in chunk.items()}
+        half = {name: tensor[: rows // 2].clone() for name, tensor in chunk.items()}  # a view counts as its whole
         whole, part = (saved_bytes(lambda c=c: forward(c), parameters) for c in (chunk, half))  # type: ignore[misc]
         each = max((whole - part) / (rows - rows // 2), 1.0)
         costs.append((whole, each, max(0.0, whole - each * rows)))
