@@ -1,10 +1,10 @@
 """Checkpoints by parameter: written by any number of ranks at any ZeRO stage, read by any other.
 
-    RUN/checkpoints/step_00000100/  rank_00000.safetensors    what this rank's shards hold, stretch after stretch:
-                                                              fp32 weights, both moments; buffers
-                                    frozen_00000.safetensors  its frozen weights, the same file in all checkpoints
-                                    manifest.json             written last: step, samples, recipe, shapes, every file's
-                                                              size, and the weights' hash that evaluation caches by
+    RUN/checkpoints/step_00000100/  rank_00000.safetensors         what this rank's shards hold, stretch after stretch:
+                                                                   fp32 weights, both moments; buffers
+                                    rank_00000_frozen.safetensors  its frozen weights, the same file in all checkpoints
+                                    manifest.json                  written last: step, samples, recipe, shapes, each
+                                                                   file's size, the weights' hash for evaluation's cache
 
 A file's header says which stretch of which parameter lies where and how many
 steps the optimiser took with it (training/zero.py), so a rank finds what it

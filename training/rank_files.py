@@ -1,7 +1,7 @@
 """What one rank writes of a checkpoint: its tensors, and a table in each file's header that names their stretches.
 
-    rank_00000.safetensors    what it trains, and both moments; on rank 0 buffers too
-    frozen_00000.safetensors  what it keeps of the frozen weights
+    rank_00000.safetensors         what it trains, and both moments; on rank 0 buffers too
+    rank_00000_frozen.safetensors  what it keeps of the frozen weights
 
 Frozen weights never change in a run, so they are written once: each later
 checkpoint has a hard link to the same file. An adapter of megabytes on a
@@ -38,7 +38,7 @@ def path(folder: Path, rank: int) -> Path:
 
 
 def frozen_path(folder: Path, rank: int) -> Path:
-    return folder / f"frozen_{rank:05d}.safetensors"
+    return folder / f"rank_{rank:05d}_frozen.safetensors"
 
 
 def to_disk(place: Path) -> None:

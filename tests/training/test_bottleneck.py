@@ -2,9 +2,11 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
+from training import bottleneck
 from training.bottleneck import MENDS, Timers, apart, warning
 
 
@@ -22,19 +24,24 @@ def test_below_the_bound_nothing_is_said_and_without_timers_no_cause_is_made_up(
     assert line is not None and "keeps no timers" in line and "decod" not in line
 
 
-def test_a_second_counts_once_where_a_part_is_timed_apart():
-    timers = Timers()
+def test_a_second_counts_once_where_a_part_is_timed_apart(monkeypatch):
+    now, timers = [0.0], Timers()
+    monkeypatch.setattr(bottleneck, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def work(seconds):
+        now[0] += seconds
+
     with apart("decode"):
-        pass  # nobody times this thread
+        work(64.0)  # nobody times this thread
     with timers("read"):
-        time.sleep(0.02)
+        work(1.0)
         for _ in range(2):
             with apart("decode"):
-                time.sleep(0.05)
+                work(4.0)
                 with apart("tokenise"):
-                    time.sleep(0.1)
-    found = timers.seconds
-    assert 0.02 <= found["read"] < 0.1 <= found["decode"] < 0.2 <= found["tokenise"], found
+                    work(16.0)
+        work(2.0)
+    assert timers.seconds == {"read": 3.0, "decode": 8.0, "tokenise": 32.0}
 
 
 def test_timers_add_up_over_threads():

@@ -13,7 +13,7 @@ from tests.training.rank_zero import Toy, optim
 from tests.training.test_checkpoint import engine_of
 from training import checkpoint
 
-FILE = "frozen_00000.safetensors"
+FILE = "rank_00000_frozen.safetensors"
 
 
 def saved(run, steps, keep_last=2, model=None):
