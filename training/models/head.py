@@ -73,7 +73,8 @@ class _SummedLoss(torch.autograd.Function):
         graph: bool,
     ) -> torch.Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        factors = hidden.dtype if hidden.is_cuda else wide  # of products: a GPU sums bf16 ones in fp32, a CPU does not
+        # Of products: a GPU gives those of bf16 in fp32; a CPU does not, and takes fp32 ones.
+        factors = wide if hidden.device.type == "cpu" else hidden.dtype
         settings: Any = {} if factors == wide else {"out_dtype": wide}
         asked = [graph and needed for needed in ctx.needs_input_grad[:3]]
         of_hidden = torch.empty_like(hidden) if asked[0] else None
