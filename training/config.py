@@ -79,7 +79,7 @@ class ObjectiveConfig:
     reduction: Literal["sum", "mean"] = "sum"
     duplicates: Literal["negative", "masked", "positive"] = "negative"
     gather: Literal["all", "ring"] = "all"
-    tile: int = 1024
+    tile: int = 512
     weights: dict[str, float] = field(default_factory=dict)
     temperature: float | None = None
     temperature_schedule: Literal["learned", "constant", "linear", "cosine"] = "learned"

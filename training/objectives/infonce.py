@@ -15,6 +15,9 @@ them keeps every sum finite in fp32, and every row and column whose sum did not
 sink to where fp32 loses terms is exact to rounding: all of them, at scale 100,
 unless some row fits nothing. If one did sink, on any rank, both sweeps are
 taken with exponentials in fp64, which holds e^+-700: slower, same code.
+
+E is computed as a power of two, of logits counted in bits (S / ln 2, a factor
+of the product): a third of the time of exp on CPUs, to the same rounding.
 """
 
 import math
@@ -27,6 +30,8 @@ import torch
 from training.distributed import World
 from training.objectives.coupled import CoupledGradient, Rows
 from training.objectives.tiles import Pairs, Tensors, Tile, Tiling
+
+LN2 = math.log(2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +70,11 @@ class InfoNCE(Tiling):
 
         valid, each = pairs.valid, weight * (1 + both)  # of a row in the loss, directions together
         d_left, d_right = sweep.gradient(weight)
-        target = torch.where(valid, sweep.target_sum / sweep.targets, 0.0)
-        log_sums = torch.where(valid, sweep.row_sum.log() + sweep.shift, 0.0)
+        target = torch.where(valid, sweep.target_bits / sweep.targets, 0.0)
+        bits = torch.where(valid, sweep.row_sum.log2() + sweep.shift, 0.0)
         if both:
-            log_sums += torch.where(valid, sweep.column_sum.log() + sweep.shift, 0.0)
-        value = log_sums.sum() * weight - target.sum() * each
+            bits += torch.where(valid, sweep.column_sum.log2() + sweep.shift, 0.0)
+        value = (bits.sum() * weight - target.sum() * each) * LN2
         value, d_log_scale = world.sum(torch.stack([value.to(d_left.dtype), pairs.with_left(d_left)]))
         return CoupledGradient(value, d_left, d_right, {"log_scale": d_log_scale.reshape(1)})
 
@@ -80,11 +85,11 @@ class _Sweeps:
     def __init__(self, pairs: Pairs, scale: float, both: bool, dtype: torch.dtype | None = None) -> None:
         self.pairs, self.scale, self.both = pairs, scale, both
         self.dtype = dtype or pairs.left.dtype
-        self.shift = max(0.0, scale + math.log(pairs.widest) - math.log(torch.finfo(self.dtype).max) + 1)
+        self.shift = max(0.0, scale / LN2 + math.log2(pairs.widest) - math.log2(torch.finfo(self.dtype).max) + 1)
         self.kept: dict[tuple[int, str, int, int], torch.Tensor] = {}
         self.room = pairs.tiling.keep
         b = len(pairs.left)
-        self.row_sum, self.target_sum, self.targets = (
+        self.row_sum, self.target_bits, self.targets = (
             pairs.left.new_zeros(b, dtype=t) for t in (self.dtype, pairs.left.dtype, pairs.left.dtype)
         )
         columns = {"sum": pairs.left.new_zeros(b, dtype=self.dtype)} if both else {}
@@ -92,17 +97,17 @@ class _Sweeps:
 
     def _exponentials(self, tile: Tile, s: torch.Tensor) -> torch.Tensor:
         s = s.to(self.dtype)
-        return tile.drop_((s.sub_(self.shift) if self.shift else s).exp_())
+        return tile.drop_((s.sub_(self.shift) if self.shift else s).exp2_())
 
     def _add(self, tile: Tile, _: Tensors, sums: Tensors) -> None:
         size = len(tile.left) * len(tile.right)
         keeps = size <= self.room
-        s = tile.logits(self.scale, None if keeps else self.pairs.buffer)  # [t, u]
+        s = tile.logits(self.scale / LN2, None if keeps else self.pairs.buffer)  # [t, u]
         if tile.targets is not None:
-            self.target_sum[tile.rows] += torch.where(tile.targets, s, 0.0).sum(1)
+            self.target_bits[tile.rows] += torch.where(tile.targets, s, 0.0).sum(1)
             self.targets[tile.rows] += tile.targets.sum(1)
         else:
-            own = self.target_sum[tile.rows][tile.diagonal[0]]
+            own = self.target_bits[tile.rows][tile.diagonal[0]]
             own += tile.own(s)
             self.targets[tile.rows][tile.diagonal[0]] += 1.0
         e = self._exponentials(tile, s)
@@ -131,7 +136,7 @@ class _Sweeps:
         def add(tile: Tile, fixed: Tensors, sums: Tensors) -> None:
             e = self.kept.pop(tile.key, None)
             if e is None:
-                e = self._exponentials(tile, tile.logits(scale, pairs.buffer))
+                e = self._exponentials(tile, tile.logits(scale / LN2, pairs.buffer))
             if factors is not None and tile.side == "positive":
                 out = factors[: e.numel()].view(e.shape)
                 g = e.mul_(torch.add(row[tile.rows, None], fixed["column"][tile.columns], out=out))
