@@ -25,6 +25,7 @@ import numpy as np
 from curation.captions import read_captions
 from curation.errors import UserError
 from curation.hashing import file_hash
+from curation.images import formats
 from curation.tar import IMAGE_EXTENSIONS, Bytes, Member, Sample, open_shard, samples
 from training.regions import Region, read_region, size_of
 
@@ -107,7 +108,7 @@ def decode(raw: bytes) -> "Image":
     """A whole decode to RGB; raises whatever Pillow raises for broken bytes."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(raw)) as picture:
+    with Image.open(io.BytesIO(raw), formats=formats()) as picture:
         return picture.convert("RGB")
 
 

@@ -7,9 +7,13 @@ and checkpoint names are not in it: peers that key on them grade the wrong
 weights as soon as two runs both write `epoch_latest.pt`.
 
 Batches have one fixed size, the last one filled up by repetition, so that the
-kernels and therefore the numbers are the same for 10 items and for 10,000.
-Texts are encoded once each, sorted by length (less padding), and equal texts
-get equal rows.
+kernels and therefore the numbers are the same for 10 items and for 10,000. A
+model that sees pictures whole gets few of them at a time. Texts are encoded
+once each, sorted by length (less padding), and equal texts get equal rows.
+
+A picture that a model's processor refuses stays a query: its embedding is zero,
+as near to one text as to another, so that all models are graded on the same
+pictures and none gains by what it does not look at.
 
 NaN and collapsed embeddings are refused before they reach the cache. Collapsed
 means that most rows are the same row to within 1e-6: an untrained model passes
@@ -27,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from curation.errors import UserError
@@ -35,10 +40,10 @@ from curation.manifest import read_manifest, write_manifest
 from evaluation.data import Pictures
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
 BATCH = 64
+FEW = 4  # pictures at a time of a model that sees them whole ("fit"): of 12 megapixels each takes thousands of tokens
 COLLAPSE = 1e-6
 LIBRARIES = ("torch", "torchvision", "transformers", "open_clip_torch", "numpy", "pillow")
 
@@ -62,7 +67,7 @@ class Model(Protocol):
     @property
     def can_caption(self) -> bool: ...
 
-    def images(self, images: list["Image"], /) -> "Tensor":
+    def images(self, images: list[Image.Image], /) -> "Tensor":
         """RGB images to pixels [B, 3, S, S]."""
 
     def embed_images(self, pixels: "Tensor", /) -> "Tensor":
@@ -86,29 +91,75 @@ def software() -> dict[str, str]:
     return found
 
 
+def batch_of(model: Model, asked: int | None) -> int:
+    """Pictures that are embedded at a time.
+
+    Raises:
+        UserError: less than one.
+    """
+    if asked is not None and asked < 1:
+        raise UserError(f"--batch {asked}: is below 1; leave it out for the usual")
+    return asked or (FEW if model.preprocess.get("resize_mode") == "fit" else BATCH)
+
+
 def batches(total: int, batch: int) -> Iterator[list[int]]:
     """Indices 0..total-1 in batches of exactly `batch`; the last index repeats to fill the last one up."""
     for start in tqdm(range(0, total, batch), desc="encode", unit="batch", leave=False, disable=None):
         yield [min(index, total - 1) for index in range(start, start + batch)]
 
 
-def encode_images(model: Model, pictures: Pictures, *, cache: Path | None = None, batch: int = BATCH) -> np.ndarray:
+def seen(model: Model, pictures: Sequence[Image.Image]) -> tuple[Any, np.ndarray]:
+    """What the model makes of pictures, and which of them it refuses alone, bool [B], as Qwen's processor does what is
+    more than 200 times as long as wide. A plain square stands for those, so that a batch keeps its size."""
+
+    def refuses(picture: Image.Image) -> bool:
+        try:
+            model.images([picture])
+        except MemoryError:  # of the machine, not of the picture
+            raise
+        except Exception:
+            return True
+        return False
+
+    try:
+        return model.images(list(pictures)), np.zeros(len(pictures), bool)
+    except Exception:  # processors raise almost anything
+        refused = [refuses(picture) for picture in pictures]
+        if not any(refused):
+            raise
+        blank = Image.new("RGB", (64, 64))
+        shown = [blank if bad else picture for picture, bad in zip(pictures, refused, strict=True)]
+        return model.images(shown), np.array(refused)
+
+
+def encode_images(
+    model: Model, pictures: Pictures, *, cache: Path | None = None, batch: int | None = None
+) -> np.ndarray:
     """Embeddings of all pictures, in order.
 
     Returns:
-        float32 [N, D], unit norm.
+        float32 [N, D], unit norm; zero where the model refuses the picture.
 
     Raises:
         UserError: NaN, infinite or collapsed embeddings.
     """
 
     def compute(indices: list[int]) -> "Tensor":
-        return model.embed_images(model.images([pictures[index] for index in indices]))
+        pixels, refused = seen(model, [pictures[index] for index in indices])
+        embeddings = model.embed_images(pixels)
+        embeddings[refused] = 0.0
+        return embeddings
 
-    return encoded(model, "images", pictures.content_hash, len(pictures), compute, cache, batch)
+    found = encoded(model, "images", pictures.content_hash, len(pictures), compute, cache, batch_of(model, batch))
+    if refused := int((~found.any(axis=1)).sum()):
+        said = f"refuses {refused} of {len(pictures)} pictures, whose embeddings are zero"
+        print(f"checkpoint {model.name}: {said}", flush=True)
+    return found
 
 
-def encode_texts(model: Model, texts: Sequence[str], *, cache: Path | None = None, batch: int = BATCH) -> np.ndarray:
+def encode_texts(
+    model: Model, texts: Sequence[str], *, cache: Path | None = None, batch: int | None = None
+) -> np.ndarray:
     """Embeddings of all texts, in order; equal texts get equal rows.
 
     Returns:
@@ -123,7 +174,7 @@ def encode_texts(model: Model, texts: Sequence[str], *, cache: Path | None = Non
     def compute(indices: list[int]) -> "Tensor":
         return model.embed_texts([unique[index] for index in indices])
 
-    found = encoded(model, "texts", config_hash(unique), len(unique), compute, cache, batch)
+    found = encoded(model, "texts", config_hash(unique), len(unique), compute, cache, batch or BATCH)
     return found[[row[text] for text in texts]]
 
 

@@ -34,13 +34,14 @@ Sources = Path | Mapping[str, Path]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """`batch`: items encoded at a time (it changes numbers in the last digits, so it is part of every identity).
+    """`batch`: items encoded at a time (it changes numbers in the last digits, so it is part of every identity); null
+    is 64, and 4 pictures for a model that sees them whole.
 
     Raises:
         UserError: a number below 1, of which there is none here that means anything.
     """
 
-    batch: int = encode.BATCH
+    batch: int | None = None
     retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
     classification: ClassificationSettings = field(default_factory=ClassificationSettings)
     captioning: CaptioningSettings = field(default_factory=CaptioningSettings)
@@ -171,7 +172,7 @@ def grade(
 ) -> list[dict[str, Any]]:
     """One task of a loaded model: the rows appended to `out`, or those found there."""
     settings = getattr(config, task)
-    hashes = _hashes(model, task, data.content_hash, settings, config.batch)
+    hashes = _hashes(model, task, data.content_hash, settings, encode.batch_of(model, config.batch))
     if known := results.find(out, hashes["result"]):
         print(f"{checkpoint}: {task} on {data.name} is already in {out}, nothing to do", flush=True)
         return known

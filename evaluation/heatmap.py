@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from curation.errors import UserError
+from curation.images import formats
 
 SIDE = 448
 """Pixels that the shorter side is enlarged to, where it has less."""
@@ -31,7 +32,7 @@ def heat_map(checkpoint: Path, image: Path, text: str, out: Path) -> np.ndarray:
     if not text.strip():
         raise UserError("--text: is empty; say what to look for")
     try:
-        with Image.open(image) as opened:
+        with Image.open(image, formats=formats()) as opened:
             picture = opened.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything
         raise UserError(f"--image {image}: cannot be read ({type(error).__name__}); name a picture") from None

@@ -15,6 +15,7 @@ whatever stands beside them. The size is part of what an index is made of.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -36,12 +37,11 @@ from curation.images import decode
 from curation.manifest import claim, read_manifest, write_manifest
 from curation.pool import UNREADABLE, Shard, list_shards, read_row
 from curation.sources import whole_shard
-from evaluation.encode import BATCH, Model, refuse_broken, software
+from evaluation.encode import BATCH, Model, refuse_broken, seen, software
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FEW = 4  # pictures at a time of a model that sees them whole ("fit"): of 12 megapixels each takes thousands of tokens
 TEXTS, NUMBERS = ("uid", "caption", "shard"), ("offset", "size")
 ROWS = pa.schema([*((name, pa.string()) for name in TEXTS), *((name, pa.int64()) for name in NUMBERS)])
 
@@ -73,17 +73,6 @@ def shards_of(data: str) -> list[Shard]:
         return list_shards([data], "images")
     except UserError as error:
         raise _of_data(error) from None
-
-
-def batch_of(model: Model, asked: int | None) -> int:
-    """Pictures that are embedded at a time.
-
-    Raises:
-        UserError: less than one.
-    """
-    if asked is not None and asked < 1:
-        raise UserError(f"--batch {asked}: is below 1; leave it out for the usual")
-    return asked or (FEW if model.preprocess.get("resize_mode") == "fit" else BATCH)
 
 
 def build(model: Model, data: str, shards: Sequence[Shard], out: Path, batch: int = BATCH) -> Index:
@@ -160,12 +149,15 @@ def _embedded(model: Model, shard: Shard, batch: int, bar: Any) -> Part:
     waiting: list[tuple[dict[str, Any], bytes, Image]] = []
 
     def flush() -> None:
-        came, pixels = len(waiting), _pixels(model, waiting, batch)
-        if waiting:
-            vectors.append(model.embed_images(pixels).float().cpu().numpy()[: len(waiting)])
-        if lost := came - len(waiting):
-            left_out["image_broken"] += lost
-        for row, raw, _ in waiting:
+        if not waiting:
+            return
+        shown = [picture for _, _, picture in waiting]
+        pixels, refused = seen(model, shown + shown[-1:] * (batch - len(shown)))
+        whole = ~refused[: len(waiting)]
+        vectors.append(model.embed_images(pixels).float().cpu().numpy()[: len(waiting)][whole])
+        if not whole.all():
+            left_out["image_broken"] += int((~whole).sum())
+        for row, raw, _ in itertools.compress(waiting, whole):
             first.setdefault(hashlib.md5(raw).digest(), len(rows))
             rows.append(row)
         waiting.clear()
@@ -182,33 +174,6 @@ def _embedded(model: Model, shard: Shard, batch: int, bar: Any) -> Part:
     if rows:
         refuse_broken(found[list(first.values())], model=model.name, modality="images")
     return Part(vectors=found, rows=pa.Table.from_pylist(rows, ROWS), left_out=dict(left_out))
-
-
-def _pixels(model: Model, waiting: list[tuple[dict[str, Any], bytes, "Image"]], batch: int) -> Any:
-    """What the model makes of the pictures that wait. One that it refuses alone, as Qwen's processor does what is more
-    than 200 times as long as wide, waits no longer."""
-
-    def made() -> Any:
-        shown = [picture for _, _, picture in waiting]
-        return model.images(shown + shown[-1:] * (batch - len(shown))) if shown else None
-
-    def seen(picture: "Image") -> bool:
-        try:
-            model.images([picture])
-        except MemoryError:  # of the machine, not of the picture
-            raise
-        except Exception:
-            return False
-        return True
-
-    try:
-        return made()
-    except Exception:  # processors raise almost anything
-        whole = [one for one in waiting if seen(one[2])]
-        if len(whole) == len(waiting):
-            raise
-        waiting[:] = whole
-        return made()
 
 
 def _pictures(shard: Shard, bar: Any) -> Iterator[tuple[dict[str, Any], bytes, "Image | None", str]]:

@@ -88,7 +88,7 @@ class Seen:
         return torch.cat(maps)[row], torch.from_numpy(self.weights[list(indices)])
 
 
-def encode_regions(seen: Seen, *, cache: Path | None, batch: int) -> np.ndarray:
+def encode_regions(seen: Seen, *, cache: Path | None, batch: int | None) -> np.ndarray:
     """Embeddings of the regions, in order: float32 [R, D], unit norm.
 
     Raises:
@@ -99,4 +99,6 @@ def encode_regions(seen: Seen, *, cache: Path | None, batch: int) -> np.ndarray:
         return seen.model.embed_regions(*seen.batch(indices))
 
     what = [seen.data.pictures.content_hash, seen.owner.tolist(), seen.weights.tobytes().hex()]
-    return encode.encoded(seen.model, "regions", config_hash(what), len(seen.phrases), compute, cache, batch)
+    return encode.encoded(
+        seen.model, "regions", config_hash(what), len(seen.phrases), compute, cache, batch or encode.BATCH
+    )

@@ -16,9 +16,9 @@ import numpy as np
 
 from curation.errors import UserError, one_line
 from curation.sources import open_shard
-from evaluation.encode import Model
+from evaluation.encode import Model, batch_of
 from evaluation.evaluate import load_checkpoint
-from evaluation.index import Index, batch_of, build, rgb, shards_of
+from evaluation.index import Index, build, rgb, shards_of
 from evaluation.report import environment, inline
 
 if TYPE_CHECKING:

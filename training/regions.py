@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from curation.errors import UserError
+from curation.images import formats
 
 REASONS = ("region_missing", "region_broken", "region_outside", "mask_empty")
 """Why a region cannot be used; what the errors below say."""
@@ -58,7 +59,7 @@ def size_of(payload: bytes) -> tuple[int, int]:
     """(width, height) by the picture's header."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(payload)) as picture:
+    with Image.open(io.BytesIO(payload), formats=formats()) as picture:
         return picture.size
 
 

@@ -77,10 +77,10 @@ def bleu4(sums: np.ndarray) -> np.ndarray:
     return np.prod(precision, axis=1) ** 0.25 * np.exp(np.minimum(0.0, 1.0 - 1.0 / ratio))
 
 
-def write_captions(model: Model, pictures: Pictures, *, max_new_tokens: int, batch: int) -> list[str]:
+def write_captions(model: Model, pictures: Pictures, *, max_new_tokens: int, batch: int | None) -> list[str]:
     """Greedy captions of all pictures, in order."""
     written: list[str] = []
-    for indices in encode.batches(len(pictures), batch):
+    for indices in encode.batches(len(pictures), batch or encode.BATCH):
         pixels = model.images([pictures[index] for index in indices])
         written += model.caption(pixels, max_new_tokens=max_new_tokens)
     return written[: len(pictures)]
@@ -103,7 +103,7 @@ def grade(
     settings: CaptioningSettings,
     *,
     cache: Path | None = None,
-    batch: int = encode.BATCH,
+    batch: int | None = None,
 ) -> Graded:
     """cider_d and bleu_4 of greedy captions; the captions are the result's records.
 

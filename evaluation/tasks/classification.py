@@ -26,7 +26,7 @@ class ClassificationSettings:
     bootstrap: int = statistics.BOOTSTRAP
 
 
-def class_embeddings(model: Model, data: ClassificationData, *, cache: Path | None, batch: int) -> np.ndarray:
+def class_embeddings(model: Model, data: ClassificationData, *, cache: Path | None, batch: int | None) -> np.ndarray:
     """One unit vector a class: float64 [C, D]."""
     prompts = [template.replace("{c}", name) for name in data.class_names for template in data.templates]
     embedded = encode.encode_texts(model, prompts, cache=cache, batch=batch).astype(np.float64)
@@ -40,7 +40,7 @@ def grade(
     settings: ClassificationSettings,
     *,
     cache: Path | None = None,
-    batch: int = encode.BATCH,
+    batch: int | None = None,
 ) -> Graded:
     """acc1, acc5 (where there are more than five classes) and mean_per_class_recall.
 

@@ -32,7 +32,7 @@ def grade(
     settings: RegionCaptioningSettings,
     *,
     cache: Path | None = None,
-    batch: int = encode.BATCH,
+    batch: int | None = None,
 ) -> Graded:
     """cider_d and bleu_4 of greedy captions; the captions are the result's records.
 
@@ -45,7 +45,7 @@ def grade(
         raise UserError(f"--tasks region_captioning: checkpoint {model.name} writes no captions; leave the task out")
     seen = Seen(model, data, "region_captioning", settings.limit)
     captions: list[str] = []
-    for indices in encode.batches(len(seen.phrases), batch):
+    for indices in encode.batches(len(seen.phrases), batch or encode.BATCH):
         captions += model.caption_regions(*seen.batch(indices), max_new_tokens=settings.max_new_tokens)
     captions = captions[: len(seen.phrases)]
     references = [[phrase] for phrase in seen.phrases]

@@ -35,7 +35,7 @@ def grade(
     settings: RegionRetrievalSettings,
     *,
     cache: Path | None = None,
-    batch: int = encode.BATCH,
+    batch: int | None = None,
 ) -> Graded:
     """R@k, mean reciprocal rank and median rank, region to phrase and phrase to region.
 

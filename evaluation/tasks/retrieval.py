@@ -189,7 +189,7 @@ def grade(
     settings: RetrievalSettings,
     *,
     cache: Path | None = None,
-    batch: int = encode.BATCH,
+    batch: int | None = None,
 ) -> Graded:
     """R@k, mean reciprocal rank and median rank, image to text and text to image.
 

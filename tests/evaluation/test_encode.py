@@ -104,3 +104,37 @@ def test_collapse_counts_rows_not_similarity():
     half[50] = half[0] + 5e-7
     with pytest.raises(UserError, match="51 of 100"):
         encode.refuse_broken(half, model="m", modality="images")
+
+
+def test_a_picture_that_the_model_refuses_is_a_query_that_finds_by_chance(data, make_model, tmp_path, capsys):
+    model, whole = make_model(), encode.encode_images(make_model(), data.pictures)
+    shown, bad = model.images, data.pictures[3].tobytes()
+
+    def picky(pictures):
+        if any(picture.tobytes() == bad for picture in pictures):
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return shown(pictures)
+
+    model.images = picky
+    for batch in (1, 8, None):
+        for _ in range(2):  # computed and out of the cache
+            found = encode.encode_images(model, data.pictures, cache=tmp_path, batch=batch)
+            assert "refuses 1 of 23 pictures" in capsys.readouterr().out
+            assert not found[3].any() and np.allclose(np.delete(found, 3, 0), np.delete(whole, 3, 0), atol=1e-6)
+
+
+def test_what_no_picture_is_to_blame_for_is_raised(data, model):
+    def broken(pixels):
+        raise RuntimeError("no such kernel")
+
+    shown = model.images
+    model.images = lambda pictures: shown(pictures) if len(pictures) == 1 else broken(pictures)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        encode.encode_images(model, data.pictures)
+
+
+def test_few_pictures_and_many_texts_at_a_time_of_a_model_that_sees_pictures_whole(data, model):
+    model.preprocess["resize_mode"] = "fit"
+    encode.encode_images(model, data.pictures)
+    encode.encode_texts(model, ["a", "b"])
+    assert model.calls == [("images", 4)] * 6 + [("texts", 64)]
