@@ -100,17 +100,17 @@ def of_the_machine(reason: OSError) -> bool:
     return reason.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 
 
-def listed(folder: str, *, deep: bool = False, linked: bool = True) -> list[File] | None:
+def listed(folder: str, *, deep: bool = False) -> list[File] | None:
     """The files of a folder by name, those of its folders too if `deep`; None where there is no such folder.
 
     Hidden files (a dot before the name) are left out, and below the folder whatever lies in one with a mark of ours; a
-    link to nowhere is a file that cannot be read. Links to folders are followed if `linked`, each folder once.
+    link to nowhere is a file that cannot be read. Links to folders are followed, each folder once.
     """
-    found = _listed_there(folder, deep) if is_remote(folder) else _listed_here(folder, deep, linked)
+    found = _listed_there(folder, deep) if is_remote(folder) else _listed_here(folder, deep)
     return None if found is None else sorted(found, key=lambda file: file.name)
 
 
-def _listed_here(folder: str, deep: bool, linked: bool) -> list[File] | None:
+def _listed_here(folder: str, deep: bool) -> list[File] | None:
     if not os.path.isdir(folder):
         return None
     found: list[File] = []
@@ -133,7 +133,7 @@ def _listed_here(folder: str, deep: bool, linked: bool) -> list[File] | None:
                     continue
                 if is_file:
                     found.append(File(entry.path, told.st_size, told.st_mtime_ns))
-                elif deep and entry.is_dir(follow_symlinks=linked) and not _ours(entry.path):
+                elif deep and entry.is_dir() and not _ours(entry.path):
                     heappush(waiting, (links + entry.is_symlink(), entry.path))
     return found
 

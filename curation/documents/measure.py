@@ -30,7 +30,7 @@ from curation.signals.fingerprints import FingerprintsMeter
 from curation.signals.interface import Decoded
 from curation.store import NOT_FINITE, SIGNAL_FAILED, write_part
 
-VERSION = 4  # goes up when the same pool and settings would give other rows
+VERSION = 5  # goes up when the same pool and settings would give other rows
 MAX_SIMILARITIES = 4_000_000  # cosines of one document
 DOCUMENTS = pa.schema(
     [
@@ -134,7 +134,7 @@ class _Measure:
                     "key": document.key.encode("utf-8", "replace").decode(),
                     "shard": shard.path,
                     "url": document.url,
-                    "domain": document.domain.encode("utf-8", "replace").decode(),
+                    "domain": document.domain(shard).encode("utf-8", "replace").decode(),
                     "error": error,
                     "items": len(rows),
                 }

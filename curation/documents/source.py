@@ -9,7 +9,11 @@ Without an entry there, the picture of an address in a tar is the member called 
 
 Hidden files and folders are no part of it. Nothing is fetched from the web: a picture that is not at hand is dropped as
 `image_missing`, which is img2dataset's work to mend.
-Nor does an address lead out of the pool, by `..` or by a link.
+Nor does an address lead out of the pool, by `..` or by a link: links to folders are looked into, so that nothing that
+is there goes uncounted, and a page that lies elsewhere by one is `unsafe_path`.
+
+What is measured of pages and lists hangs on the files beside them too, whose names only their content tells. So all
+other files of the pool are in their fingerprints: a picture that has come since is looked for again.
 """
 
 import hashlib
@@ -52,8 +56,13 @@ class DocumentShard:
 
     path: str  # of the tar or jsonl file, or of the pool folder
     pages: tuple[str, ...]  # relative to the folder; none for files
-    fingerprint: str
+    fingerprint: str  # of a jsonl file, and after a dot that of the files beside it
     index: int
+
+    @property
+    def folder(self) -> str:
+        """In which the file lies, or the pages' pool itself."""
+        return self.path if self.pages else self.path.rpartition("/")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +73,10 @@ class Document:
     items: Sequence[Item] = field(default_factory=tuple)
     error: str | None = None
 
-    @property
-    def domain(self) -> str:
-        """The host of its address; without one the folder that it lies in."""
+    def domain(self, shard: DocumentShard) -> str:
+        """The host of its address; without one the folder that it lies in, which in two pools may have one name."""
         try:
-            return urlsplit(self.url).netloc.lower() if self.url else self.key.rpartition("/")[0]
+            return urlsplit(self.url).netloc.lower() if self.url else f"{shard.folder}/{self.key.rpartition('/')[0]}"
         except ValueError:
             return ""
 
@@ -82,24 +90,38 @@ def list_documents(pools: Sequence[str], unit_documents: int) -> list[DocumentSh
     found: dict[tuple[str, tuple[str, ...]], str] = {}
     for pool in pools:
         folder = files.full_name(pool)
-        listing = files.listed(folder, deep=True, linked=False)  # a link may lead out of the pool
+        try:
+            listing = files.listed(folder, deep=True)
+        except OSError as reason:
+            raise UserError(f"--pool {pool}: cannot be read ({reason}); mend it or take it out") from None
         if listing is None:
             raise UserError(f"--pool {pool}: no such folder; name a folder of pages, tars or jsonl files")
         before = len(found)
         there = {file.name.removeprefix(folder).lstrip("/"): file for file in listing}
+        beside = _others(listing)
         for name, file in there.items():
             if "/" not in name and name.endswith((".tar", ".jsonl")):
-                found[f"{folder}/{name}", ()] = file_fingerprint(files.checked(file))
+                mark = "" if name.endswith(".tar") else f".{beside}"
+                found[f"{folder}/{name}", ()] = file_fingerprint(files.checked(file)) + mark
         pages = [name for name in there if name.lower().endswith(PAGE_SUFFIXES)]
         for first in range(0, len(pages), unit_documents):
             unit = tuple(pages[first : first + unit_documents])
-            found[folder, unit] = config_hash([file_fingerprint(there[page]) for page in unit])
+            found[folder, unit] = config_hash([beside, *(file_fingerprint(there[page]) for page in unit)])
         if len(found) == before:
             raise UserError(f"--pool {pool}: holds no .tar, .jsonl or .html; name a folder that does")
     return [
         DocumentShard(path=path, pages=pages, fingerprint=found[path, pages], index=index)
         for index, (path, pages) in enumerate(sorted(found))
     ]
+
+
+def _others(listing: Sequence[files.File]) -> str:
+    """16 hex digits that change when a file does that is neither page, list nor tar."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in listing:
+        if not file.name.lower().endswith((*PAGE_SUFFIXES, ".tar", ".jsonl")):
+            digest.update(f"{file.name}\0{file.size}\0{file.stamp}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def read_documents(shard: DocumentShard, pool: InPool, limits: Limits) -> Iterator[Document]:
@@ -112,7 +134,7 @@ def read_documents(shard: DocumentShard, pool: InPool, limits: Limits) -> Iterat
         else:
             yield from _members(shard, mapped(pool.file(shard.path)), limits)
     except Unreadable:  # the tar or the list itself, as it was when it was listed
-        if shard.fingerprint != file_fingerprint(files.File(shard.path, 0, files.NOWHERE)):
+        if shard.fingerprint.partition(".")[0] != file_fingerprint(files.File(shard.path, 0, files.NOWHERE)):
             raise
         yield Document(key="", uid=_uid({}, f"{Path(shard.path).name}: all".encode()), error=UNREADABLE)
 

@@ -265,8 +265,6 @@ def test_links_to_folders_are_followed_each_folder_once(tmp_path: Path, monkeypa
 
         monkeypatch.setattr(files.os, "scandir", Entries)
         assert [file.name for file in files.listed(str(pool), deep=True) or ()] == expected
-    monkeypatch.undo()
-    assert [file.name for file in files.listed(str(pool), deep=True, linked=False) or ()] == expected[2:]
 
 
 def test_pools_of_pictures_and_of_texts(tmp_path: Path) -> None:

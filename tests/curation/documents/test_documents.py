@@ -300,22 +300,6 @@ def test_killed_at_every_step_and_run_again(
     assert number > 25
 
 
-def test_a_pool_that_changes(pages: Path, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = tmp_path / "pool"
-    shutil.copytree(pages, pool)
-    monkeypatch.setattr("curation.documents.pipeline._build", lambda run: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        documents(obelics(), pools=[str(pool)], out=tmp_path / "out")
-    monkeypatch.undo()
-    monkeypatch.setattr(Workers, "map", here)
-    (pool / "walks.example" / "photo5.jpg").write_bytes(picture(9, (320, 240)))
-    with pytest.raises(UserError, match=r"photo5\.jpg has changed"):
-        documents(obelics(), pools=[str(pool)], out=tmp_path / "out")
-    (pool / "walks.example" / "new.html").write_bytes(b"<p>new")
-    with pytest.raises(UserError, match="different pool"):
-        documents(obelics(), pools=[str(pool)], out=tmp_path / "out")
-
-
 def test_the_error_budget(tmp_path: Path, in_process: None) -> None:
     for rate, n in ((0, 1), (0.1, 101)):
         write_tar(tmp_path / "pool" / "0.tar", {str(n): {"txt": b"no document"} for n in range(n)})
