@@ -113,6 +113,15 @@ class _Draw:
         return torch.full_like(scores, -torch.inf).scatter(1, picked, 0.0)
 
 
+def check_asked(kind: str, least: dict[str, int], min_tokens: int, max_tokens: int) -> None:
+    """Raises: UserError: one of these numbers is too small, or no caption is so long."""
+    for name, value in {**least, "max_tokens": max_tokens}.items():
+        if value < 1:
+            raise UserError(f"{kind}: {name} {value} is not at least 1")
+    if not 0 <= min_tokens <= max_tokens:
+        raise UserError(f"{kind}: min_tokens {min_tokens} is not in 0..{max_tokens}, its max_tokens")
+
+
 def load_captioner(loader: str, model: str, device: Device = "cpu") -> Captioner:
     """The captioner that a recipe names by its `captioner` and its `model`, on its `device`.
 

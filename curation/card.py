@@ -24,6 +24,8 @@ from curation.croissant import Tar, croissant
 from curation.manifest import write_json
 from curation.report import TEMPLATES, language_by
 from curation.shards import tar_name
+from curation.sources.folder import is_range, pool_order
+from curation.sources.lists import is_list
 from curation.tar import IMAGE_EXTENSIONS
 
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")  # the Hub's size categories end at these
@@ -60,7 +62,7 @@ def _extensions(tars: Iterable[Tar]) -> list[str]:
 
 def _pools(paths: list[str]) -> list[str]:
     """The folders of the pool's shards, without where on this machine they lie and without credentials."""
-    folders = Counter(path.rpartition("/")[0] for path in paths)
+    folders = Counter(map(_folder, paths))
     names = []
     for folder, count in folders.items():
         url = urlsplit(folder)
@@ -68,6 +70,12 @@ def _pools(paths: list[str]) -> list[str]:
         where = f"{url.scheme}://{host}{url.path}" if url.netloc else Path(folder).name
         names.append(f"{where} ({count:,} shards)")
     return names
+
+
+def _folder(shard: str) -> str:
+    """The folder in which the file of a shard lies, or of which the shard is a part."""
+    base, _ = pool_order(shard)
+    return base if is_range(shard) and not is_list(base) else base.rpartition("/")[0]
 
 
 def _readme(

@@ -96,6 +96,7 @@ def croissant(name: str, said: str, extensions: list[str], tars: list[Tar]) -> d
     images = [e for e in extensions if e in IMAGE_EXTENSIONS]
     kinds = {"image": images} if images else {}
     kinds |= {field: [e] for field, e in (("caption", "txt"), ("json", "json")) if e in extensions}
+    names = _patterns(extensions, sum(tar.members.total() for tar in tars))
     return {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
@@ -123,13 +124,24 @@ def croissant(name: str, said: str, extensions: list[str], tars: list[Tar]) -> d
                     "name": f"{field}-members",
                     "containedIn": [{"@id": tar.name} for tar in tars],
                     "encodingFormat": MIME[field],
-                    "includes": [f"*.{extension}" for extension in found],
+                    "includes": [pattern for extension in found for pattern in names[extension]],
                 }
                 for field, found in kinds.items()
             ),
         ],
         "recordSet": [_records(kind) for kind in kinds],
     }
+
+
+def _patterns(extensions: list[str], members: int) -> dict[str, list[str]]:
+    """By extension, the globs of its members alone: "*.txt" fits x-0.recaption.txt too, which is no caption. Where
+    there is such, the digits of the copy's number, which is below that of all members, are told one by one."""
+    found = {}
+    for extension in extensions:
+        longer = any(other.endswith(f".{extension}") for other in extensions)
+        stems = [f"*-{'[0-9]' * digits}" for digits in range(1, len(str(members)) + 1)] if longer else ["*"]
+        found[extension] = [f"{stem}.{extension}" for stem in stems]
+    return found
 
 
 MIME = {"image": "image/*", "caption": "text/plain", "json": "application/json"}

@@ -23,6 +23,7 @@ from curation.selection.engine import Part, partitions
 from curation.sources import open_shard
 from curation.tar import IMAGE_EXTENSIONS
 
+LONGEST = 2_000  # characters of a text that a terminal is shown
 WORDS = {True: "passes", False: "FAILS", None: "not asked"}  # or, of one of several, not recorded
 
 
@@ -170,10 +171,10 @@ def as_text(sample: dict[str, Any]) -> str:
     members = ", ".join(f"{extension} {size:,} B" for extension, size in sample["members"].items())
     lines = [
         f"uid      {sample['uid']}",
-        f"in       {sample['shard']}, sample {sample['index']}, key {sample['key']} ({members})",
+        f"in       {_safe(sample['shard'])}, sample {sample['index']}, key {_safe(sample['key'])} ({_safe(members)})",
         f"picture  {sample['picture'] or 'none: ' + sample['no_picture']}",
-        f"caption  {sample['caption']!r}",
-        f"url      {sample['url'] or ''}",
+        f"caption  {None if sample['caption'] is None else _cut(sample['caption'])!r}",
+        f"url      {_short(sample['url'] or '')}",
         "signals",
         *(f"  {name:26} {_short(value)}" for name, value in sample["signals"].items()),
         f"verdict  {sample['verdict']}" + (f" by {sample['reason']}" if sample["reason"] else ""),
@@ -199,4 +200,13 @@ def _short(value: Any) -> str:
         return value.hex()
     if isinstance(value, list) and len(value) > 8:
         return f"[{', '.join(map(_short, value[:4]))}, ... {len(value)} values]"
-    return str(value)
+    return _safe(_cut(str(value)))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... {len(text):,} characters"
+
+
+def _safe(text: str) -> str:
+    """Text of the web, without what a terminal would obey: escape sequences, another direction of writing."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -35,6 +35,7 @@ from curation.tar import IMAGE_EXTENSIONS, Member, Sample
 Modality = Literal["pairs", "images", "texts"]
 """What every sample of a pool must have; what a pool of images or texts lacks is no error there."""
 UNREADABLE = "unreadable"
+TABLES = 2  # goes up when the same tables beside a tar say something else of its samples
 MAX_EXTENSION = 24  # so that "{uid}-{copy}.{extension}" fits a tar header's 100 bytes
 MAX_MEMBER = 8**11 - 1  # bytes, as many as a ustar header can say: 8 GiB
 LIST_NAME = re.compile(r"/(metadata|captions)\.(csv|tsv|jsonl)$")
@@ -131,7 +132,7 @@ def _shards_of(pool: str, modality: Modality) -> tuple[list[Shard], list[File]]:
     for tar in tars:
         name = tar.name.removesuffix(".tar") + ".parquet"
         beside = tables.pop(name, None) or (files.look(name) if tar.name == pool else None)
-        mark = f".{file_fingerprint(beside)}" if beside else ""
+        mark = f".{config_hash([TABLES, file_fingerprint(beside)])}" if beside else ""
         shards.append(_shard(tar, mark, beside.name if beside else None))
     judged = list(files.together(partial(_is_metadata, modality), list(tables)))
     kinds = {is_metadata for is_metadata, _ in judged}
@@ -212,7 +213,7 @@ def _with_tables(shard: Shard, index: int, metadata: Mapping[str, File]) -> Shar
     return dataclasses.replace(
         shard,
         index=index,
-        fingerprint=f"{tape}.{config_hash([mark, tables])}",
+        fingerprint=f"{tape}.{config_hash([TABLES, mark, tables])}",
         metadata=tuple(sorted(metadata)),
         tables=config_hash(tables),
     )
@@ -223,7 +224,7 @@ def read_row(data: Tape, sample: Sample, modality: Modality = "pairs", beside: B
 
     The caption is the txt member, else the json's `caption`; the uid is the
     json's where it can be a file name, else md5 of image bytes + caption. What
-    a table beside the shard says completes the json, which goes before it.
+    a table beside the shard says completes the json, which goes before it but where it has null.
     """
     members = sample.members
     error = sample.error
@@ -240,7 +241,8 @@ def read_row(data: Tape, sample: Sample, modality: Modality = "pairs", beside: B
         found = _parsed(data, members["json"])
         meta, error = found or {}, error or ("json_parse" if found is None else None)
     if beside is not None:
-        meta = {**beside.row(sample.key, meta.get("uid")), **meta}
+        said = {name: value for name, value in meta.items() if value is not None}
+        meta = {**meta, **beside.row(sample.key, meta.get("uid")), **said}
 
     text = _bytes(data, members["txt"]) if "txt" in members else None
     caption: str | None = None

@@ -27,6 +27,7 @@ from curation.summary import thresholds_of
 from curation.tar import IMAGE_EXTENSIONS
 
 THUMBNAIL = 168  # pixels, the longer side
+CAPTION = 2_000  # characters of a caption that the page holds, which shows some lines of it
 LANGUAGES = 12  # rows of the table; the rest is one row
 GROUPS = 24  # rows of a table of concepts by language
 TEMPLATES = Path(__file__).parent / "templates"
@@ -67,7 +68,7 @@ def write_report(
     )
     path = out / "report" / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html)
+    path.write_text(html, encoding="utf-8")
     return path
 
 
@@ -180,10 +181,14 @@ def _show(values: Mapping[str, Any], path: Path, scores: Sequence[str], sound: s
     return {
         "uid": values["uid"],
         "key": values["key"],
-        "caption": values["caption"],
+        "caption": _cut(values["caption"]),
         "thumbnail": thumbnail,
         "scores": {c: values[c] for c in scores if values[c] is not None},
     }
+
+
+def _cut(caption: str | None) -> str | None:
+    return caption if caption is None or len(caption) <= CAPTION else f"{caption[:CAPTION]}…"
 
 
 def _thumbnail(shard: str, fingerprint: str, sound: set[str], offset: int, size: int) -> str | None:

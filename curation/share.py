@@ -140,7 +140,8 @@ def _datacomp(folder: Path, rows: Rows, clips: Sequence[str]) -> None:
         measured: Mapping[str, Any] = {n: table[n] for n in (f"original_{side}", side) if n in table.schema.names}
         if measured:
             columns[f"original_{side}"] = pc.coalesce(*measured.values()).cast(pa.int64())
-    columns |= {clip: table[clip] for clip in clips}
+    read = [name for name in table.schema.names if OF_DATACOMP.fullmatch(name)]  # with DataComp's metadata
+    columns |= {score: table[score] for score in dict.fromkeys([*clips, *read])}
     if "image_sha256" in table.schema.names:
         columns["sha256"] = pa.array([digest.hex() for digest in table["image_sha256"].to_pylist()], pa.string())
     number = f"{rows.number:08d}"

@@ -145,6 +145,8 @@ def _words(name: str, path: str | None, ours: frozenset[str]) -> frozenset[str]:
     if path is None:
         return ours
     try:
-        return frozenset(line.strip().lower() for line in Path(path).read_text().splitlines() if line.strip())
+        return frozenset(
+            line.strip().lower() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()
+        )
     except (OSError, UnicodeDecodeError):
         raise UserError(f"lists.{name} {path}: cannot be read as text; name a file of words, one a line") from None

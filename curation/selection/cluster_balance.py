@@ -5,8 +5,10 @@ of the clusters are counted, then each cluster's rows meet. Inside a cluster
 hash(seed, uid) chooses, so the choice depends on neither order nor partition.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -75,7 +77,8 @@ class ClusterBalance:
             return self.cap
         if self.cap_quantile is not None:
             return int(np.ceil(np.quantile(sizes[sizes > 0], self.cap_quantile)))
-        return int(np.ceil(sizes.sum() * (self.max_share or 0.0)))
+        # As it is written: in floats 100 rows have a share of 0.07 of more than 7.
+        return math.ceil(int(sizes.sum()) * Decimal(str(self.max_share)))
 
     def _rows(self, clusters: int, table: pa.Table, buckets: int) -> pa.Table:
         table = clustering.in_clusters(table)

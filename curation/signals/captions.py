@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from curation.captioner import HUGGINGFACE, captioner_content, load_captioner
+from curation.captioner import HUGGINGFACE, captioner_content, check_asked, load_captioner
 from curation.device import Device, device_content
+from curation.errors import UserError
 from curation.signals.interface import Decoded
 
 
@@ -37,6 +38,11 @@ class Captions:
     seed: int = 0
     device: Device = "cpu"
     version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_asked("captions", {"n": self.n, "top_k": self.top_k}, self.min_tokens, self.max_tokens)
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"captions: top_p {self.top_p} is not in (0, 1]")
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
         return {name: pa.list_(pa.string())}

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from curation.captioner import HUGGINGFACE, captioner_content, load_captioner
+from curation.captioner import HUGGINGFACE, captioner_content, check_asked, load_captioner
 from curation.device import Device, device_content
 from curation.signals.clip import Clip
 from curation.signals.interface import Decoded
@@ -36,6 +36,9 @@ class Recaption:
     clip_pretrained: str | None = None
     device: Device = "cpu"
     version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_asked("recaption", {"beams": self.beams}, self.min_tokens, self.max_tokens)
 
     def scorer(self) -> Clip | None:
         return Clip(model=self.clip, pretrained=self.clip_pretrained, device=self.device) if self.clip else None

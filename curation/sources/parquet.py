@@ -21,7 +21,7 @@ from curation.errors import one_line
 from curation.sources.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, first_of, image_extension, record_of, record_text
 from curation.tar import Member, Sample
 
-VERSION = 1  # goes up when the same file gives other members
+VERSION = 2  # goes up when the same file gives other members
 GROUP_BITS = 40  # of a position within a row group
 VALUELESS = (ValueError, OverflowError, LookupError)  # raised for a year, a time zone or a struct that Python has not
 Piece = tuple[int, memoryview]  # where it begins, and its bytes
@@ -216,6 +216,8 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     return (
         pa.types.is_binary(kind)
         or pa.types.is_large_binary(kind)

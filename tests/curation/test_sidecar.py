@@ -131,6 +131,19 @@ def test_datacomps_metadata_by_uid_whatever_file_it_is_in(tmp_path: Path, beside
             assert row["said"]["face_bboxes"] == [[0.25, 0.5, 0.75, 1.0]] * (n % 2)
 
 
+def test_a_null_of_the_json_says_nothing(tmp_path: Path) -> None:
+    """The table's value stands, its uid too; a null that no table knows stays in the record."""
+    record = {"uid": None, "key": "0", "caption": None, "score": None, "other": None, "said": 0}
+    members = {"jpg": sample(0)["jpg"], "json": json.dumps(record).encode()}
+    write_tar(tmp_path / "pool" / "0.tar", {"0": members})
+    table = {"key": ["0"], "uid": [uid(7)], "caption": ["of the table"], "score": [0.5], "said": [1]}
+    pq.write_table(pa.table(table), tmp_path / "pool" / "0.parquet")
+    (row,) = measured([tmp_path / "pool"], tmp_path / "out")
+    assert (row["uid"], row["caption"], row["error"]) == (uid(7), "of the table", None)
+    expected = {"uid": uid(7), "key": "0", "caption": "of the table", "score": 0.5, "other": None, "said": 0}
+    assert row["said"] == expected
+
+
 def test_changed_tables_are_measured_again_and_the_build_copies_still(tmp_path: Path) -> None:
     pool = tmp_path / "pool"
     write_tar(pool / "0.tar", {str(n): sample(n) for n in range(5)})

@@ -1,0 +1,167 @@
+"""What pools hold that nobody plans for: derived texts, captions of a megabyte, control characters, names of folders;
+in the cards, the page, `inspect` and `share`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlcroissant
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curation.config import parse_config
+from curation.documents.filters import ListFiles, load_lists
+from curation.errors import UserError
+from curation.inspection import as_text, inspect
+from curation.pipeline import curate
+from curation.selection.cluster_balance import ClusterBalance
+from curation.share import share
+from curation.workers import Workers
+from tests.curation.conftest import picture, sample, write_tar
+from tests.curation.test_kill import here
+
+L14 = "clip_l14_similarity_score"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pairs with a score of DataComp's and two texts each, one of them with a caption of a megabyte."""
+    folder = tmp_path_factory.mktemp("odd")
+    samples = {}
+    for n in range(12):
+        said = {"uid": f"{n:032x}", "url": f"https://x.example/\x1b]0;{n}\x07\u202e", L14: n / 16}
+        more = {
+            "json": json.dumps(said).encode(),
+            "recaption.txt": b"another caption",
+            "seg.png": picture(n, kind="PNG"),
+        }
+        samples[str(n)] = sample(n, **more)
+    samples["5"]["txt"] = "\u202ea wörd \x1b[31m".encode() + b"more " * 200_000
+    write_tar(folder / "pool" / "0.tar", samples)
+    signals = {"text": {"kind": "text"}, "scores": {"kind": "fields", "fields": {L14: "float32"}}}
+    selectors = {"best": {"kind": "threshold", "column": L14, "min": 1 / 16}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workers, "map", here)
+        curate(
+            parse_config({"signals": signals, "selectors": selectors}), pools=[str(folder / "pool")], out=folder / "out"
+        )
+    return folder / "out"
+
+
+def test_croissant_has_no_derived_text_among_the_captions(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlcroissant._src.operation_graph.operations import extract
+
+    monkeypatch.setattr(extract, "EXTRACT_PATH", type(extract.EXTRACT_PATH)(tmp_path))
+    dataset = mlcroissant.Dataset(out / "croissant.json")
+    assert not dataset.metadata.issues.errors
+    expected = {f"{n:032x}-0" for n in range(1, 12)}
+    captions = [(r["caption/key"].decode(), r["caption/caption"]) for r in dataset.records("caption")]
+    assert {key for key, _ in captions} == expected and len(captions) == len(expected)
+    assert all(b"another caption" not in text for _, text in captions)
+    pictures = [r["image/key"].decode() for r in dataset.records("image")]
+    assert sorted(pictures) == sorted(expected)
+
+
+def test_the_terminal_is_shown_text_and_no_commands(out: Path) -> None:
+    (told,) = inspect(f"{5:032x}", out)
+    text = as_text(told)
+    assert all(c.isprintable() or c == "\n" for c in text) and len(text) < 5_000
+    assert r"\x1b]0;5\x07\u202e" in text and "1,000,0" in text and "wörd" in text
+
+
+def test_the_page_holds_what_it_shows(out: Path) -> None:
+    page = (out / "report" / "index.html").read_bytes().decode()
+    assert "more more" in page and len(page) < 300_000
+
+
+def test_the_page_is_utf8_whatever_the_locale(out: Path) -> None:
+    before = (out / "report" / "index.html").read_bytes()
+    code = """if True:
+        import json, sys
+        from pathlib import Path
+        from curation.manifest import read_manifest
+        from curation.phases import recorded_parts
+        from curation.report import write_report
+        out = Path(sys.argv[1])
+        said = {name: read_manifest(out / f"{name}.manifest.json") for name in ("measure", "select", "build")}
+        summary = read_manifest(out / "report" / "summary.json")
+        write_report(out, read_manifest(out / "manifest.json"), recorded_parts(out), said, summary)
+    """
+    plain = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, str(out)], env={**os.environ, **plain}, check=True)
+    after = (out / "report" / "index.html").read_bytes()
+    assert "wörd".encode() in before and "wörd".encode() in after
+
+
+def test_scores_that_came_with_the_pool_are_datacomps_columns_again(out: Path, tmp_path: Path) -> None:
+    assert share(out, tmp_path / "shared", "datacomp") == 12
+    (table,) = (pd.read_parquet(path) for path in (tmp_path / "shared").glob("*.parquet"))
+    assert table[L14].dtype == np.float32 and table[L14].tolist() == [n / 16 for n in range(12)]
+
+
+@pytest.mark.parametrize("kind", ["pictures", "csv", "tar"])
+def test_the_card_names_the_pool_and_not_where_it_lies(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Workers, "map", here)
+    pool = tmp_path / "private place" / "holiday"
+    pool.mkdir(parents=True)
+    (pool / "a.jpg").write_bytes(picture(1))
+    (pool / "a.txt").write_text("a picture of a dog")
+    if kind == "csv":
+        (pool / "metadata.csv").write_text("file_name,text\na.jpg,a dog\n")
+    if kind == "tar":
+        write_tar(pool / "0.tar", {"0": sample(0)})
+    curate(parse_config({"signals": {"text": {"kind": "text"}}}), pools=[str(pool)], out=tmp_path / "out")
+    for name in ("README.md", "croissant.json"):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert "holiday (1 shards)" in text and "private place" not in text
+
+
+def test_lists_of_words_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_bytes("\ufeffÉté\nfirst\n".encode())
+    assert load_lists(ListFiles(stopwords=str(tmp_path / "words.txt"))).stopwords == {"été", "first"}
+
+
+@pytest.mark.parametrize(
+    ("share_", "rows", "cap"), [(0.07, 100, 7), (0.29, 100, 29), (0.1, 31, 4), (1.0, 9, 9), (1e-9, 5, 1)]
+)
+def test_a_share_is_the_number_that_is_written(share_: float, rows: int, cap: int) -> None:
+    assert ClusterBalance(clusters=2, max_share=share_)._cap(np.array([rows - 1, 1])) == cap
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "captions", "n": 0}, "captions: n 0 is not at least 1"),
+        ({"kind": "captions", "top_k": 0}, "captions: top_k 0 is not at least 1"),
+        ({"kind": "captions", "top_p": 1.5}, r"captions: top_p 1\.5 is not in"),
+        ({"kind": "sieve", "min_tokens": 30}, r"min_tokens 30 is not in 0\.\.20"),
+        ({"kind": "recaption", "beams": 0}, "recaption: beams 0 is not at least 1"),
+        ({"kind": "recaption", "max_tokens": 0, "min_tokens": 0}, "recaption: max_tokens 0 is not at least 1"),
+    ],
+)
+def test_what_no_captioner_can_be_asked_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_config({"signals": {"said": {"model": "m", **settings}}})
+
+
+def test_pictures_in_a_dictionary_are_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a table of a picture for each of several captions is written."""
+    monkeypatch.setattr(Workers, "map", here)
+    images = pa.array([picture(1), picture(2), picture(1)]).dictionary_encode()
+    captions = pa.array(["a dog", "a cat", "the same dog"]).dictionary_encode()
+    (tmp_path / "pool").mkdir()
+    pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "pool" / "0.parquet")
+    made = curate(
+        parse_config({"signals": {"image": {"kind": "image"}}}), pools=[str(tmp_path / "pool")], out=tmp_path / "out"
+    )
+    assert (made["seen"], made["kept"], made["errors"]) == (3, 3, {})
