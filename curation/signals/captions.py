@@ -38,6 +38,7 @@ class Captions:
     seed: int = 0
     device: Device = "cpu"
     version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ("image",)
 
     def __post_init__(self) -> None:
         check_asked("captions", {"n": self.n, "top_k": self.top_k}, self.min_tokens, self.max_tokens)

@@ -40,6 +40,7 @@ class Cat:
 
     model: str = BUILTIN
     version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ("caption",)
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
         return {"caption_complexity": pa.int32(), "caption_actions": pa.int32()}

@@ -46,7 +46,7 @@ class Meter(Protocol):
 class Signal(Protocol):
     """The settings of a signal; `version` goes up when the same settings give other values.
 
-    A signal may have `reads: ClassVar[tuple[str, ...]]`, of "image" and "caption", what of a sample it needs; one that
+    A signal may have `reads: tuple[str, ...]`, of "image" and "caption", what of a sample it needs; one that
     has not is taken to need both, so that it is for pools of pairs alone. It may have `made_by() -> str`, the tool that
     makes the values, where a recipe leaves the choice; the manifest, the page and the card name it.
     It may have a setting `device`: "cuda" gets its workers a share of a GPU (`curation.device`).

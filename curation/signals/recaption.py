@@ -36,6 +36,7 @@ class Recaption:
     clip_pretrained: str | None = None
     device: Device = "cpu"
     version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ("image",)
 
     def __post_init__(self) -> None:
         check_asked("recaption", {"beams": self.beams}, self.min_tokens, self.max_tokens)

@@ -95,6 +95,12 @@ class Service:
             if parts.username is not None or parts.password is not None:
                 raise UserError(f"service: the url of {parts.hostname} holds credentials; name a variable in token_env")
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What of a sample is sent."""
+        of = {"caption": "caption", "sha256": "image", "image": "image"}
+        return tuple({of[part] for part in self.send if part in of})
+
     def schema(self, name: str) -> dict[str, pa.DataType]:
         return {
             **{column: TYPES[kind][0] for column, kind in self.columns.items()},

@@ -38,6 +38,7 @@ class Sieve(Captions):
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
     strip: Literal["sieve", "word"] = "sieve"
     version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ("image", "caption")
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
         return {name: pa.float32(), drawn_column(name): pa.list_(pa.string())}

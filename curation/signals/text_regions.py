@@ -35,6 +35,7 @@ class TextRegions:
 
     detector: str = BUILTIN
     version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ("image",)
 
     def schema(self, name: str) -> dict[str, pa.DataType]:
         return {"text_boxes": pa.list_(pa.list_(pa.float32())), "text_area": pa.float32()}

@@ -1,6 +1,7 @@
 """What pools hold that nobody plans for: derived texts, captions of a megabyte, control characters, names of folders;
 in the cards, the page, `inspect` and `share`."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -165,3 +166,39 @@ def test_pictures_in_a_dictionary_are_pictures(tmp_path: Path, monkeypatch: pyte
         parse_config({"signals": {"image": {"kind": "image"}}}), pools=[str(tmp_path / "pool")], out=tmp_path / "out"
     )
     assert (made["seen"], made["kept"], made["errors"]) == (3, 3, {})
+
+
+def judge(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"known": item["sha256"][-1] in "02468ace"} for item in items]
+
+
+def test_signals_that_read_no_caption_are_for_pictures_alone_too(
+    tmp_path: Path, blip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With values as beside captions; and those that read no picture are for texts."""
+    monkeypatch.setattr(Workers, "map", here)
+    function = f"{__name__}:judge"
+    signals = {
+        "regions": {"kind": "text_regions"},
+        "drawn": {"kind": "captions", "model": str(blip), "n": 2},
+        "said": {"kind": "recaption", "model": str(blip)},
+        "hashes": {"kind": "service", "function": function, "send": ["uid", "sha256"], "columns": {"known": "bool"}},
+    }
+    found = []
+    for modality, members in (("pairs", {"txt": b"a caption"}), ("images", {})):
+        pool, out = tmp_path / modality, tmp_path / f"of {modality}"
+        write_tar(pool / "0.tar", {str(n): {"jpg": picture(n), **members} for n in range(4)})
+        curate(parse_config({"signals": signals, "modality": modality}), pools=[str(pool)], out=out)
+        said = json.loads((out / "measure.manifest.json").read_text())
+        table = pq.read_table(out / said["signal_set"] / said["parts"][0])
+        found.append(table.select(["text_area", "drawn", "said", "known"]).to_pylist())
+    known = [hashlib.sha256(picture(n)).digest()[-1] % 2 == 0 for n in range(4)]
+    assert found[0] == found[1] and [row["known"] for row in found[0]] == known
+    words = {"kind": "service", "function": function, "send": ["caption"], "columns": {"known": "bool"}}
+    parse_config({"signals": {"cat": {"kind": "cat"}, "words": words}, "modality": "texts"})
+    for name in ("hashes", "regions", "said"):
+        with pytest.raises(UserError, match=f"signals.{name}: reads the image"):
+            parse_config({"signals": {name: signals[name]}, "modality": "texts"})
+    for signal in (words, {"kind": "sieve", "model": str(blip)}):
+        with pytest.raises(UserError, match=r"signals\.x: reads the caption"):
+            parse_config({"signals": {"x": signal}, "modality": "images"})
