@@ -20,10 +20,11 @@ def check_budget(errors: Counter[str], seen: int, max_error_rate: float, what: s
     Raises:
         UserError: more than this share of what was seen cannot be used, and more than a hundred; at 0, one.
     """
-    if errors.total() > (max(max_error_rate * seen, FREE_ERRORS) if max_error_rate else 0):
+    broken = errors.total()
+    if broken > FREE_ERRORS and broken / seen > max_error_rate if max_error_rate else broken:
         found = ", ".join(f"{reason} {n}" for reason, n in errors.most_common())
         raise UserError(
-            f"max_error_rate: {errors.total()} of {seen} {what} cannot be used ({found}), "
+            f"max_error_rate: {broken} of {seen} {what} cannot be used ({found}), "
             f"more than {max_error_rate:g} of them; mend the pool or raise max_error_rate"
         )
 

@@ -44,7 +44,7 @@ class ImageRules:
         sides = [_rendered(text, side) for text, side in zip(rendered, (width, height), strict=True)]
         if any(side is not None and not self.rendered_min_side <= side <= self.max_side for side in sides):
             return "image_rendered_size"
-        if self.max_aspect is not None and max(width, height) > self.max_aspect * min(width, height):
+        if self.max_aspect is not None and max(width, height) / min(width, height) > self.max_aspect:
             return "image_aspect"
         return None
 

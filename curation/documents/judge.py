@@ -277,7 +277,7 @@ def _settle(
         if (reason := rules.document(texts, len(left) - len(texts))) is not None:
             return reason, matched
         well = sum(cosine > assigning.well_matched for _, cosine in matched.values())
-        if well < assigning.min_well_matched * len(matched):
+        if well / len(matched) < assigning.min_well_matched:  # a quotient is rounded as the number that is written
             return "document_matches", matched
     return None, matched
 

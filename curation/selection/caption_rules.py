@@ -111,7 +111,7 @@ class CaptionRules:
         if len(words) < self.min_words or len(text) < self.min_chars:
             return False
         visible = text.replace(" ", "")
-        if self.min_letters and sum(map(str.isalpha, visible)) < self.min_letters * len(visible):
+        if visible and sum(map(str.isalpha, visible)) / len(visible) < self.min_letters:
             return False
         if whole and whole.fullmatch(text):
             return False

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from curation.budget import check_budget
 from curation.config import parse_config
-from curation.documents.filters import ListFiles, load_lists
+from curation.documents.config import parse_config as parse_documents
+from curation.documents.filters import ImageRules, ListFiles, load_lists
+from curation.documents.judge import Rules, _settle
 from curation.errors import UserError
 from curation.inspection import as_text, inspect
 from curation.pipeline import curate
+from curation.selection.caption_rules import CaptionRules
 from curation.selection.cluster_balance import ClusterBalance
 from curation.share import share
 from curation.workers import Workers
@@ -130,6 +135,33 @@ def test_the_card_names_the_pool_and_not_where_it_lies(
 def test_lists_of_words_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_bytes("\ufeffÉté\nfirst\n".encode())
     assert load_lists(ListFiles(stopwords=str(tmp_path / "words.txt"))).stopwords == {"été", "first"}
+
+
+def test_what_is_just_at_a_bound_is_within_it(tmp_path: Path) -> None:
+    """As the numbers are written: the products 4.35 * 200 and 0.28 * 25 are off by a last bit."""
+    wide = {"src": "", "image_format": "jpg", "height": 200}
+    for width, reason in ((870, None), (871, "image_aspect")):
+        assert ImageRules(max_aspect=4.35).reason(width=width, **wide) == reason  # type: ignore[arg-type]
+    captions = pa.table({"caption": ["abcdefg" + "1" * 18, "abcdefg" + "1" * 19, ""]})
+    rules = CaptionRules(min_letters=0.28, builtin=False, min_words=0, min_chars=0)
+    assert rules.apply(captions, None).tolist() == [True, False, True]
+    check_budget(Counter({"broken": 4_350}), 10_000, 0.435)
+    check_budget(Counter({"broken": 29_000}), 100_000, 0.29)
+    with pytest.raises(UserError, match="4351 of 10000"):
+        check_budget(Counter({"broken": 4_351}), 10_000, 0.435)
+
+
+@pytest.mark.parametrize(("good", "reason"), [(7, None), (6, "document_matches")])
+def test_a_share_of_matches_that_is_just_reached(good: int, reason: str | None) -> None:
+    """0.28 of 25 pictures."""
+    clip = {"model": "ViT-B-32", "pretrained": "openai"}
+    rules = Rules(parse_documents({"assign": {"clip": clip, "well_matched": 0.5, "min_well_matched": 0.28}}))
+    cosines = np.diag([0.75] * good + [0.25] * (25 - good)).astype(np.float32)
+    found = [{"text": f"text {n}"} for n in range(25)]
+    found += [
+        {"text": None, "similarity": cosines[n], "sha256": bytes([n]) * 32, "phash": n * 0x0101_0101} for n in range(25)
+    ]
+    assert _settle(rules, found, [None] * 50)[0] == reason
 
 
 @pytest.mark.parametrize(
