@@ -156,8 +156,9 @@ def _inline(head: str, payload: str) -> bytes | None:
     raw = unquote_to_bytes(payload)
     if not head.lower().endswith(";base64"):
         return raw
+    digits = b"".join(raw.split())
     try:
-        return base64.b64decode(b"".join(raw.split()), validate=True)
+        return base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)  # browsers ask for no padding
     except (binascii.Error, ValueError):
         return None
 

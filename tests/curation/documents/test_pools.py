@@ -9,6 +9,7 @@ import pytest
 from curation import files
 from curation.documents import pipeline
 from curation.documents.config import parse_config
+from curation.documents.pictures import Limits, image_item
 from curation.documents.pipeline import documents
 from curation.errors import UserError
 from curation.workers import Workers
@@ -113,6 +114,24 @@ def test_folders_of_one_name_in_two_pools_are_two_domains(tmp_path: Path) -> Non
     (tmp_path / "one" / "b.html").write_bytes(page_of(f"{PROSE[0]}</p><p>Of page 3.", "a.jpg"))
     made = documents(config, pools=[str(tmp_path / "one")], out=tmp_path / "same")
     assert made["items"]["text"]["dropped"]["paragraph_repeated"] == 2
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        ("YWI=", b"ab"),
+        ("YWI", b"ab"),
+        ("YW Jj\n", b"abc"),
+        ("YWI%3D", b"ab"),
+        ("Y", None),
+        ("YW-_", None),
+        ("YWI==", None),
+    ],
+)
+def test_bytes_in_an_address_as_browsers_take_them(payload: str, expected: bytes | None) -> None:
+    limits = Limits(html_bytes=9, image_bytes=9, items=9, sentences=False)
+    item = image_item("", "", f"data:image/png;base64,{payload}", limits)
+    assert (item.inline, item.error) == (expected, None if expected else "image_data")
 
 
 def test_empty_files_beside_one_document(tmp_path: Path) -> None:
