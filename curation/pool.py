@@ -241,8 +241,8 @@ def read_row(data: Tape, sample: Sample, modality: Modality = "pairs", beside: B
         found = _parsed(data, members["json"])
         meta, error = found or {}, error or ("json_parse" if found is None else None)
     if beside is not None:
-        said = {name: value for name, value in meta.items() if value is not None}
-        meta = {**meta, **beside.row(sample.key, meta.get("uid")), **said}
+        own = {name: value for name, value in meta.items() if value is not None}
+        meta = {**meta, **beside.row(sample.key, meta.get("uid")), **own}
 
     text = _bytes(data, members["txt"]) if "txt" in members else None
     caption: str | None = None

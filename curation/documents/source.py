@@ -171,11 +171,13 @@ def _lines(path: str, limits: Limits) -> Iterator[Document]:
 
 
 def _members(shard: DocumentShard, data: Bytes, limits: Limits) -> Iterator[Document]:
-    found, damage = samples(data)
+    found, damage = samples(data, strays=True)
     for sample in found:
         members, key = sample.members, sample.key
         page = members.get("html") or members.get("htm")
         error = sample.error
+        if error == "not_a_file" and (page is not None or "json" in members):
+            error = None  # a picture that is a link is one that is not at hand
         if page is None and "json" not in members:
             error = error or "document_missing"
         elif page is not None and page.size > limits.html_bytes:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,24 @@ def test_folders_of_one_name_in_two_pools_are_two_domains(tmp_path: Path) -> Non
     (tmp_path / "one" / "b.html").write_bytes(page_of(f"{PROSE[0]}</p><p>Of page 3.", "a.jpg"))
     made = documents(config, pools=[str(tmp_path / "one")], out=tmp_path / "same")
     assert made["items"]["text"]["dropped"]["paragraph_repeated"] == 2
+
+
+def test_no_member_of_a_tar_goes_uncounted(tmp_path: Path) -> None:
+    """A stray and a page that is a link are errors as in pools of pairs; a picture that is a link is not at hand."""
+    pool = tmp_path / "pool"
+    made = {"a": {"html": page_of(PROSE[0], "p.jpg", "q.jpg"), "p.jpg": picture(1)}}
+    path = write_tar(pool / "0.tar", made)
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(tarfile.TarInfo("README"))
+        tar.addfile(tarfile.TarInfo("._a.html"))
+        for name in ("a.q.jpg", "b.html"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, "a.p.jpg"
+            tar.addfile(link)
+    said = documents(parse_config({}), pools=[str(pool)], out=tmp_path / "out")
+    check(tmp_path / "out", said)
+    assert (said["kept"], said["errors"]) == (1, {"not_a_file": 1, "stray_member": 1})
+    assert images(tmp_path / "out") == {"p.jpg": None, "q.jpg": "image_missing"}
 
 
 @pytest.mark.parametrize(
