@@ -56,7 +56,7 @@ class Sidecar:
                 self.damage = f"sidecar_damaged: {one_line(reason, 200)}"
             else:
                 self._by_key = {row["key"]: row for row in rows if isinstance(row.get("key"), str)}
-                self._by_uid = {row["uid"]: row for row in rows if isinstance(row.get("uid"), str)}
+                self._by_uid = {uid: row for row in rows if (uid := _spelled(row.get("uid"))) is not None}
         if shard.metadata:
             self._metadata = Metadata(index_folder(root, shard.metadata, shard.tables), shard.metadata)
 
@@ -81,9 +81,8 @@ class Sidecar:
 
     def _uid(self, key: str, said: object) -> str | None:
         """The uid by which a sample's row is looked for: the json's, else that of the table."""
-        uid = said if isinstance(said, str) else self._by_key.get(key.rpartition("/")[2], {}).get("uid")
-        whole = isinstance(uid, str) and not any("\ud800" <= c <= "\udfff" for c in uid)  # which UTF-8 cannot hold
-        return uid if whole else None
+        uid = _spelled(said)
+        return _spelled(self._by_key.get(key.rpartition("/")[2], {}).get("uid")) if uid is None else uid
 
 
 class Metadata:
@@ -110,10 +109,18 @@ class Metadata:
             for file, wanted in sorted(by_file.items()):
                 table = _kept_table(self._names[file], self._content).take([row for row, _ in wanted])
                 for (_, uid), record in zip(wanted, plain_rows(table), strict=True):
-                    if record.get("uid") == uid:
+                    if _spelled(record.get("uid")) == uid:
                         found[uid] = record
             waiting = {uid: at + 1 for uid, at in waiting.items()}
         return found
+
+
+def _spelled(uid: object) -> str | None:
+    """A uid as it is looked for: text that UTF-8 can hold, and a whole number by its digits, since json and table need
+    not have one type."""
+    if isinstance(uid, int) and not isinstance(uid, bool):
+        return str(uid)
+    return uid if isinstance(uid, str) and not any("\ud800" <= c <= "\udfff" for c in uid) else None
 
 
 def index_folder(root: Path, names: Sequence[str], content: str) -> Path:

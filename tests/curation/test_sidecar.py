@@ -144,6 +144,22 @@ def test_a_null_of_the_json_says_nothing(tmp_path: Path) -> None:
     assert row["said"] == expected
 
 
+@pytest.mark.parametrize("beside", ["tars", "metadata"])
+def test_numbers_are_uids_whichever_side_has_them_as_text(tmp_path: Path, beside: str) -> None:
+    for n, said in enumerate((10, "11")):
+        write_tar(
+            tmp_path / "tars" / f"{n}.tar", {"0": {"jpg": sample(n)["jpg"], "json": json.dumps({"uid": said}).encode()}}
+        )
+    for name, uids in (("0", [11, 10]), ("1", ["10", "11"])):
+        (tmp_path / beside).mkdir(exist_ok=True)
+        pq.write_table(
+            pa.table({"uid": uids, "caption": [f"of {uid}" for uid in uids]}), tmp_path / beside / f"{name}.parquet"
+        )
+    pools = [tmp_path / "tars", *([tmp_path / beside] if beside == "metadata" else [])]
+    rows = measured(pools, tmp_path / "out")
+    assert [(row["caption"], row["said"]["uid"]) for row in rows] == [("of 10", 10), ("of 11", "11")]
+
+
 def test_changed_tables_are_measured_again_and_the_build_copies_still(tmp_path: Path) -> None:
     pool = tmp_path / "pool"
     write_tar(pool / "0.tar", {str(n): sample(n) for n in range(5)})
