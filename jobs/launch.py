@@ -38,6 +38,9 @@ def launch(arguments: list[str], run: Path, ranks: int) -> int:
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environment.pop("GEMSMITH_GPUS", None)
+    if shown := environment.get("CUDA_VISIBLE_DEVICES"):  # told how many ranks, the launcher forgets which GPUs
+        environment["GEMSMITH_GPUS"] = shown
     command = [
         str(Path(sys.executable).with_name("deepspeed")),
         "--num_accelerators",

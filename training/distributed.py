@@ -140,6 +140,7 @@ def open_group() -> None:
         local = int(os.environ.get("LOCAL_RANK", 0))
         check_ranks(local + 1)
         torch.cuda.set_device(local)
+        torch.backends.cudnn.allow_tf32 = False  # of `precision: fp32` convolutions alone would have ten bits, unasked
     deepspeed.init_distributed(dist_backend=None, verbose=False)
     dist.barrier()
     rank, port = os.environ.get("RANK", "0"), os.environ.get("MASTER_PORT", "")

@@ -176,13 +176,14 @@ def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2
 
 
 def _best(product: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    best, side, deadline = 0.0, 128, time.monotonic() + seconds
+    best, side, spent = 0.0, 128, 0.0
     while True:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        product(a, b)  # the first call of a shape chooses a kernel
+        product(a, b)  # the first call of a shape chooses a kernel, which a GPU takes longer to load than to run
         fastest = min(_seconds(partial(product, a, b), device) for _ in range(3))
         speed = 2 * side**3 / fastest
-        if speed < 0.9 * best or time.monotonic() + 4 * 8 * fastest > deadline:
+        spent += 4 * fastest
+        if speed < 0.9 * best or spent + 4 * 8 * fastest > seconds:
             return max(best, speed)
         best, side = max(best, speed), side * 2
 

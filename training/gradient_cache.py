@@ -117,7 +117,7 @@ def gradient_cached_step(
     names = sorted(counts)
     totals = world.sum(torch.tensor([float(counts[n]) for n in names], dtype=torch.float64)).tolist()
     total = {name: max(t, 1.0) for name, t in zip(names, totals)}
-    sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
+    sums: dict[str, torch.Tensor] = {}  # where the model is: each number that a GPU hands over is waited for
     learned = next((number for number, out in enumerate(embedded) if out.left is not None), None)
 
     def surrogate(number: int, out: Outputs) -> torch.Tensor:
@@ -134,7 +134,8 @@ def gradient_cached_step(
                 terms.append((value * (cached.scalars[name] * embed_weight if number == learned else 0.0)).sum())
         for name, value in out.sums.items():
             terms.append(value * (weights.get(name, 1.0) * world.size / total[name]))
-            sums[name] += value.detach().double().cpu()
+            found = value.detach().double()
+            sums[name] = found if name not in sums else sums[name] + found
         return torch.stack(terms).sum()
 
     if retain:
@@ -155,7 +156,8 @@ def gradient_cached_step(
         metrics |= {f"gradient_{name}": value.sum() for name, value in cached.scalars.items()}
         metrics |= {"temperature": temperature.sum()} if temperature is not None else {}
     if names:
-        means = world.sum(torch.stack([sums[n] / total[n] for n in names]))
+        summed = [sums.get(n, torch.zeros((), dtype=torch.float64)).cpu() / total[n] for n in names]
+        means = world.sum(torch.stack(summed))
         for name, units, mean in zip(names, totals, means):
             if units:
                 metrics[f"loss_{name}"] = mean

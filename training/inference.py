@@ -156,6 +156,7 @@ def load(folder: Path, embed_tokens: int | None = None, *, trust_remote_code: bo
         family, config, step = _exported(folder, embed_tokens, trust_remote_code)
         weights_hash, name = file_hash(exported), f"{run.name}/{folder.name}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # in fp32 as said: convolutions alone would have ten bits, unasked
     family.model.eval().to(device)
     spec = family.image
     preprocess = {

@@ -61,7 +61,7 @@ class Trainer:
         for name, value in out.scalars.items():
             # The master's value with the parameter's gradient: bf16 would round a temperature to 1 %.
             if name in self.masters:
-                value = value + (self.masters[name].to(value.device) - value).detach()
+                value = value + (self.masters[name] - value).detach()
             if name == "log_scale":
                 value = log_scale_at(value, self.config.objective, self.number, self.config.steps)
             out.scalars[name] = value
@@ -98,7 +98,9 @@ class Trainer:
         shards += [zero.Shard(values, (s.name,), [s], True) for s, values in self.optimizer.frozen.items()]
         rounded = self.config.precision == "bf16"  # then the frozen ones too
         names = [name for name in self.family.model.scalars if rounded or name in self.used.names]
-        self.masters = zero.masters(shards, names, self.world)
+        masters = zero.masters(shards, names, self.world)
+        # There before a chunk asks for them: a copy in its midst would wait for all that the GPU has yet to do.
+        self.masters = {name: value.to(self.engine.device) for name, value in masters.items()}
 
     def step(self, number: int, chunks: Sequence[Chunk]) -> dict[str, float]:
         set_lr(self.engine.optimizer, share := factor(number, self.config.steps, self.config.optim))

@@ -167,17 +167,17 @@ class Sharded(torch.optim.Optimizer):
         """Loshchilov & Hutter 2019, by torch's own fused kernel: one call for all shards of a group."""
         beta1, beta2 = self.config.betas
         lists: list[list[torch.Tensor]] = [[], [], [], []]  # weights, gradients and both moments, a run each
-        steps = []
+        steps: list[float] = []
         for state, weights, gradient in held:
             for a, b, taken in state.runs(self.used):
-                steps.append(torch.tensor(float(taken), device=weights.device))
+                steps.append(float(taken))
                 for into, x in zip(lists, (weights, gradient, *(state.moments[k] for k in MOMENTS))):
                     into.append(x[a:b])
         settings: dict[str, Any] = {"lr": group["lr"], "weight_decay": group["weight_decay"], "eps": self.config.eps}
         settings |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False, "fused": True}
         if steps:
             w, g, m, v = lists
-            adamw(w, g, m, v, [], steps, **settings)
+            adamw(w, g, m, v, [], list(torch.tensor(steps, device=w[0].device).unbind()), **settings)
 
     def _lamb(self, state: State, weights: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
         """You et al. 2020, Algorithm 2, with phi the identity. As in its published code, parameters without weight
@@ -200,10 +200,10 @@ class Sharded(torch.optim.Optimizer):
     def _trust_ratios(self, shard: Shard, weights: torch.Tensor, update: torch.Tensor) -> dict[str, float]:
         """|p| / |update| over each whole parameter, whatever ranks hold it; 1 where either is 0."""
         row = {name: number for number, name in enumerate(shard.names)}
-        squares = torch.zeros(len(row), 2, dtype=torch.float64)
+        squares = torch.zeros(len(row), 2, dtype=torch.float64, device=weights.device)  # a GPU is asked once, for all
         for s in shard.stretches:
             part = slice(s.start, s.start + s.size)
-            squares[row[s.name]] += torch.stack([x[part].norm().double().cpu() ** 2 for x in (weights, update)])
+            squares[row[s.name]] += torch.stack([x[part].norm().double() ** 2 for x in (weights, update)])
         if shard.split:
             squares = self.world.sum(squares)
         both = (squares > 0).all(1)

@@ -117,7 +117,10 @@ def collect(engine: Any, optimizer: Sharded) -> tuple[Tensors, dict[str, list[An
             continue
         flat = state.shard.flat.detach().view(-1)
         for kind, whole in ((WEIGHTS, flat), *state.moments.items()):
-            tensors[f"{kind}.{number}"] = torch.cat([whole[s.start : s.start + s.size] for s in held]).cpu()
+            # Into host memory at once: joined on a GPU, a large model's shard would be there a second time.
+            out = tensors[f"{kind}.{number}"] = torch.empty(sum(s.size for s in held), dtype=whole.dtype)
+            for s, part in zip(held, out.split([s.size for s in held])):
+                part.copy_(whole[s.start : s.start + s.size])
         table[str(number)] = [[s.name, s.offset, s.size, taken] for s, taken in zip(held, state.steps)]
     if World.current().rank == 0:
         for name, value in _persistent_buffers(engine.module):

@@ -54,6 +54,15 @@ def room_of(config: LoaderConfig, free: int | None, coming: int) -> float:
     return SHARE_OF_FREE * max(0, free - coming)
 
 
+def _free() -> int | None:
+    """Bytes that this rank's GPU has free; None without one. What torch keeps of tensors that are gone counts as free,
+    which a driver does not know: of a checkpoint that was read, of a model on its way into parts."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
 def choose(
     config: LoaderConfig,
     forward: Callable[[Any], Any],
@@ -76,7 +85,7 @@ def choose(
     rows = len(chunks[0]["valid"])
     if rows < 2:
         return min(config.chunk, local)  # nothing to compare with; a whole chunk always fits
-    room = room_of(config, torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None, coming)
+    room = room_of(config, _free(), coming)
     costs = []  # of each kind: bytes of a chunk, of each of its samples, of what does not grow with them
     for chunk in chunks:
         half = {name: tensor[: rows // 2].clone() for name, tensor in chunk.items()}  # a view counts as its whole

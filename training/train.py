@@ -9,6 +9,7 @@ launched or joined, so they come out as one line, and exit code 2.
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,29 @@ def work(config: TrainConfig, data: dict[str, str], run: Path, *, overwrite: boo
     (run / "ranks").mkdir(parents=True, exist_ok=True)
     pid_file = run / "ranks" / f"{rank}.pid"
     pid_file.write_text(str(os.getpid()))  # `gemsmith train` passes SIGTERM on by these
-    finished = train(config, data, run)
+    with full_gpu_named(config):
+        finished = train(config, data, run)
     dist.barrier()
     pid_file.unlink()
     return 0 if finished else 143
+
+
+@contextlib.contextmanager
+def full_gpu_named(config: TrainConfig) -> Iterator[None]:
+    """
+    Raises:
+        UserError: in place of torch's words for a GPU without memory left, which name no setting of a recipe.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"loader.chunk: a GPU's memory does not hold {config.loader.chunk} samples at a time beside the model "
+            f"({one_line(error, 160)}); lower it or loader.retain or set activation_checkpointing: true, in another "
+            "--out or with --overwrite; or go on with more ranks, which share the model under ZeRO"
+        ) from error
 
 
 def tune_for_cpu(precision: str) -> None:

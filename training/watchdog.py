@@ -116,8 +116,7 @@ class Watchdog:
 def _position(thread: int | None) -> dict[str, Any]:
     """Where a thread stands: its innermost line, the innermost one that asks for something rather than passes it on,
     and the collectives it has begun."""
-    frame = sys._current_frames()[thread]  # type: ignore[index]
-    stack = traceback.extract_stack(frame)
+    stack = _stack_of(thread)
     ours = [f for f in stack if _is_ours(Path(f.filename))]
     return {
         "at": _line(stack[-1]),
@@ -126,6 +125,19 @@ def _position(thread: int | None) -> dict[str, Any]:
         "last": TRAFFIC.last,
         "waits": any(f.filename.endswith("distributed_c10d.py") or _waits(f) for f in stack),
     }
+
+
+def _stack_of(thread: int | None) -> traceback.StackSummary:
+    """A thread's, outermost first. Of a GPU's backward pass torch runs the hooks, DeepSpeed's too, in a thread of its
+    own, which no Python began, while the one that asked for it stands still: its lines then go on from those."""
+    frames = sys._current_frames()
+    stack = traceback.extract_stack(frames.pop(thread))  # type: ignore[arg-type]
+    if stack[-1].name == "_engine_run_backward":
+        frames.pop(threading.main_thread().ident, None)  # type: ignore[arg-type]
+        for hooks in map(traceback.extract_stack, frames.values()):
+            if hooks[0].name != "_bootstrap":
+                return traceback.StackSummary.from_list([*stack, *hooks])
+    return stack
 
 
 def _waits(frame: traceback.FrameSummary) -> bool:

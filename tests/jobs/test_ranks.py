@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from curation.errors import UserError
-from jobs import steps
+from jobs import launch, steps
 from jobs.cli import COMMANDS
 from tests.conftest import ROOT
 from training.distributed import check_ranks, open_group
@@ -40,6 +40,32 @@ def test_ranks_told_to_use_the_cores_see_no_gpu():
         words = [sys.executable, "-c", "import os, training.config; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.stdout == seen + "\n", done.stderr
+
+
+@pytest.mark.parametrize("shown", ["2,3", "GPU-8932f937,GPU-45cba273", ""])
+def test_ranks_take_the_gpus_that_the_command_is_shown(monkeypatch, tmp_path, shown):
+    """As a scheduler or a neighbour has it, and not the host's first, which the launcher shows its ranks."""
+    given = {}
+
+    class Runner:
+        pid = -1
+
+        def __init__(self, command, env, **_):
+            assert command[1:3] == ["--num_accelerators", "2"]
+            given.update(env)
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(launch.subprocess, "Popen", Runner)
+    monkeypatch.setattr(launch, "_end_orphans", lambda *_: None)
+    launch.launch([], tmp_path, 2)
+    words = [sys.executable, "-c", "import os, training.config; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
+    monkeypatch.undo()
+    done = subprocess.run(words, cwd=ROOT, env={**given, "CUDA_VISIBLE_DEVICES": "0,1"}, capture_output=True, text=True)
+    assert done.stdout.strip() == (shown or "0,1"), done.stderr
 
 
 def test_claims_are_tried_on_cores(monkeypatch):

@@ -1,5 +1,6 @@
 """Two real gloo ranks of which one stands still: the line names it, its source line and where the other waits."""
 
+import _thread
 import json
 import threading
 from pathlib import Path
@@ -57,8 +58,10 @@ def test_a_rank_that_holds_the_interpreter_ends_too(tmp_path):
     assert f"line {line_of('in C')} in main" in (tmp_path / "logs" / "rank_00001.log").read_text()
 
 
-def test_who_asks_for_what_is_not_reduced_yet_waits(monkeypatch):
-    """NCCL's calls return before their work is done, and the copy that comes next waits for it."""
+@pytest.mark.parametrize("hooks", [False, True])
+def test_who_asks_for_what_is_not_reduced_yet_waits(hooks, monkeypatch):
+    """NCCL's calls return before their work is done, and the copy that comes next waits for it; in a GPU's backward
+    pass in a thread of torch's, which no Python began."""
     monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: None)
     copying, done = threading.Event(), threading.Event()
 
@@ -73,12 +76,25 @@ def test_who_asks_for_what_is_not_reduced_yet_waits(monkeypatch):
                 done.wait()
             return self
 
-    rank = threading.Thread(target=lambda: World(0, 2).sum(OnDevice()))
+    def reduces():
+        World(0, 2).sum(OnDevice())
+
+    held = threading.Lock()
+    held.acquire()
+
+    def _engine_run_backward():
+        _thread.start_new_thread(reduces, ())
+        held.acquire()
+
+    rank = threading.Thread(target=_engine_run_backward if hooks else reduces)
     rank.start()
     try:
-        assert copying.wait(60) and _position(rank.ident)["waits"] and not _position(threading.get_ident())["waits"]
+        assert copying.wait(60) and not _position(threading.get_ident())["waits"]
+        found = _position(rank.ident)
+        assert found["waits"] and found["ours"].endswith(" in to"), found
     finally:
         done.set()
+        held.release()
         rank.join()
 
 

@@ -121,8 +121,9 @@ class _Sweeps:
     def fits(self) -> bool:
         """Whether no sum, of any rank, sank to where terms are lost (or is no number)."""
         info = torch.finfo(self.dtype)
-        sums = torch.stack([self.row_sum, self.column_sum])[:, self.pairs.valid]
-        return not self.pairs.world.any(bool(((sums < info.tiny / info.eps**2) | ~sums.isfinite()).any()))
+        sums = torch.stack([self.row_sum, self.column_sum])
+        lost = (sums < info.tiny / info.eps**2) | ~sums.isfinite()
+        return not self.pairs.world.any(bool((lost & self.pairs.valid).any()))
 
     def gradient(self, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
         """(dL [b, D], dR [b, m, D]), each softmax and each direction's positives weighted by `weight`."""
