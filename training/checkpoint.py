@@ -48,8 +48,18 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def complete(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(m.parent for m in (run / "checkpoints").glob("step_*/manifest.json"))
+    """Complete checkpoints of a run, oldest first; those that are being removed meanwhile or not."""
+    found = []
+    with suppress(OSError):  # all of it goes, or it is not there
+        found = sorted(folder for folder in (run / "checkpoints").iterdir() if folder.name.startswith("step_"))
+    return [folder for folder in found if _has_manifest(folder)]
+
+
+def _has_manifest(folder: Path) -> bool:
+    try:
+        return (folder / "manifest.json").exists()
+    except OSError:  # ESTALE: another host has removed it
+        return False
 
 
 class Saver:

@@ -108,6 +108,14 @@ class World:
             raise failure or UserError("the run has ended on rank 0, whose line says why")
         return result
 
+    def told(self, thing: T) -> T:
+        """What rank 0 has, a small thing that can be pickled, on every rank."""
+        if self.size == 1:
+            return thing
+        one = [thing]
+        dist.broadcast_object_list(one)
+        return one[0]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
