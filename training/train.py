@@ -7,7 +7,6 @@ launched or joined, so they come out as one line, and exit code 2.
 """
 
 import contextlib
-import fcntl
 import os
 import sys
 from pathlib import Path
@@ -17,16 +16,12 @@ from typing import Any
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
 from curation.errors import UserError, exit_code, full_disk_named, one_line
-from curation.files import OUT_MARK
-from curation.manifest import claim, read_manifest
+from curation.manifest import claim, occupied, occupy, read_manifest
 from training import begin, checkpoint, resumption
 from training.config import TrainConfig, as_dict, make_parser
 from training.data import COUNTS, Mixture, fingerprint, keep_counts, named, open_sources
 from training.deepspeed_config import computing, deepspeed_config
 from training.log import check_wandb
-
-LOCK = ".lock"
-"""In a run's folder: rank 0 holds it while it trains there. The system gives it back when the process ends."""
 
 
 def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, str], Path, bool]:
@@ -54,8 +49,8 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, str], Path, bool
 def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size: int, overwrite: bool) -> bool:
     """Check what can be checked before launching and claim the folder; False where the run is complete already."""
     check_free(run)
-    if (run / OUT_MARK).exists():  # before an --overwrite empties it
-        occupy(run, keep=False)
+    with occupied(run):  # an --overwrite would empty it under another
+        pass
     begin.check(config)
     deepspeed_config(config, world_size)
     sources = open_sources(config.loader, data, run / COUNTS)
@@ -67,7 +62,7 @@ def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size:
         del computed["loader"][name]
     identity = {"config": computed, "deepspeed": computing(config), "data": fingerprint(config.loader, data)}
     with full_disk_named(run):
-        claim(run, identity, overwrite=overwrite, keep=(LOCK,))
+        claim(run, identity, overwrite=overwrite)
         keep_counts(sources, run / COUNTS)
     if (done := read_manifest(run / "manifest.json")) is not None:
         print(f"{run} is already complete: {done['steps']} steps, {done['samples']} samples")
@@ -97,32 +92,6 @@ def check_free(run: Path) -> None:
         )
 
 
-def occupy(run: Path, *, keep: bool) -> None:
-    """Take RUN/.lock, and `keep` it until this process ends.
-
-    Raises:
-        UserError: another has it, on this host or, where the file system knows locks of other hosts, on one of them.
-    """
-    descriptor = None
-    with contextlib.suppress(OSError):  # nothing can be written there, which others say
-        descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    if descriptor is None:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        keep = False
-        raise UserError(
-            f"--out {run}: another run trains there (it holds {LOCK}); wait, end it with SIGTERM, which saves, or name "
-            "another folder"
-        ) from None
-    except OSError:  # a file system without locks: `check_free` sees what is on this host
-        keep = False
-    finally:
-        if not keep:
-            os.close(descriptor)
-
-
 def save_config(config: TrainConfig, run: Path) -> None:
     import yaml
 
@@ -149,7 +118,7 @@ def work(config: TrainConfig, data: dict[str, str], run: Path, *, overwrite: boo
         # The folder is claimed by one rank; the others meet it at the process group.
         if not prepare(config, data, run, world_size=world_size, overwrite=overwrite):
             return 0
-        occupy(run, keep=True)  # of two that have started at the same moment, one ends here
+        occupy(run)  # to its end: of two that have started at the same moment, one ends here
         save_config(config, run)
     elif not overwrite and read_manifest(run / "manifest.json") is not None:
         return 0

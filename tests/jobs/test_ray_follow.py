@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +25,14 @@ class Head:
 
         self.status, self.fails, self.log = JobStatus(status), fails, "a line\nerror: --pool p: gone\n"
         self.logs = 0
+        self.asked: Callable[[], object] = lambda: None
 
     def submit_job(self, **_: Any) -> str:
         self._fail("submit")
         return "job"
 
     def get_job_info(self, job: str) -> Any:
+        self.asked()
         return SimpleNamespace(status=self.status, driver_exit_code=2, message="ended")
 
     def get_job_logs(self, job: str) -> str:
@@ -81,8 +84,9 @@ def test_a_head_that_goes_when_its_job_has_failed_does_not_hide_why(heads: Any) 
 def test_a_job_that_cannot_be_stopped_is_said_and_the_signal_is_the_exit_code(
     heads: Any, capsys: pytest.CaptureFixture[str], fails: dict[str, Exception], said: str
 ) -> None:
-    heads(Head("RUNNING", **fails))
-    threading.Timer(1.0, signal.raise_signal, (signal.SIGTERM,)).start()
+    head = heads(Head("RUNNING", **fails))
+    signals = iter([signal.SIGTERM])
+    head.asked = lambda: [signal.raise_signal(number) for number in signals]
     assert submit("a", [*CURATE, "out"]) == 128 + signal.SIGTERM
     assert f"job job may go on ({said}" in capsys.readouterr().err
 

@@ -88,7 +88,7 @@ def test_of_two_runs_that_start_in_a_folder_together_one_is_refused(shards, tmp_
         work(config, data, run, overwrite=False)
     held, before = sorted(os.listdir(run)), (run / "config.yaml").stat().st_mtime_ns
     for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"another run trains there \(it holds \.lock\); wait"):
+        with pytest.raises(UserError, match=r"another gemsmith is at work there; wait"):
             work(config, data, run, overwrite=overwrite)
     assert len(met) == 1 and sorted(os.listdir(run)) == held
     assert (run / "config.yaml").stat().st_mtime_ns == before
