@@ -67,6 +67,8 @@ def claim(out: Path, identity: dict[str, Any], *, overwrite: bool = False, keep:
     mark = out / OUT_MARK
     if file := next((path for path in (out, *out.parents) if path.is_file()), None):
         raise UserError(f"--out {out}: {file} is a file; name a folder")
+    if link := next((path for path in (out, *out.parents) if path.is_symlink() and not path.exists()), None):
+        raise UserError(f"--out {out}: {link} is a link to {os.readlink(link)}, which is not there; make that folder")
 
     def foreign() -> bool:
         return any(entry.name not in keep and not _is_temporary(entry, mark) for entry in out.iterdir())

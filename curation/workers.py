@@ -82,7 +82,13 @@ class Workers:
                     object_store_memory=OBJECT_STORE_BYTES,
                 )
             else:
-                ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
+                try:
+                    ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
+                except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as reason:
+                    raise UserError(
+                        f"--ray.address {self._address}: cannot be joined ({one_line(reason)}); start a head there "
+                        "with this Python and Ray, or leave it out to start Ray here"
+                    ) from None
             self._started = True
             self.start_seconds = time.perf_counter() - began
         if self._count is None:  # once, before our own actors take what is free

@@ -147,3 +147,14 @@ def test_of_two_at_work_in_a_folder_one_is_refused(tmp_path: Path, monkeypatch: 
         curate(config, **how, phase="measure", part="1/1")
     assert data_of(out) == before
     assert curate(config, **how)["kept"] == 1 and occupy(tmp_path / "nothing") is None
+
+
+def test_a_link_to_nowhere_is_named(tmp_path: Path) -> None:
+    """As to a scratch disk that this host does not have."""
+    (tmp_path / "out").symlink_to(tmp_path / "scratch")
+    for out in (tmp_path / "out", tmp_path / "out" / "run"):
+        with pytest.raises(UserError, match=rf"^--out {out}: {tmp_path}/out is a link to .*scratch, which is not"):
+            claim(out, NEW)
+    (tmp_path / "scratch").mkdir()
+    claim(tmp_path / "out" / "run", NEW)
+    assert (tmp_path / "scratch" / "run" / ".identity.json").is_file()
