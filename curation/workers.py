@@ -165,7 +165,11 @@ class Workers:
                 if isinstance(failure.cause, OSError):  # Ray's own shape of it has no errno
                     raise failure.cause from failure
                 raise
-            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
+            except (
+                ray.exceptions.RayActorError,
+                ray.exceptions.OutOfMemoryError,
+                ray.exceptions.ObjectLostError,  # its answer went with its node
+            ):
                 if actors[number].handle is handle:  # not what lay behind an item that is known to be lost
                     self._hire(actors[number])
                     starting[actors[number].start] = number
