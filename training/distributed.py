@@ -126,8 +126,10 @@ class World:
 def check_ranks(ranks: int) -> None:
     """
     Raises:
-        UserError: this host has GPUs, but fewer than ranks.
+        UserError: none, or this host has GPUs, but fewer than ranks.
     """
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks}: at least 1; leave it out for one a GPU, or two on cores")
     if 0 < (gpus := torch.cuda.device_count()) < ranks:
         raise UserError(
             f"--ranks {ranks}: each takes a GPU, of which this host has {gpus}; start {gpus} (the plain launcher's "

@@ -28,6 +28,9 @@ def test_more_ranks_than_gpus_are_refused_before_anything_is_made(monkeypatch, t
     words = ["--config", "recipes/train/tiny_clip.yaml", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
     with pytest.raises(UserError, match=r"^--ranks 2: each takes a GPU, of which this host has 1; start 1 "):
         COMMANDS["train"][1]([*words, "--ranks", "2"])
+    for none in ("0", "-1"):
+        with pytest.raises(UserError, match=rf"^--ranks {none}: at least 1"):
+            COMMANDS["train"][1]([*words, "--ranks", none])
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "1")  # of the plain launcher, before it meets the others
