@@ -75,7 +75,8 @@ class Tape:
                 time.sleep(pause)
 
 
-Bytes = bytes | mmap.mmap | Tape
+Mapped = bytes | mmap.mmap
+Bytes = Mapped | Tape
 
 
 class TarDamage(Exception):
@@ -255,13 +256,13 @@ def open_tape(path: str | Path) -> Bytes:
         return Tape(file)
 
 
-def open_shard(path: str | Path) -> Bytes:
+def open_shard(path: str | Path) -> Mapped:
     """A read-only memory map of a local tar (empty bytes for an empty file)."""
     with open(path, "rb") as file:
         return mapped(file)
 
 
-def mapped(file: IO[bytes]) -> Bytes:
+def mapped(file: IO[bytes]) -> Mapped:
     """A local file's bytes, which may be used when it is closed."""
     if os.fstat(file.fileno()).st_size == 0:
         return b""
