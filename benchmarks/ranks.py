@@ -37,14 +37,14 @@ class Ranks:
     def __init__(
         self, pool: Path, out: Path, *, ranks: int, stage: str, batch: int, chunk: int, retain: int = 0
     ) -> None:
-        from jobs.launch import free_port
+        from jobs.launch import held_port
 
         out.mkdir()
-        port, self.chunks, self.said = str(free_port()), batch // ranks // chunk, out / "said.log"
+        self._held, self.chunks, self.said = contextlib.ExitStack(), batch // ranks // chunk, out / "said.log"
         command = [sys.executable, "-m", "benchmarks.ranks", str(pool), str(out), stage]
         command += [str(batch), str(chunk), str(retain)]
         shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._held.enter_context(held_port()))}
         self.processes: list[subprocess.Popen[str]] = []
         with open(self.said, "w") as log:
             for rank in range(ranks):
@@ -63,6 +63,7 @@ class Ranks:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(60)
             process.kill()
+        self._held.close()
 
     def seconds(self, work: str) -> float:
         """Of one piece of work, on the first rank."""

@@ -22,7 +22,7 @@ def data_share(bench: Bench) -> Iterator[Case]:
     import yaml
 
     from jobs.demo import RECIPE
-    from jobs.launch import free_port
+    from jobs.launch import held_port
     from jobs.steps import precision, tool
 
     batch, steps = (32, 2) if bench.quick else (128, 30)
@@ -35,11 +35,12 @@ def data_share(bench: Bench) -> Iterator[Case]:
 
     def share() -> float:
         run = bench.work / f"run-{next(number)}"
-        words = [tool("deepspeed"), "--num_accelerators", 2, "--master_port", free_port(), "training/train.py"]
-        words += ["--config", recipe, "--precision", precision(), "--samples", batch * steps, "--loader.batch", batch]
+        words = ["--config", recipe, "--precision", precision(), "--samples", batch * steps, "--loader.batch", batch]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [*map(str, words), "--data", str(pool), "--out", str(run)]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        with held_port() as port:
+            launcher = [tool("deepspeed"), "--num_accelerators", 2, "--master_port", port, "training/train.py"]
+            command = [*map(str, [*launcher, *words, "--data", pool, "--out", run])]
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert (run / "manifest.json").exists(), done.stdout[-2000:] + done.stderr[-4000:]
         return _share(run / "metrics.jsonl")
 

@@ -3,13 +3,18 @@
 A killed command leaves no manifest, a finished one leaves one that says from
 which configuration it came. That gives the rule of every command: the same
 configuration on a finished output does nothing, on a half-finished one it
-resumes, on anything else it refuses and names `--overwrite`.
+resumes, on anything else it refuses and names `--overwrite`. While a command is
+at work there, its lock on the folder's identity keeps others out: of two that
+start at the same moment both find the same half-finished work.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +67,8 @@ def claim(out: Path, identity: dict[str, Any], *, overwrite: bool = False, keep:
     mark = out / OUT_MARK
     if file := next((path for path in (out, *out.parents) if path.is_file()), None):
         raise UserError(f"--out {out}: {file} is a file; name a folder")
+    if link := next((path for path in (out, *out.parents) if path.is_symlink() and not path.exists()), None):
+        raise UserError(f"--out {out}: {link} is a link to {os.readlink(link)}, which is not there; make that folder")
 
     def foreign() -> bool:
         return any(entry.name not in keep and not _is_temporary(entry, mark) for entry in out.iterdir())
@@ -81,6 +88,46 @@ def claim(out: Path, identity: dict[str, Any], *, overwrite: bool = False, keep:
     elif different := differing(out, identity):
         what = ", ".join(different)
         raise UserError(f"--out {out}: holds another run (different {what}); name another folder or pass --overwrite")
+
+
+def occupy(out: Path, *, shared: bool = False) -> int | None:
+    """Hold a claimed folder until the descriptor is closed or this process ends, however it does.
+
+    None where it is not claimed, nothing can be written there, or its file system knows no locks. One that knows those
+    of other hosts (NFS, Lustre with flock) keeps these out too.
+
+    Args:
+        shared: with others that share it, as slices do.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        descriptor = os.open(out / OUT_MARK, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return descriptor
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"--out {out}: another gemsmith is at work there; wait for it, end it with SIGTERM, or name another folder"
+        ) from None
+    except OSError:
+        os.close(descriptor)
+        return None
+
+
+@contextlib.contextmanager
+def occupied(out: Path, *, shared: bool = False) -> Iterator[None]:
+    """`occupy` while the body runs."""
+    descriptor = occupy(out, shared=shared)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def differing(out: Path, identity: dict[str, Any]) -> list[str]:

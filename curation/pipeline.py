@@ -22,7 +22,7 @@ from curation.dry_run import dry_run as say_what_would_be_done
 from curation.errors import UserError, full_disk_named
 from curation.files import OUT_MARK
 from curation.hashing import config_hash
-from curation.manifest import claim, read_manifest, write_manifest
+from curation.manifest import claim, occupied, read_manifest, write_manifest
 from curation.pool import Shard, list_shards
 from curation.report import write_report
 from curation.workers import Workers, alive
@@ -93,6 +93,8 @@ def curate(
         )
         if dry_run:
             return say_what_would_be_done(run, list(STEPS) if phase == "all" else [phase])
+        with occupied(out, shared=chosen is not None):  # an --overwrite would empty it under another
+            pass
         _claim(run, overwrite, keep)
         if phase != "measure":
             _check_selection(run)
@@ -100,10 +102,11 @@ def curate(
         if done is not None:
             print(f"{out}: already complete ({phase}); nothing to do")
             return done
-        wanted = STEPS if phase == "all" else {phase: STEPS[phase]}
-        last = [read_manifest(_manifest(out, name)) or step(run) for name, step in wanted.items()][-1]
-        results = {name: read_manifest(_manifest(out, name)) for name in STEPS}
-        return _finish(run, results) if all(results.values()) else last
+        with occupied(out, shared=chosen is not None):
+            wanted = STEPS if phase == "all" else {phase: STEPS[phase]}
+            last = [read_manifest(_manifest(out, name)) or step(run) for name, step in wanted.items()][-1]
+            results = {name: read_manifest(_manifest(out, name)) for name in STEPS}
+            return _finish(run, results) if all(results.values()) else last
 
 
 STEPS: dict[str, Callable[[phases.Run], dict[str, Any]]] = {

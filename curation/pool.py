@@ -272,9 +272,12 @@ def read_row(data: Tape, sample: Sample, modality: Modality = "pairs", beside: B
 
 
 def uid_said(data: Tape, sample: Sample) -> object:
-    """What the json of a sample has as its uid."""
+    """What the json of a sample has as its uid; None also of one that cannot be read."""
     member = sample.members.get("json")
-    return None if member is None or member.size > MAX_MEMBER else (_parsed(data, member) or {}).get("uid")
+    try:
+        return None if member is None or member.size > MAX_MEMBER else (_parsed(data, member) or {}).get("uid")
+    except OSError:
+        return None
 
 
 def _parsed(data: Tape, member: Member) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ resharder names them. Markers hold against a killed process, not against a power
 cut: files are not synced one by one.
 """
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.copying import Outputs, lay_out, tar_name
+from curation.errors import UserError
 from curation.manifest import SCHEMA_VERSION
 from curation.plan import Input, Plan
 from curation.selection.engine import Partition, partitions
@@ -45,7 +47,7 @@ class Copying:
         """Copy the kept samples of one input shard: {"samples", "bytes"}.
 
         Raises:
-            UserError: the shard is not the one that was measured.
+            UserError: the shard is not the one that was measured, or a disk fails in the midst of it.
         """
         outputs = Outputs(self._folder / "shards", self._plan.sizes)
         done = written = 0
@@ -60,6 +62,13 @@ class Copying:
                         outputs.write(output, offset, sample)
                         written += len(sample)
                         done += 1
+        except OSError as reason:
+            if reason.errno != errno.EIO:
+                raise
+            raise UserError(
+                f"--pool: {item.shard} cannot be copied, its disk or that of --out fails ({reason.strerror}); mend it "
+                "and run the same command again, which goes on where this one stopped"
+            ) from None
         finally:
             outputs.close()
         assert done == item.kept, (item.shard, done, item.kept)

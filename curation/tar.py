@@ -1,10 +1,14 @@
 """Tar shards as byte ranges: which member of which sample lies where.
 
 Measuring, building, training and grading all read shards through this index.
-It walks the headers over a memory map and touches no payload, so a sample can
+It walks the headers and touches no payload, so a sample can
 be read, or copied raw into another tar, by offset alone. `tarfile` would build
 an object of twenty fields per member and cannot say what is left of a
 truncated file; webdataset's reader gives no offsets.
+
+Pools and training data are read by calls (`Tape`), output shards and held-out
+ones through a memory map: where a disk fails, or a file is cut while it is
+read, a call says so, and a map ends the process by SIGBUS.
 
 Samples are grouped by key over the whole shard because img2dataset writes the
 members of one sample in any order. ustar, GNU long names and PAX headers are
@@ -13,6 +17,8 @@ understood.
 
 import mmap
 import os
+import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +36,47 @@ APPLE_DOUBLE = "._"
 """So begins the name that macOS's tar puts beside every member, with what its disks know of the file."""
 LONGEST_PADDING = 1 << 20
 """Zeros at the end of an archive, at most: tar fills a record with them, 10 KiB, or on tapes up to a MiB."""
-Bytes = bytes | mmap.mmap
+UNREAD = "cannot be read"
+PAUSES = (0.5, 1.0, 2.0)  # seconds before a read that failed is tried again, once a tape: a disk may come back
+
+
+class Tape:
+    """A local file's bytes, read as they are asked for, also when the file is closed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+        self._size, self._pauses = os.fstat(self._descriptor).st_size, iter(PAUSES)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, place: slice) -> bytes:
+        """
+        Raises:
+            OSError: a read fails, and again; or the file has become shorter.
+        """
+        start, stop, _ = place.indices(self._size)
+        found = self._read(start, max(0, stop - start))
+        while len(found) < stop - start:  # one call gives no more than 2 GiB
+            more = self._read(start + len(found), stop - start - len(found))
+            if not more:
+                raise OSError(f"the file ended at byte {start + len(found)} of {self._size}")
+            found += more
+        return found
+
+    def _read(self, start: int, size: int) -> bytes:
+        while True:
+            try:
+                return os.pread(self._descriptor, size, start)
+            except OSError:
+                if (pause := next(self._pauses, None)) is None:
+                    raise
+                time.sleep(pause)
+
+
+Mapped = bytes | mmap.mmap
+Bytes = Mapped | Tape
 
 
 class TarDamage(Exception):
@@ -199,16 +245,24 @@ def samples(data: Bytes, *, strays: bool = False) -> tuple[list[Sample], str | N
                 sample.error = unsafe or sample.error or "not_a_file"
     except TarDamage as reason:
         damage = str(reason)
+    except OSError as reason:
+        damage = f"{UNREAD} beyond its first {len(found)} samples ({reason})"
     return found, damage
 
 
-def open_shard(path: str | Path) -> Bytes:
+def open_tape(path: str | Path) -> Bytes:
+    """A local tar to be read by calls."""
+    with open(path, "rb") as file:
+        return Tape(file)
+
+
+def open_shard(path: str | Path) -> Mapped:
     """A read-only memory map of a local tar (empty bytes for an empty file)."""
     with open(path, "rb") as file:
         return mapped(file)
 
 
-def mapped(file: IO[bytes]) -> Bytes:
+def mapped(file: IO[bytes]) -> Mapped:
     """A local file's bytes, which may be used when it is closed."""
     if os.fstat(file.fileno()).st_size == 0:
         return b""

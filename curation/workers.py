@@ -6,9 +6,11 @@ An actor gets its first item when it has started: on a cluster with fewer CPUs
 than --workers some do not, or only when the cluster has grown.
 That is all the scheduling that units of a thousand samples need, and it has
 none of Ray Data's object-store traffic or its starvation when the actors take
-every CPU. A killed worker is started again by Ray and its item
-with it: items write their own output atomically, so doing one twice is harmless.
-What kills every worker that it is given to ends the run, by name.
+every CPU. Instead of an actor that is lost (killed, or with its node) another is
+asked for, and its items go to whoever is there first: where the cluster has
+shrunk there may be no CPU for it, and Ray's own restart would hold the items
+until there is. Items write their own output atomically, so doing one twice is
+harmless. What kills every worker that it is given to ends the run, by name.
 """
 
 import logging
@@ -17,15 +19,16 @@ import os
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
-from curation.errors import UserError
+from curation.errors import UserError, one_line
 
-RETRIES = 5  # per item; one that kills its worker more often gets as many alone, and is then named
+RETRIES = 5  # per item; one that loses its worker more often gets as many alone, and is then named
+LOST_SECONDS = 600.0  # in which one of the workers asked for again starts, where all that there were have been lost
 SHARERS = 4  # workers of one GPU, at most: each holds its models there, and one CPU decodes less than a GPU takes
 OBJECT_STORE_BYTES = 200 << 20  # pixels never enter it
 REPORT_SECONDS = 5.0
@@ -79,7 +82,13 @@ class Workers:
                     object_store_memory=OBJECT_STORE_BYTES,
                 )
             else:
-                ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
+                try:
+                    ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
+                except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as reason:
+                    raise UserError(
+                        f"--ray.address {self._address}: cannot be joined ({one_line(reason)}); start a head there "
+                        "with this Python and Ray, or leave it out to start Ray here"
+                    ) from None
             self._started = True
             self.start_seconds = time.perf_counter() - began
         if self._count is None:  # once, before our own actors take what is free
@@ -93,7 +102,7 @@ class Workers:
 
         Raises:
             UserError, OSError: as raised by `setup` or the function in a worker.
-            UserError: an item kills its worker each time; there is no GPU.
+            UserError: an item kills its worker each time; there is no GPU; all workers are lost, or none can be made.
         """
         if not items:
             return
@@ -103,34 +112,50 @@ class Workers:
         self._generation += 1
         shared = ray.put(setup)
         waiting = deque(range(len(items)))
-        flying: dict[Any, tuple[int, int]] = {}  # which item it is, and which actor has it
+        flying: dict[Any, tuple[int, int, Any]] = {}  # which item it is, which actor has it, and its handle then
         held = [0] * len(actors)
+        lost: Counter[int] = Counter()  # by item, workers that died with it
         deadly: set[int] = set()  # items that lost all their workers, or lay behind one that did
 
         def send(number: int) -> None:
             while waiting and held[number] < (2 if len(waiting) > len(actors) and not deadly else 1):
-                place = waiting.popleft()
-                flying[actors[number].handle.call.remote(self._generation, shared, items[place])] = place, number
+                place, handle = waiting.popleft(), actors[number].handle
+                flying[handle.call.remote(self._generation, shared, items[place])] = place, number, handle
                 held[number] += 1
 
+        def send_all() -> None:
+            for number, actor in enumerate(actors):
+                if actor.start is None:
+                    send(number)
+
         starting = {actor.start: number for number, actor in enumerate(actors) if actor.start is not None}
-        began, told = time.monotonic(), False
-        for number, actor in enumerate(actors):
-            if actor.start is None:
-                send(number)
+        began, told, unborn, alone = time.monotonic(), False, 0, 0.0
+        send_all()
         while flying or waiting:
             done, _ = ray.wait([*flying, *starting], num_returns=1, timeout=SILENT_SECONDS if starting else None)
             if starting and not told and time.monotonic() - began >= SILENT_SECONDS:
                 what, told = "CPUs and GPUs" if self._share else "CPUs", True
                 say(f"workers: {len(actors) - len(starting)} of {len(actors)} have started; the others wait for {what}")
             if not done:
+                if alone and len(starting) == len(actors) and time.monotonic() - alone >= LOST_SECONDS:
+                    raise UserError(LOST)
                 continue
             if done[0] in starting:
                 number = starting.pop(done[0])
-                actors[number].start = None
+                try:
+                    ray.get(done[0])
+                except ray.exceptions.RayError as failure:
+                    unborn += 1
+                    if unborn > RETRIES:
+                        why = str(failure).strip().splitlines()[-1]  # of a traceback in colours
+                        raise UserError(f"{UNBORN} ({one_line(why)})") from None
+                    self._hire(actors[number])
+                    starting[actors[number].start] = number
+                    continue
+                actors[number].start, unborn = None, 0
                 send(number)
                 continue
-            place, number = flying.pop(done[0])
+            place, number, handle = flying.pop(done[0])
             held[number] -= 1
             try:
                 result = ray.get(done[0])
@@ -140,12 +165,23 @@ class Workers:
                 if isinstance(failure.cause, OSError):  # Ray's own shape of it has no errno
                     raise failure.cause from failure
                 raise
-            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
-                if place in deadly:
-                    raise UserError(_deadly(items[place])) from None
-                deadly.add(place)  # once more, with no other item near it, so that the right one is named
+            except (
+                ray.exceptions.RayActorError,
+                ray.exceptions.OutOfMemoryError,
+                ray.exceptions.ObjectLostError,  # its answer went with its node
+            ):
+                if actors[number].handle is handle:  # not what lay behind an item that is known to be lost
+                    self._hire(actors[number])
+                    starting[actors[number].start] = number
+                    began, told, alone = time.monotonic(), False, time.monotonic()
+                lost[place] += 1
+                if lost[place] > RETRIES:
+                    if place in deadly:
+                        raise UserError(_deadly(items[place])) from None
+                    deadly.add(place)  # as often again, with no other item near it, so that the right one is named
+                    del lost[place]
                 waiting.appendleft(place)
-                send(number)
+                send_all()
                 continue
             send(number)
             yield result
@@ -163,20 +199,30 @@ class Workers:
             for actor in self._actors:
                 ray.kill(actor.handle)  # which makes room
             self._actors, self._share = [], share
-        kind: Any = ray.remote(num_cpus=1, num_gpus=share, max_restarts=-1, max_task_retries=RETRIES)(_Actor)
         while len(self._actors) < min(count, items):
-            handle = kind.remote(os.getcwd())
-            self._actors.append(_Hired(handle, handle.start.remote()))
+            self._actors.append(self._hire(_Hired()))
         self._actors.sort(key=lambda actor: actor.start is not None)
         return self._actors[: min(count, items)]
+
+    def _hire(self, actor: "_Hired") -> "_Hired":
+        """Ask for a new actor, here in place of one that is lost."""
+        import ray
+
+        if actor.handle is not None:
+            ray.kill(actor.handle)  # it may only have been out of reach, and would keep its CPU
+        # One that is lost stays so: Ray would start it again where there may be no CPU for it, with its items.
+        kind: Any = ray.remote(num_cpus=1, num_gpus=self._share, max_restarts=0, max_task_retries=0)(_Actor)
+        actor.handle = kind.remote(os.getcwd())
+        actor.start = actor.handle.start.remote()
+        return actor
 
 
 @dataclass(slots=True)
 class _Hired:
     """An actor, and what `start` will have returned when it runs; None from then on."""
 
-    handle: Any
-    start: Any
+    handle: Any = None
+    start: Any = None
 
 
 def gpu_shares(machines: Sequence[tuple[float, float]], count: int) -> tuple[int, float]:
@@ -196,6 +242,13 @@ def gpu_shares(machines: Sequence[tuple[float, float]], count: int) -> tuple[int
     each = min(SHARERS, math.ceil(wanted / sum(gpus for _, gpus in able)))
     fitting = min(wanted, sum(min(cpus, gpus * each) for cpus, gpus in able))
     return fitting, math.floor(1e4 / each) / 1e4  # Ray counts in ten-thousandths
+
+
+LOST = (
+    "workers: all are lost, and the cluster had no CPU for another for so long that this gives up; see `ray status`, "
+    "start nodes, and run the same command again, which goes on where this one stopped"
+)
+UNBORN = "workers: none can be started; does every node have this gemsmith under the same path?"
 
 
 def _deadly(item: Any) -> str:

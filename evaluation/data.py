@@ -158,7 +158,7 @@ def _label(shard: Bytes, sample: Sample, classes: int) -> int:
 
 def _read(paths: list[Path], extra: Any) -> tuple[Pictures, list[Any], list[dict[str, str]]]:
     """Pictures, what `extra(shard, sample, image member)` returns for each of them, and the samples left out."""
-    shards = [open_shard(path) for path in paths]
+    shards: list[Bytes] = [open_shard(path) for path in paths]
     places: list[tuple[int, Member]] = []
     extras: list[Any] = []
     left_out: list[dict[str, str]] = []

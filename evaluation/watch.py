@@ -3,7 +3,9 @@
 A checkpoint exists once its manifest.json does, because the trainer writes
 that last; until then the folder is not looked into. Training may delete old
 checkpoints (`keep_last`) at any moment, also between listing and loading: a
-checkpoint whose manifest has gone is reported and passed over. The watch ends
+checkpoint whose manifest has gone is reported and passed over. A file system
+that hosts share may show this one the manifest before the files that it names:
+such a checkpoint is looked at again for a minute. The watch ends
 when the run's own manifest is there and every complete checkpoint was graded.
 What was graded before is found in the results file, so a watch can be killed
 and started again at any time.
@@ -86,16 +88,17 @@ def watch(
     results.check_writable(out, cache)
     config = config or EvaluateConfig()
     seen: set[tuple[Path, int]] = set()
+    coming: dict[tuple[Path, int], float] = {}  # those of which not all files are seen, and since when
     met, graded = 0, 0
     with _stop_on_sigterm() as stop, full_disk_named(*filter(None, (out, cache))):
-        from training.checkpoint import complete  # and torch, whose seconds of importing are no idle ones
+        from training import checkpoint as checkpoints  # and torch, whose seconds of importing are no idle ones
 
         limit_threads(threads)
         last_news, told = time.monotonic(), False
 
         while not stop.is_set():
             finished = (run / "manifest.json").exists()  # before listing: a checkpoint may land in between
-            landed = _landed(complete(run))
+            landed, waits = _landed(checkpoints.complete(run)), False
             if not (landed or finished or told):
                 what = "no checkpoint yet" if run.is_dir() else "no such folder yet"
                 print(f"{run}: {what}, waiting for the first", flush=True)
@@ -103,13 +106,18 @@ def watch(
             for checkpoint, written in landed:
                 if (checkpoint, written) in seen or stop.is_set():
                     continue
+                if checkpoints.is_coming(checkpoint):
+                    since = coming.setdefault((checkpoint, written), time.monotonic())
+                    if time.monotonic() - since < checkpoints.APPEARS_S:
+                        waits = True
+                        continue
                 seen.add((checkpoint, written))
                 met += 1
                 try:
                     rows = _grade_all(checkpoint, sources, out, cache, config, load, stop)
                 except Exception as error:
                     stop.wait(poll_seconds)  # a removal that is under way gets the time to end
-                    if (checkpoint, written) not in _landed(complete(run)):
+                    if (checkpoint, written) not in _landed(checkpoints.complete(run)):
                         print(f"{checkpoint}: removed before it was graded", flush=True)
                     elif isinstance(error, UserError):
                         print(f"{checkpoint}: not graded: {error}", flush=True)
@@ -121,7 +129,7 @@ def watch(
                     if best is not None and rows is not None and (checkpoint / "manifest.json").exists():
                         note_best(run, checkpoint, best, rows)
                 last_news = time.monotonic()
-            if finished and not stop.is_set():
+            if finished and not waits and not stop.is_set():
                 print(f"{run}: finished, {graded} of {met} checkpoints graded into {out}", flush=True)
                 return graded
             if idle_seconds is not None and time.monotonic() - last_news > idle_seconds:

@@ -169,7 +169,7 @@ def train(arguments: list[str]) -> int:
     from training.distributed import check_ranks
     from training.train import parse, prepare
 
-    ranks = a.ranks or torch.cuda.device_count() or 2
+    ranks = a.ranks if a.ranks is not None else torch.cuda.device_count() or 2
     check_ranks(ranks)
     config, data, run, overwrite = parse(rest)
     if not prepare(config, data, run, world_size=ranks, overwrite=overwrite):

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from curation.errors import UserError
 from curation.manifest import claim, write_manifest
+from jobs.launch import held_port
 from jobs.memory import PeakMemory
 from jobs.steps import precision, ranks, tool
 from training.config import ROOT
@@ -203,14 +204,15 @@ def train_arm(story: Story, arm: str) -> None:
         "--out", out / "watched" / arm / "results.jsonl", "--threads", 1,
         "--config", "recipes/evaluate/tiny_demo.yaml", "--retrieval.limit", story.sizes.watched,
     ]  # fmt: skip
-    story.run_watched(
-        f"train {arm}", tool("deepspeed"), "--num_accelerators", ranks(), "training/train.py",
-        "--config", RECIPE, "--mmgem.vision.arch", f"local-dir:{out / 'scorer' / 'export'}",
-        "--data", out / arm / "shards", "--out", run,
-        "--seed", story.seed, "--precision", precision(), "--samples", story.sizes.arm_samples,
-        "--mmgem.tokenizer.name_or_path", tokenizer(story),
-        watch=watch, leaves=run / "manifest.json",
-    )  # fmt: skip
+    with held_port() as port:
+        story.run_watched(
+            f"train {arm}", tool("deepspeed"), "--num_accelerators", ranks(), "--master_port", port,
+            "training/train.py", "--config", RECIPE, "--mmgem.vision.arch", f"local-dir:{out / 'scorer' / 'export'}",
+            "--data", out / arm / "shards", "--out", run,
+            "--seed", story.seed, "--precision", precision(), "--samples", story.sizes.arm_samples,
+            "--mmgem.tokenizer.name_or_path", tokenizer(story),
+            watch=watch, leaves=run / "manifest.json",
+        )  # fmt: skip
 
 
 def tokenizer(story: Story) -> Path:

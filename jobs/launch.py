@@ -6,15 +6,21 @@ ranks are signalled directly, by the ids they leave in RUN/ranks, ranks whose
 runner is gone are waited for, and whether a run is complete is read from its
 manifest. All of a launch is one session, which no other process can join: that
 tells what is still ours of ids that may be somebody else's by now.
+
+Left to itself the launcher also takes a cluster's list of hosts where it finds
+one, and the first GPUs of the host whichever are to be seen: it is told to keep
+to this host, and ranks which GPUs (training/__init__.py).
 """
 
 import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +32,16 @@ from training.config import ROOT
 SCRIPT = str(ROOT / "training" / "train.py")
 PATIENCE = 300.0
 """Seconds in which ranks without a runner have to finish their step and save; then they are killed."""
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def launch(arguments: list[str], run: Path, ranks: int) -> int:
     """Run `deepspeed --num_accelerators RANKS training/train.py ARGUMENTS` to its end.
 
     Returns:
-        0 where the run's manifest says it is complete; 143 after SIGTERM or SIGINT, with a checkpoint saved;
-        else the launcher's exit code (128 + the signal that killed it), or 1. No rank is left behind.
+        0 where the run's manifest says it is complete; 143 after SIGTERM, SIGINT or the terminal's end (unless they
+        are ignored, as under nohup), with a checkpoint saved; else the launcher's exit code (128 + the signal that
+        killed it), or 1. No rank is left behind.
     """
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
@@ -41,18 +49,6 @@ def launch(arguments: list[str], run: Path, ranks: int) -> int:
     environment.pop("GEMSMITH_GPUS", None)
     if shown := environment.get("CUDA_VISIBLE_DEVICES"):  # told how many ranks, the launcher forgets which GPUs
         environment["GEMSMITH_GPUS"] = shown
-    command = [
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--num_accelerators",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-        SCRIPT,
-        *arguments,
-    ]
-    shutil.rmtree(run / "ranks", ignore_errors=True)  # ids of a killed run are somebody else's by now
-    # A session of its own: a terminal's Ctrl-C reaches the ranks through us, once.
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
     stopped = False
 
     def ask_to_stop(*_: Any) -> None:
@@ -60,21 +56,36 @@ def launch(arguments: list[str], run: Path, ranks: int) -> int:
         stopped = True
 
     told: set[int] = set()
-    previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        while (code := process.poll()) is None:
-            if stopped:
-                _tell(_rank_ids(run), told)
-            time.sleep(0.2)
-        _end_orphans(process.pid, run, told)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with held_port() as port:
+        words = command(arguments, ranks, port)
+        shutil.rmtree(run / "ranks", ignore_errors=True)  # ids of a killed run are somebody else's by now
+        # Before there is anything to stop: a signal that came between would leave the ranks to themselves.
+        heeded = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, ask_to_stop) for number in heeded}
+        try:
+            # A session of its own: a terminal's Ctrl-C reaches the ranks through us, once.
+            process = subprocess.Popen(words, env=environment, start_new_session=True)
+            while (code := process.poll()) is None:
+                if stopped:
+                    _tell(_rank_ids(run) & _living(process.pid), told)
+                time.sleep(0.2)
+            _end_orphans(process.pid, run, told)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
     if read_manifest(run / "manifest.json") is not None:
         return 0
     if stopped:
         return 143
     return 128 - code if code < 0 else code or 1
+
+
+def command(arguments: list[str], ranks: int, port: int) -> list[str]:
+    """The words that start so many ranks on this host alone, which may be one of a cluster and have its list of hosts
+    where the launcher looks for one by itself."""
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    where = ["--hostfile", os.devnull, "--num_accelerators", str(ranks), "--master_port", str(port)]
+    return [deepspeed, *where, SCRIPT, *arguments]
 
 
 def _tell(ranks: set[int], told: set[int]) -> None:
@@ -116,10 +127,14 @@ def _rank_ids(run: Path) -> set[int]:
     return ids
 
 
-def free_port() -> int:
-    """A port for this run's rendezvous, so that two runs on one host do not meet."""
-    import socket
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A port for this run's rendezvous that nobody else is given while it is held.
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    It is bound here and not listened on. The kernel then gives it to no one who asks for any port, and refuses it to
+    whoever asks for it by number, but to those who, as rank 0's store does, say that they share (SO_REUSEADDR).
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]

@@ -22,6 +22,7 @@ import math
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,18 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def complete(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(m.parent for m in (run / "checkpoints").glob("step_*/manifest.json"))
+    """Complete checkpoints of a run, oldest first; those that are being removed meanwhile or not."""
+    found = []
+    with suppress(OSError):  # all of it goes, or it is not there
+        found = sorted(folder for folder in (run / "checkpoints").iterdir() if folder.name.startswith("step_"))
+    return [folder for folder in found if _has_manifest(folder)]
+
+
+def _has_manifest(folder: Path) -> bool:
+    try:
+        return (folder / "manifest.json").exists()
+    except OSError:  # ESTALE: another host has removed it
+        return False
 
 
 class Saver:
@@ -203,12 +214,30 @@ def check(folder: Path) -> dict[str, Any]:
         raise UserError(f"--checkpoint {folder}: has no manifest.json, so it was cut short; take an earlier one")
     if "files" not in manifest:
         raise UserError(f"--checkpoint {folder}: is no checkpoint; name a RUN/checkpoints/step_* or an export")
-    for name, size in manifest["files"].items():
-        if not (folder / name).exists():
-            raise UserError(f"--checkpoint {folder}: {name} is missing; take another checkpoint")
-        if (found := (folder / name).stat().st_size) != size:
-            raise UserError(f"--checkpoint {folder}: {name} has {found} bytes of {size}; take another checkpoint")
+    if (lacking := _lacking(folder, manifest["files"])) is not None:
+        raise UserError(f"--checkpoint {folder}: {lacking}; take another checkpoint")
     return manifest
+
+
+def _lacking(folder: Path, files: Mapping[str, int]) -> str | None:
+    """What is missing of these files {name: bytes}, or None."""
+    for name, size in files.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} bytes of {size}"
+    return None
+
+
+def is_coming(folder: Path) -> bool:
+    """Whether its manifest is seen here, and not all of the files that it names: they are on another host, or gone."""
+    try:
+        manifest = read_manifest(folder / "manifest.json")
+    except (OSError, ValueError):
+        return False
+    return manifest is not None and _lacking(folder, manifest.get("files", {})) is not None
 
 
 def latest(run: Path) -> Path | None:

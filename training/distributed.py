@@ -5,6 +5,8 @@ flag) goes through `World`. One process needs no process group: tests and
 notebooks run the very step that the cluster runs.
 """
 
+import contextlib
+import fcntl
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -108,6 +110,14 @@ class World:
             raise failure or UserError("the run has ended on rank 0, whose line says why")
         return result
 
+    def told(self, thing: T) -> T:
+        """What rank 0 has, a small thing that can be pickled, on every rank."""
+        if self.size == 1:
+            return thing
+        one = [thing]
+        dist.broadcast_object_list(one)
+        return one[0]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -116,8 +126,10 @@ class World:
 def check_ranks(ranks: int) -> None:
     """
     Raises:
-        UserError: this host has GPUs, but fewer than ranks.
+        UserError: none, or this host has GPUs, but fewer than ranks.
     """
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks}: at least 1; leave it out for one a GPU, or two on cores")
     if 0 < (gpus := torch.cuda.device_count()) < ranks:
         raise UserError(
             f"--ranks {ranks}: each takes a GPU, of which this host has {gpus}; start {gpus} (the plain launcher's "
@@ -141,8 +153,30 @@ def open_group() -> None:
         check_ranks(local + 1)
         torch.cuda.set_device(local)
         torch.backends.cudnn.allow_tf32 = False  # of `precision: fp32` convolutions alone would have ten bits, unasked
+    _compile_in_turn()
     deepspeed.init_distributed(dist_backend=None, verbose=False)
     dist.barrier()
     rank, port = os.environ.get("RANK", "0"), os.environ.get("MASTER_PORT", "")
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_{rank}"):
         buffer.unlink(missing_ok=True)
+
+
+def _compile_in_turn() -> None:
+    """What DeepSpeed compiles for ranks on cores, at their first start on a machine, by one process after the other.
+
+    torch has them wait, without end, for a lock that is a file. One that was killed as it compiled has left it there;
+    who holds the system's own lock knows that nobody compiles.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return
+    folder = Path(_get_build_directory(builder.name, False))
+    with open(folder / ".turn", "a") as turn:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            (folder / "lock").unlink(missing_ok=True)
+        builder.load()

@@ -36,6 +36,9 @@ from training.optim import Sharded, factor, parameter_groups, set_lr
 from training.partitioned import Deferred, partition
 from training.sight import Sight
 
+MADE = ("tokenizer", "codebook")
+"""What rank 0 makes in RUN before the others build theirs."""
+
 
 @dataclass(slots=True)
 class Trainer:
@@ -179,6 +182,8 @@ def make_trainer(config: TrainConfig, data: Sequence[Source] | Shards, run: Path
                 family = build(config, tokenizer, lambda: every_caption(sources, members), made_of)
                 if family.prepare is not None:
                     family.prepare(sources)
+        if first:
+            resumption.await_made(run, MADE, world)
         world.barrier()
     if config.activation_checkpointing:
         family.model.checkpoint_activations()

@@ -3,12 +3,15 @@
 Rank 0 finds the last complete one. On a file system that hosts share, another
 host may not see it for a while yet (NFS: `acdirmax`); a rank that took its own
 last one would load other steps than the rest, and ZeRO would put a mixture
-together. So the others wait until they see rank 0's, or all end in one line.
+together. So the others wait until they see rank 0's, or all end in one line. So
+they do for what rank 0 makes of the data where a run begins: its tokenizer, its
+codebook. Who did not see it yet would make one too, and meet the first in place.
 """
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +36,44 @@ def agreed(run: Path, world: World) -> Path | None:
     step = int(world.max(torch.tensor([-1 if last is None else int(last.name.removeprefix("step_"))])).item())
     if step < 0:
         return None
-    folder, until = checkpoint.step_folder(run, step), time.monotonic() + checkpoint.APPEARS_S
-    while not (seen := _seen(folder)) and time.monotonic() < until:
-        time.sleep(0.1)
-    if world.any(not seen):
-        raise UserError(
-            f"--out {folder}: rank 0 resumes from it, and {'another rank' if seen else f'rank {world.rank}'} does not "
-            f"see all of it within {checkpoint.APPEARS_S:g} s; put --out on a disk that all hosts share"
-        )
+    folder = checkpoint.step_folder(run, step)
+    _together(world, lambda: _seen(folder), f"--out {folder}: rank 0 resumes from it")
     return folder
+
+
+def await_made(run: Path, names: Sequence[str], world: World) -> None:
+    """Return once every rank sees all the files of these folders of RUN that rank 0 sees. A collective.
+
+    Raises:
+        UserError: (on every rank) one does not within `checkpoint.APPEARS_S`.
+    """
+    made = world.told(_sizes(run, names))
+
+    def seen() -> bool:
+        return made.items() <= _sizes(run, names).items()
+
+    _together(world, seen, f"--out {run}: rank 0 has made {', '.join(names)} there")
+
+
+def _sizes(run: Path, names: Sequence[str]) -> dict[str, int]:
+    """Bytes of each file."""
+    found: dict[str, int] = {}
+    for name in names:
+        with suppress(OSError):  # not seen yet
+            found |= {str(f.relative_to(run)): f.stat().st_size for f in (run / name).rglob("*") if f.is_file()}
+    return found
+
+
+def _together(world: World, seen: Callable[[], bool], what: str) -> None:
+    """Wait until all ranks see it, or all end."""
+    until = time.monotonic() + checkpoint.APPEARS_S
+    while not (mine := seen()) and time.monotonic() < until:
+        time.sleep(0.1)
+    if world.any(not mine):
+        raise UserError(
+            f"{what}, and {'another rank' if mine else f'rank {world.rank}'} does not see all of it within "
+            f"{checkpoint.APPEARS_S:g} s; put --out on a disk that all hosts share"
+        )
 
 
 def _seen(folder: Path) -> bool:

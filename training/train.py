@@ -17,7 +17,7 @@ from typing import Any
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
 from curation.errors import UserError, exit_code, full_disk_named, one_line
-from curation.manifest import claim, read_manifest
+from curation.manifest import claim, occupied, occupy, read_manifest
 from training import begin, checkpoint, resumption
 from training.config import TrainConfig, as_dict, make_parser
 from training.data import COUNTS, Mixture, fingerprint, keep_counts, named, open_sources
@@ -50,6 +50,8 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, str], Path, bool
 def prepare(config: TrainConfig, data: dict[str, str], run: Path, *, world_size: int, overwrite: bool) -> bool:
     """Check what can be checked before launching and claim the folder; False where the run is complete already."""
     check_free(run)
+    with occupied(run):  # an --overwrite would empty it under another
+        pass
     begin.check(config)
     deepspeed_config(config, world_size)
     sources = open_sources(config.loader, data, run / COUNTS)
@@ -117,6 +119,7 @@ def work(config: TrainConfig, data: dict[str, str], run: Path, *, overwrite: boo
         # The folder is claimed by one rank; the others meet it at the process group.
         if not prepare(config, data, run, world_size=world_size, overwrite=overwrite):
             return 0
+        occupy(run)  # to its end: of two that have started at the same moment, one ends here
         save_config(config, run)
     elif not overwrite and read_manifest(run / "manifest.json") is not None:
         return 0

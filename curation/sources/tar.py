@@ -1,4 +1,4 @@
-"""A tar as a tape: the file itself, mapped into memory where it is measured, read in place where it is copied."""
+"""A tar as a tape: the file itself, read by calls, which say where a disk fails; a memory map would end the process."""
 
 import os
 from functools import cached_property
@@ -30,7 +30,9 @@ class TarSource:
 
     def samples(self) -> tuple[list[Sample], str | None]:
         found, damage = tar.samples(self._bytes, strays=True)
-        return found, None if damage is None else f"truncated_tar: {damage}"
+        if damage is None:
+            return found, None
+        return found, f"{'unreadable' if damage.startswith(tar.UNREAD) else 'truncated_tar'}: {damage}"
 
     def __getitem__(self, place: slice, /) -> bytes:
         if self._here:
@@ -39,7 +41,7 @@ class TarSource:
         return self._file.read(place.stop - place.start)
 
     def read_into(self, view: memoryview, start: int) -> None:
-        """Without the memory map, whose page faults cost more than the copying."""
+        """Into a buffer that is there, as the copying is most of what a build does."""
         done = 0
         while done < len(view):  # one call gives no more than 2 GiB, and of some file systems less
             came = os.preadv(self._file.fileno(), [view[done:]], start + done)
@@ -49,4 +51,4 @@ class TarSource:
 
     @cached_property
     def _bytes(self) -> tar.Bytes:
-        return tar.mapped(self._file)
+        return tar.Tape(self._file)

@@ -28,14 +28,19 @@ from curation.errors import UserError, exit_code, one_line
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 300.0  # for a head that does not answer: it may be starting its dashboard again
 STOP_SECONDS = 30.0
+APPEARS_SECONDS = 60.0  # until a network's file system shows this host what another has written (NFS: `acdirmax`)
 PATHS = ("--config", "--pool", "--out", "--signals")
 
 
 class Log:
-    """The job's output on our stdout; `shown` characters of it are out, so a new stream goes on from there."""
+    """The job's output on our stdout; `shown` characters of it are out, so a new stream goes on from there.
+
+    error: what its last line of a user's error says, once the job has ended.
+    """
 
     def __init__(self) -> None:
         self.shown = 0
+        self.error: str | None = None
 
     def show(self, text: str, at: int) -> None:
         """Print what is new in `text`, which begins at character `at` of the log."""
@@ -43,6 +48,12 @@ class Log:
         if new:
             print(new, end="", flush=True)
             self.shown = at + len(text)
+
+    def end(self, text: str) -> None:
+        """All of it, when the job has ended."""
+        self.show(text, 0)
+        errors = [line for line in text.splitlines() if line.startswith("error: ")]
+        self.error = errors[-1].removeprefix("error: ") if errors else None
 
 
 async def follow(client: Any, job: str, log: Log) -> Any:
@@ -59,7 +70,7 @@ async def follow(client: Any, job: str, log: Log) -> Any:
             try:
                 details = await asyncio.to_thread(client.get_job_info, job)
                 if details.status.is_terminal():
-                    log.show(await asyncio.to_thread(client.get_job_logs, job), 0)
+                    log.end(await asyncio.to_thread(client.get_job_logs, job))
                     return details
                 answered = time.monotonic()
             except (RuntimeError, OSError) as reason:
@@ -86,7 +97,8 @@ async def _tail(client: Any, job: str, log: Log) -> None:
 
 
 async def _run(client: Any, job: str, log: Log) -> tuple[Any, int]:
-    """(details, number of the signal that ended it, or 0). Ctrl-C and SIGTERM stop the job and await its end."""
+    """(details, number of the signal that ended it, or 0). Ctrl-C and SIGTERM stop the job and await its end; what
+    cannot be stopped is said, and has no details."""
     loop, task = asyncio.get_running_loop(), asyncio.create_task(follow(client, job, log))
     received = 0
 
@@ -101,8 +113,13 @@ async def _run(client: Any, job: str, log: Log) -> tuple[Any, int]:
         return await task, 0
     except asyncio.CancelledError:
         print(f"stopping job {job}", file=sys.stderr, flush=True)
-        await asyncio.to_thread(client.stop_job, job)
-        return await asyncio.wait_for(follow(client, job, log), STOP_SECONDS), received
+        try:
+            await asyncio.to_thread(client.stop_job, job)
+            return await asyncio.wait_for(follow(client, job, log), STOP_SECONDS), received
+        except (RuntimeError, OSError) as reason:  # a TimeoutError is one, and says nothing
+            why = one_line(reason) or f"it has not ended for {STOP_SECONDS:.0f} s"
+            print(f"job {job} may go on ({why}): `ray job stop {job}`", file=sys.stderr, flush=True)
+            return None, received
 
 
 def submit(address: str, arguments: Sequence[str], working_dir: str | None = None) -> int:
@@ -132,7 +149,7 @@ def submit(address: str, arguments: Sequence[str], working_dir: str | None = Non
     runtime_env = {"working_dir": working_dir} if working_dir else None
     try:
         job = client.submit_job(entrypoint=entrypoint(arguments, shared=not working_dir), runtime_env=runtime_env)
-    except RuntimeError as reason:
+    except (RuntimeError, OSError) as reason:
         raise UserError(
             f"--address {address}: the head takes no job ({one_line(reason)}); look at its dashboard"
         ) from None
@@ -142,16 +159,23 @@ def submit(address: str, arguments: Sequence[str], working_dir: str | None = Non
     if received:
         return 128 + received
     if details.status != JobStatus.SUCCEEDED:
-        errors = [line for line in client.get_job_logs(job).splitlines() if line.startswith("error: ")]
-        if errors:
-            raise UserError(errors[-1].removeprefix("error: "))
+        if log.error is not None:
+            raise UserError(log.error)
         print(f"job {job}: {details.status} ({one_line(details.message)})", file=sys.stderr)
         return details.driver_exit_code or 1
     manifest = None if working_dir else _manifest(arguments)
-    if manifest is not None and not manifest.is_file():
+    if manifest is not None and not _appears(manifest):
         print(f"job {job}: succeeded, but {manifest} is not there; is OUT on a shared disk?", file=sys.stderr)
         return 1
     return 0
+
+
+def _appears(file: Path) -> bool:
+    """Whether a file that another host has written is seen here, soon."""
+    until = time.monotonic() + APPEARS_SECONDS
+    while not (seen := file.is_file()) and time.monotonic() < until:
+        time.sleep(min(1.0, APPEARS_SECONDS / 10))
+    return seen
 
 
 def entrypoint(arguments: Sequence[str], *, shared: bool) -> str:

@@ -1,5 +1,6 @@
 """The copy loop's ends: tars laid out from a damaged-looking tape, against the plain way; files reserved or refused."""
 
+import errno
 import io
 import itertools
 import json
@@ -15,11 +16,12 @@ import pytest
 from curation import copying
 from curation.config import parse_config
 from curation.copying import Outputs, lay_out
+from curation.errors import UserError
 from curation.pipeline import curate
 from curation.sources import open_shard
 from curation.sources.tar import TarSource
 from curation.tar import BLOCK, headers, padded
-from tests.curation.conftest import picture
+from tests.curation.conftest import picture, sample, write_tar
 from tests.curation.test_kill import in_this_process
 
 RNG = np.random.default_rng(0)
@@ -145,6 +147,21 @@ def test_a_range_that_comes_in_pieces_is_whole(tmp_path: Path, monkeypatch: pyte
             assert found == content[start : start + size]
         with pytest.raises(OSError, match="the shard ended before byte 5001"):
             tape.read_into(memoryview(bytearray(4000)), 1001)
+
+
+def test_a_disk_that_fails_in_the_midst_of_a_shard_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch)
+    shard, out, preadv = write_tar(tmp_path / "pool" / "0.tar", {"0": sample(0)}), tmp_path / "out", os.preadv
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    config = parse_config({"signals": {"text": {"kind": "text"}}})
+    with pytest.raises(UserError, match=rf"^--pool: {shard} cannot be copied, .* \(Input/output error\); mend it"):
+        curate(config, pools=[str(shard.parent)], out=out)
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert curate(config, pools=[str(shard.parent)], out=out)["kept"] == 1
 
 
 def test_what_lies_side_by_side_in_a_tar_comes_by_one_read(tmp_path: Path) -> None:

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from curation import manifest
+from curation.config import parse_config
 from curation.errors import UserError
-from curation.manifest import claim, write_json, write_manifest
+from curation.manifest import claim, occupied, occupy, write_json, write_manifest
+from curation.pipeline import curate
+from tests.curation.conftest import sample, write_tar
+from tests.curation.test_kill import in_this_process
 
 OLD, NEW = {"seed": 1}, {"seed": 2}
 
@@ -124,3 +128,33 @@ def test_two_writers_of_one_process_do_not_share_a_temporary(tmp_path: Path, mon
     monkeypatch.setattr(manifest.os, "replace", replace)
     write_json(tmp_path / "x.json", "first")
     assert json.loads((tmp_path / "x.json").read_text()) == "first"
+
+
+def test_of_two_at_work_in_a_folder_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices are at work side by side, and nobody beside one that sees all of it."""
+    in_this_process(monkeypatch)
+    write_tar(tmp_path / "pool" / "0.tar", {"0": sample(0)})
+    config, out = parse_config({"signals": {"text": {"kind": "text"}}}), tmp_path / "out"
+    how = {"pools": [str(tmp_path / "pool")], "out": out}
+    curate(config, **how, phase="measure")
+    refused, before = r"^--out .*: another gemsmith is at work there; wait", data_of(out)
+    with occupied(out, shared=True), occupied(out, shared=True):
+        curate(config, **how, phase="measure", part="1/1")
+        for more in ({}, {"overwrite": True}):
+            with pytest.raises(UserError, match=refused):
+                curate(config, **how, **more)
+    with occupied(out), pytest.raises(UserError, match=refused):
+        curate(config, **how, phase="measure", part="1/1")
+    assert data_of(out) == before
+    assert curate(config, **how)["kept"] == 1 and occupy(tmp_path / "nothing") is None
+
+
+def test_a_link_to_nowhere_is_named(tmp_path: Path) -> None:
+    """As to a scratch disk that this host does not have."""
+    (tmp_path / "out").symlink_to(tmp_path / "scratch")
+    for out in (tmp_path / "out", tmp_path / "out" / "run"):
+        with pytest.raises(UserError, match=rf"^--out {out}: {tmp_path}/out is a link to .*scratch, which is not"):
+            claim(out, NEW)
+    (tmp_path / "scratch").mkdir()
+    claim(tmp_path / "out" / "run", NEW)
+    assert (tmp_path / "scratch" / "run" / ".identity.json").is_file()

@@ -1,5 +1,6 @@
 """Pools with something wrong in them: counted and named; and pools of pictures or texts alone."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation import files, pipeline
+from curation import files, pipeline, tar
 from curation.config import parse_config
 from curation.errors import UserError
 from curation.pipeline import curate
@@ -362,3 +363,29 @@ def test_the_json_holds_the_other_columns(tmp_path: Path) -> None:
         said = json.loads(tar.extractfile("ab-0.json").read())  # type: ignore[union-attr]
     expected = {"caption": "words", "url": "u", "uid": "ab", "width": 7, "score": 0.5, "tags": ["a", "b"]}
     assert said == expected
+
+
+@pytest.mark.parametrize(("member", "kept"), [("000000003.jpg", 8), ("000000003.json", 8), ("header", 6)])
+def test_a_disk_that_fails_within_a_shard_is_counted_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], member: str, kept: int
+) -> None:
+    """EIO in one member's bytes, or in a header, behind which nothing can be found. (A read fails as the disk's would;
+    the copying, of other bytes, does not.)"""
+    broken = write_tar(tmp_path / "pool" / "0.tar", pairs(6))
+    write_tar(tmp_path / "pool" / "1.tar", {f"{i:09d}": sample(i) for i in range(6, 9)})
+    with tarfile.open(broken) as opened:
+        found = opened.getmember("000000003.jpg" if member == "header" else member)
+    bad = found.offset if member == "header" else found.offset_data
+    node, read = broken.stat().st_ino, os.pread
+
+    def pread(descriptor: int, size: int, start: int) -> bytes:
+        if os.fstat(descriptor).st_ino == node and start <= bad < start + size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(descriptor, size, start)
+
+    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(tar, "PAUSES", (0.0, 0.0))
+    manifest = run(tmp_path / "pool", tmp_path / "out")
+    assert manifest["errors"] == {"unreadable": 1} and manifest["kept"] == kept
+    if member == "header":
+        assert f"{broken}: unreadable: cannot be read beyond its first 3 samples ([Errno 5]" in capsys.readouterr().err

@@ -6,6 +6,7 @@ anyone else would send, and Ray sees no more of it.
 
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from curation.signals import SIGNALS
 from curation.workers import Workers
 from tests.curation.test_kill import LIGHT, here
 from tests.curation.test_pipeline import digests
+from tests.curation.test_workers import free_cpus
 
 Setup = Callable[[], Callable[[Any], Any]]
 EXPECTED = {
@@ -116,3 +118,77 @@ def test_a_sample_that_kills_each_worker_is_named_by_its_unit(
     assert "\n" not in str(error.value)
     measured = {path.name.rpartition("-")[2] for path in (tmp_path / "out" / "signals").glob("*/*.parquet")}
     assert measured, "what came before it was measured"
+
+
+class Holding:
+    """Whoever else takes a CPU: with it, the cluster has one less."""
+
+    def ready(self) -> bool:
+        return True
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("left", [1, 0])
+def test_a_cluster_that_shrinks_is_done_without_what_it_lost(
+    left: int, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed worker finds its CPU taken: the others go on with its items, or without any others it ends in a line."""
+    import ray
+
+    gate, mark, count = tmp_path / "gate", str(tmp_path / "mark"), 2 if left else 1
+
+    def work(item: int) -> int:
+        if item == 0:
+            while not gate.exists():
+                time.sleep(0.05)
+            try:
+                os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+                os.kill(os.getpid(), signal.SIGKILL)
+            except FileExistsError:
+                pass
+        return item
+
+    monkeypatch.setattr(workers_module, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(workers_module, "LOST_SECONDS", 1.5)
+    free_cpus(2)
+    kind: Any = ray.remote(num_cpus=1)(Holding)
+    holding = [kind.remote() for _ in range(2 - count)]  # and so no CPU is left
+    try:
+        ray.get([one.ready.remote() for one in holding])
+        with Workers(count, None) as workers:
+            results = workers.map(lambda: work, [*range(1, 30), 0, *range(30, 60)])
+            found = [next(results) for _ in range(20)]
+            deadline = time.monotonic() + 60
+            while any(actor.start is not None for actor in workers._actors) and time.monotonic() < deadline:
+                found.append(next(results))
+            holding.append(kind.remote())
+            taken = holding[-1].ready.remote()
+            time.sleep(1.0)  # it waits for the CPU that becomes free
+            gate.touch()
+            if left:
+                assert sorted([*found, *results]) == list(range(60))
+            else:
+                with pytest.raises(UserError, match=r"^workers: all are lost, .*the same command again"):
+                    list(results)
+            assert ray.get(taken, timeout=60)
+    finally:
+        for one in holding:
+            ray.kill(one)
+
+
+def test_workers_that_cannot_be_made_are_one_line(ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a node that does not have this package."""
+
+    class Unborn:
+        def __init__(self, folder: str) -> None:
+            raise ModuleNotFoundError("No module named 'curation'")
+
+        def start(self) -> None: ...
+
+    monkeypatch.setattr(workers_module, "_Actor", Unborn)
+    monkeypatch.setattr(workers_module, "RETRIES", 1)
+    with (
+        Workers(1, None) as workers,
+        pytest.raises(UserError, match=r"^workers: none can be started; .* No module named 'curation'"),
+    ):
+        list(workers.map(lambda: abs, [1]))

@@ -199,6 +199,25 @@ def test_progress_says_each_few_seconds_how_far_it_is(
         assert [line.split(" steps")[0] for line in said] == [f"it: {n} of 3" for n in expected]
 
 
+@pytest.mark.parametrize("failure", [ConnectionError("no running Ray"), RuntimeError("Version mismatch:\n Ray 2.9")])
+def test_a_cluster_that_cannot_be_joined_is_one_line(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+    """As `ray.init` fails without a head, and at one of another version."""
+    import ray
+
+    def init(**_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with (
+        Workers(1, "head:6379") as workers,
+        pytest.raises(
+            UserError, match=r"^--ray\.address head:6379: cannot be joined \((no runn|Version mismatch: Ray)"
+        ),
+    ):
+        list(workers.map(lambda: abs, [1]))
+
+
 def test_workers_that_want_a_gpu_have_a_share_of_one_and_the_others_none(ray_here: None) -> None:
     def seen() -> tuple[list[int], str]:
         import ray

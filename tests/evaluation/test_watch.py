@@ -143,6 +143,24 @@ def test_a_defect_is_not_swallowed(tmp_path, pairs_folder, loader):
         watch(**arguments)
 
 
+def test_a_checkpoint_whose_files_are_seen_late_is_graded_and_one_whose_are_not_is_named(
+    tmp_path, pairs_folder, loader, capsys, monkeypatch
+):
+    """As a file system shows another host's files: the manifest first."""
+    arguments = options(tmp_path, pairs_folder, loader)
+    late, never = land(arguments["run"], 10), land(arguments["run"], 20)
+    for folder in (late, never):
+        (folder / "weights").rename(folder / "elsewhere")
+        write_manifest(folder / "manifest.json", {"files": {"weights": 8}})
+    (arguments["run"] / "manifest.json").write_text("{}")
+    monkeypatch.setattr("training.checkpoint.APPEARS_S", 3.0)
+    timer = threading.Timer(0.5, (late / "elsewhere").rename, (late / "weights",))
+    monkeypatch.setattr("evaluation.watch.limit_threads", lambda _: timer.start())  # when it begins to look
+    assert watch(**arguments) == 1
+    assert loader.loaded == ["step_00000010"]
+    assert "step_00000020: not graded: " in capsys.readouterr().out
+
+
 def test_a_second_watch_grades_nothing_twice(tmp_path, pairs_folder, loader):
     arguments = options(tmp_path, pairs_folder, loader)
     land(arguments["run"], 10)

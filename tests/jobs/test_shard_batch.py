@@ -156,7 +156,8 @@ def test_slurm_chain_runs_in_order_and_gives_the_same_bytes(
 
 SRUN = f"""#!/bin/bash
 # Starts two tasks, as `srun` does on one node.
-{ITS_CORES}while [[ $1 == --* ]]; do shift; done
+{ITS_CORES}[[ $MASTER_PORT -lt $(cut -f 1 /proc/sys/net/ipv4/ip_local_port_range) ]] || exit 4
+while [[ $1 == --* ]]; do shift; done
 export SLURM_NTASKS=2
 SLURM_PROCID=1 SLURM_LOCALID=1 "$@" > "$STATE/rank1.log" 2>&1 &
 SLURM_PROCID=0 SLURM_LOCALID=0 "$@"
@@ -179,7 +180,7 @@ def test_slurm_training_trains_on_two_ranks(raw_pool: Path, tmp_path: Path) -> N
         "PYTHON": sys.executable,
         "STATE": str(tmp_path),
         "SLURM_JOB_NODELIST": "here",
-        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_ID": str(13_000 + os.getpid() % 7_000),
         "SLURM_CPUS_PER_TASK": "1",
         "SLURM_SUBMIT_DIR": str(ROOT),
     }

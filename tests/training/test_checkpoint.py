@@ -21,7 +21,7 @@ from training.config import as_dict
 from training.data import named
 from training.distributed import World
 from training.optim import Sharded, parameter_groups
-from training.train import prepare
+from training.train import prepare, work
 
 
 @pytest.fixture
@@ -67,6 +67,31 @@ def test_a_run_is_what_its_deepspeed_file_says_and_not_where_it_lies(shards, tmp
     loader = tiny_config().loader
     assert goes_on(settings, loader=dataclasses.replace(loader, max_error_rate=0.5, error_window=7)), "raised, as asked"
     assert goes_on(settings)
+
+
+def test_of_two_runs_that_start_in_a_folder_together_one_is_refused(shards, tmp_path, monkeypatch):
+    """Both have found it free. The second neither gets to the other ranks nor, by --overwrite, empties the folder."""
+    config, run, met = tiny_config(), tmp_path / "run", []
+
+    class Met(Exception):
+        pass
+
+    def meet():
+        met.append(1)
+        raise Met
+
+    monkeypatch.setattr("training.distributed.open_group", meet)
+    monkeypatch.setattr("training.train.tune_for_cpu", lambda _: None)
+    monkeypatch.setattr("training.traffic.TRAFFIC.install", lambda: None)
+    data = named(config.loader, [str(shards)])
+    with pytest.raises(Met):
+        work(config, data, run, overwrite=False)
+    held, before = sorted(os.listdir(run)), (run / "config.yaml").stat().st_mtime_ns
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"another gemsmith is at work there; wait"):
+            work(config, data, run, overwrite=overwrite)
+    assert len(met) == 1 and sorted(os.listdir(run)) == held
+    assert (run / "config.yaml").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("background", [False, True])

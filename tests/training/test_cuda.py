@@ -80,7 +80,6 @@ def test_a_step_keeps_to_its_gpu_and_runs_ahead(name, shards, tmp_path):
             with Stops(sunk) as stops:
                 trainer.step(0, [{key: mode.from_tensor(x) for key, x in chunk.items()} for chunk in chunks[:n]])
             found[n] = stops.counted
-    print(found)
     assert found[2].total() > 0 and found[3] - found[2] == ({"mask": waits} if waits else {}), found
 
 

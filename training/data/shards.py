@@ -155,7 +155,7 @@ class Shards:
         if shard in self._gone:
             raise Hole("shard_gone")
         try:
-            data = tar.open_shard(file.name) if self.cache is None else self.cache.open(file)
+            data = tar.open_tape(file.name) if self.cache is None else self.cache.open(file)
         except FileNotFoundError:
             self._gone.add(shard)  # asked for once, not for each of its samples
             raise Hole("shard_gone") from None
