@@ -371,3 +371,18 @@ def test_a_tokenizer_without_an_end(tmp_path):
     tokenizer.save_pretrained(str(tmp_path / "ends"))
     found = load_tokenizer(TokenizerConfig(name_or_path=str(tmp_path / "ends")), list)
     assert found.pad_token == "</s>", "what has an end and no padding pads with its end"
+
+
+def test_a_tokenizer_of_more_words_than_the_model(tmp_path):
+    for part, config in (("text_cfg", clip_config), ("multimodal_cfg", coca_config)):
+        sizes = json.loads(json.dumps(config().clip.model_cfg))
+        sizes[part]["vocab_size"] = 1000
+        with pytest.raises(UserError, match=rf"clip\.model_cfg\.{part}\.vocab_size: .* 49408 words.*1000; write 49408"):
+            build(config("--clip.model_cfg", json.dumps(sizes)), tmp_path / "none", list)
+    family = build(vlm2vec_config(), tmp_path / "words", lambda: CAPTIONS)
+    family.model.backbone.save_pretrained(tmp_path / "vlm")
+    family.tokenizer.tokenizer.add_tokens([f"<more_{n}>" for n in range(9)])
+    family.tokenizer.save_pretrained(str(tmp_path / "more"))
+    named = ["--vlm2vec.name_or_path", str(tmp_path / "vlm"), "--vlm2vec.backbone", "null"]
+    with pytest.raises(UserError, match=r"vlm2vec\.processor: the tokenizer has \d+ words"):
+        build(vlm2vec_config(*named, "--vlm2vec.processor", str(tmp_path / "more")), tmp_path / "again", list)
