@@ -38,6 +38,9 @@ from training.models.scalars import add_scalars, read_scalars
 from training.models.vlm_inputs import of_side
 from training.models.vlm_processor import build_processor, build_tokenizer, check_settings
 
+HEAD = r"(^|\.)lm_head\."
+"""What a backbone may lack: an embedder is often published without it."""
+
 
 class Vlm2VecConfig(PretrainedConfig):
     """backbone: the VLM's own config, as a dict · backbone_name: where its code is, for one with remote code ·
@@ -146,8 +149,8 @@ class Vlm2Vec(PreTrainedModel):
         if name is None:
             return cls(config)
         auto = _loader(settings, remote)
-        field, dtype = "vlm2vec.name_or_path", torch.float32
-        return cls(config, opened_model(auto, name, field, trust_remote_code=remote, dtype=dtype))
+        said = {"trust_remote_code": remote, "dtype": torch.float32}
+        return cls(config, opened_model(auto, name, "vlm2vec.name_or_path", HEAD, **said))
 
     def checkpoint_activations(self) -> None:
         """Keep the blocks' inputs alone, and compute the rest again in the backward pass.
