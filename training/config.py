@@ -68,7 +68,7 @@ class ObjectiveConfig:
     duplicates: pairs of rows that show the same thing are negatives, masked (neither), or positives ·
     gather: every rank holds all right sides of the batch, or they go round in a ring, where they would not fit ·
     tile: rows and columns of the logits that exist at once ·
-    temperature: where it begins (null = where a pretrained model's ended, else 0.07) ·
+    temperature: where it begins (null = where a pretrained model's ended, else 0.07, SigLIP's 0.1) ·
     temperature_schedule: learned between floor and ceiling, or from `temperature` to `temperature_end` over the run ·
     logit_bias: where SigLIP's learned bias begins (null = where a pretrained one's ended, else as its architecture
     says, else -10).

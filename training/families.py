@@ -68,6 +68,15 @@ def _kept_tokenizer(load: Callable[..., Any], recipe: TokenizerConfig, folder: P
     return tokenizer
 
 
+def _check_words(field: str, words: int, rows: int, mend: str) -> None:
+    """
+    Raises:
+        UserError: a tokenizer of more words than the model has rows for, past which an id would read.
+    """
+    if words > rows:
+        raise UserError(f"{field}: the tokenizer has {words} words, and the model rows for {rows}; {mend}")
+
+
 def _settings(model: Any) -> dict[str, Any]:
     """A model's config, as its folder would have it."""
     return json.loads(model.config.to_json_string())
@@ -182,7 +191,7 @@ def _mmgem(config: TrainConfig, tokenizer_folder: Path, captions: Captions, made
 
 def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Captions, made_of: MadeOf = None) -> Family:
     from training.models.clip import Clip, export, read_export
-    from training.models.clip_words import words_of
+    from training.models.clip_words import Words, words_of
     from training.models.patches import grid_of
     from training.tokenizer import save_tokenizer
 
@@ -204,6 +213,10 @@ def _clip(config: TrainConfig, tokenizer_folder: Path, captions: Captions, made_
     tokenizer = words_of(text_cfg, tokenizer_folder if tokenizer_folder.exists() else exported)
     if text_cfg.get("hf_tokenizer_name") and not tokenizer_folder.exists():
         save_tokenizer(tokenizer, tokenizer_folder)
+    for part in ("text_cfg", "multimodal_cfg"):
+        if isinstance(tokenizer, Words) and (rows := model.model_cfg.get(part, {}).get("vocab_size")) is not None:
+            words = tokenizer.vocab_size
+            _check_words(f"clip.model_cfg.{part}.vocab_size", words, rows, f"write {words}")
 
     def encode_text(texts: list[str]) -> dict[str, torch.Tensor]:
         return {"input_ids": tokenizer(texts)}
@@ -298,6 +311,9 @@ def _vlm2vec(config: TrainConfig, tokenizer_folder: Path, captions: Captions, ma
     limits: dict[str, Any] = {"max_tokens": config.loader.max_tokens, "longest": config.loader.decode_size}
     inputs = Inputs(processor, settings, negatives=recipe.negatives, **limits)
     model = Vlm2Vec.from_recipe(recipe, settings, config.objective) if known is None else Vlm2Vec(known)
+    if recipe.processor is not None and (words := getattr(processor, "tokenizer", None)) is not None:
+        rows = len(model.backbone.get_input_embeddings().weight)
+        _check_words("vlm2vec.processor", len(words), rows, "take the backbone's own")
     task = instruct(recipe.instruction, image=True)
 
     def row_of(drawn: Drawn) -> Row | None:

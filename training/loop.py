@@ -236,7 +236,8 @@ def train(config: TrainConfig, data: Mapping[str, str], run: Path) -> bool:
         stop = True
 
     signal.signal(signal.SIGTERM, ask_to_stop)
-    trainer = make_trainer(config, open_sources(config.loader, data, run / COUNTS), run)
+    negatives = None if config.vlm2vec is None else config.vlm2vec.negatives
+    trainer = make_trainer(config, open_sources(config.loader, data, run / COUNTS, negatives), run)
     budget = Budget(config.loader.max_error_rate, config.loader.error_window)
     world, recipe = trainer.world, as_dict(config)
     step, last = 0, trainer.last

@@ -1,5 +1,6 @@
 """CoCa against open_clip's own model and CoCaLoss on one batch, its cached step against autograd, files both ways."""
 
+import copy
 import json
 
 import numpy as np
@@ -129,6 +130,9 @@ def test_captions_are_the_greedy_ones(family):
             assert found[row, number] == ids[-1]
     with pytest.raises(UserError, match="greedy"):
         model.generate(pixels, num_beams=3)
+    rounded = copy.deepcopy(model).bfloat16()
+    given = [rounded.generate(pixels.to(dtype), max_new_tokens=6) for dtype in (torch.float32, torch.bfloat16)]
+    assert torch.equal(*given), "pictures come in fp32 whatever the weights are in, as from the processor"
     words = Words(context_length=14)
     texts = ["a dog chases two cats", "red"]
     assert [t.strip() for t in words.batch_decode(words(texts))] == texts

@@ -7,8 +7,18 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoTokenizer,
+    FlavaImageCodebook,
+    FlavaImageCodebookConfig,
+    FlavaModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+)
+from transformers import FlavaConfig as TheirFlavaConfig
 
 from curation.errors import UserError
 from curation.manifest import write_manifest
@@ -20,13 +30,21 @@ from training.auto import AutoModel
 from training.config import ObjectiveConfig, as_dict
 from training.export import save
 from training.families import build
-from training.family_config import ClipRecipe, LanguageConfig, TokenizerConfig, VisionConfig, Vlm2VecRecipe
+from training.family_config import (
+    ClipRecipe,
+    CodebookConfig,
+    LanguageConfig,
+    TokenizerConfig,
+    VisionConfig,
+    Vlm2VecRecipe,
+)
 from training.inference import load
 from training.look import look_of
 from training.models.bridge import Bridge
 from training.models.clip import Clip
 from training.models.clip_export import OpenClip
 from training.models.clip_words import words_of
+from training.models.codebook import load_codebook
 from training.models.flava import Flava
 from training.models.mmgem import MMGem
 from training.models.vision import pretrained_tower
@@ -232,6 +250,54 @@ def test_a_language_model_that_is_none(folders, tmp_path):
         assert "\n" not in str(refused.value)
 
 
+def without(folder, to, *names):
+    """A copy of a saved model whose file lacks some weights."""
+    shutil.copytree(folder, to)
+    tensors = {n: x for n, x in load_file(to / "model.safetensors").items() if n not in names}
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+def test_a_folder_that_lacks_weights_is_refused(folders, tmp_path):
+    """transformers draws them at random, with a warning."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaModel(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path / "decoder")
+    GPT2Model(GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "tied")
+    layer = {**sizes, "num_hidden_layers": 1}
+    parts = {"image_config": {**layer, "image_size": 32}, "text_config": layer, "multimodal_config": layer}
+    encoders = TheirFlavaConfig(**parts, hidden_size=32, projection_dim=16, init_codebook=False)
+    FlavaModel(encoders).save_pretrained(tmp_path / "encoders")
+    codebook = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=8, num_blocks_per_group=1, vocab_size=32))
+    codebook.save_pretrained(tmp_path / "whole")
+    codes = without(tmp_path / "whole", tmp_path / "codes", "blocks.output.conv.bias")
+    for opening, named in [
+        (
+            lambda: language(tmp_path / "decoder"),
+            r"mmgem\.language\.name_or_path: .* LlamaForCausalLM \(lm_head\.weight\)",
+        ),
+        (lambda: Flava._load_published(None, str(tmp_path / "encoders")), r"flava\.name_or_path: .* and \d+ more\)"),
+        (
+            lambda: load_codebook(CodebookConfig(name_or_path=str(codes), vocab_size=32), tmp_path, iter(())),
+            r"flava\.codebook\.name_or_path: .*\(blocks\.output\.conv\.bias\)",
+        ),
+    ]:
+        with pytest.raises(UserError, match=named) as refused:
+            opening()
+        assert "\n" not in str(refused.value)
+    assert language(tmp_path / "tied").llm.get_output_embeddings().weight is not None
+    for kind, name, lost in [
+        (MMGem, "mmgem", "h2.weight"),
+        (Flava, "flava", "log_scale"),
+        (Bridge, "limber", "mapping.bias"),
+    ]:
+        folder = without(folders[name], tmp_path / name, lost)
+        for opening in (kind.from_pretrained, AutoModel.from_pretrained):
+            with pytest.raises(UserError, match=rf"from_pretrained: .* lacks weights .* \({lost}\)"):
+                opening(folder)
+        model, info = kind.from_pretrained(folders[name], output_loading_info=True)
+        assert isinstance(model, kind) and not info["missing_keys"]
+
+
 @pytest.fixture
 def brought(tmp_path, monkeypatch):
     """(a folder whose config, model and tokenizer are code of its own, the file that this code writes)"""
@@ -305,3 +371,18 @@ def test_a_tokenizer_without_an_end(tmp_path):
     tokenizer.save_pretrained(str(tmp_path / "ends"))
     found = load_tokenizer(TokenizerConfig(name_or_path=str(tmp_path / "ends")), list)
     assert found.pad_token == "</s>", "what has an end and no padding pads with its end"
+
+
+def test_a_tokenizer_of_more_words_than_the_model(tmp_path):
+    for part, config in (("text_cfg", clip_config), ("multimodal_cfg", coca_config)):
+        sizes = json.loads(json.dumps(config().clip.model_cfg))
+        sizes[part]["vocab_size"] = 1000
+        with pytest.raises(UserError, match=rf"clip\.model_cfg\.{part}\.vocab_size: .* 49408 words.*1000; write 49408"):
+            build(config("--clip.model_cfg", json.dumps(sizes)), tmp_path / "none", list)
+    family = build(vlm2vec_config(), tmp_path / "words", lambda: CAPTIONS)
+    family.model.backbone.save_pretrained(tmp_path / "vlm")
+    family.tokenizer.tokenizer.add_tokens([f"<more_{n}>" for n in range(9)])
+    family.tokenizer.save_pretrained(str(tmp_path / "more"))
+    named = ["--vlm2vec.name_or_path", str(tmp_path / "vlm"), "--vlm2vec.backbone", "null"]
+    with pytest.raises(UserError, match=r"vlm2vec\.processor: the tokenizer has \d+ words"):
+        build(vlm2vec_config(*named, "--vlm2vec.processor", str(tmp_path / "more")), tmp_path / "again", list)

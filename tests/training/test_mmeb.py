@@ -10,7 +10,7 @@ from training.bottleneck import Timers
 from training.config import LoaderConfig, SourceConfig
 from training.data import Hole
 from training.data.mmeb import Subset
-from training.data.sources import fingerprint
+from training.data.sources import fingerprint, open_sources
 from training.models.vlm_inputs import IMAGE
 
 I2T = {
@@ -126,6 +126,17 @@ def test_where_the_first_pictures_are_lost_the_others_are_found(folder):
         with pytest.raises(Hole, match="image_missing"):
             subset.sample(number)
     assert same(subset.sample(2)["row"].query, I2T["qry"][2], 1)
+
+
+def test_negatives_beyond_those_asked_for_are_not_read(folder):
+    """Whoever trains without them neither decodes their pictures nor loses a row with a lost one."""
+    (folder / "images/CIRR/c.png").unlink()
+    with pytest.raises(Hole, match="image_missing"):
+        Subset(folder / "Lists").sample(0)
+    config = LoaderConfig(sources={"Lists": SourceConfig(kind="rows")})
+    for number, texts in ((0, []), (2, ["one", ""])):
+        source = open_sources(config, {"Lists": str(folder / "Lists")}, negatives=number)[0]
+        assert [item.text for item in source.samples.sample(0)["row"].negatives] == texts
 
 
 def test_a_part_of_a_subset(folder):

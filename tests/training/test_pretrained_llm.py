@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 from curation.errors import UserError
 from curation.manifest import write_manifest
 from tests.training.plain import assert_a_plain_step
+from tests.training.stage2 import stage2_config
 from tests.training.test_gradient_cache import chunks_of, launched
 from tests.training.test_taken_away import pictures
 from training.config import ObjectiveConfig, as_dict
@@ -138,6 +139,21 @@ def test_built_in_parts_it_begins_from_the_same_bits(backbones, kind, tmp_path):
             with deferred.values(parameter):
                 assert torch.equal(parameter, wanted.pop(name)), name
     assert not wanted
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_soft_prompts_begin_as_the_llm_embeds_cap(backbones, kind, tmp_path):
+    """Gemma's kind multiplies what its table holds."""
+    config, family = made(backbones, kind, tmp_path)
+    folder = tmp_path / "RUN" / "export"
+    save(config, family, family.model.state_dict(), folder)
+    write_manifest(folder / "gemsmith.json", {"steps": 1, "samples": 32, "config": as_dict(config)})
+    second = build(stage2_config("captioning", folder), tmp_path / "second", list)
+    second.prepare([])
+    pooled = torch.randn(2, 24)
+    with torch.no_grad():
+        before, after = (model.caption_prompt(pooled) for model in (family.model, second.model))
+    assert torch.equal(after[:, 0], before[:, 0]) and torch.equal(after[:, 1:], before[:, 1:].expand(-1, 5, -1))
 
 
 def test_pictures_are_seen_as_the_tower_saw_them(backbones, tmp_path):

@@ -63,6 +63,7 @@ PAPERS = {
         "flava.codebook.vocab_size": 8192, "flava.masks.patches": 75, "flava.masks.min_block": 16,
         "flava.masks.min_aspect": 0.3, "flava.masks.tokens": 0.15, "flava.masks.whole_words": ("pairs",),
         "flava.masks.mismatched": 0.1, "loader.sources.images.kind": "images", "loader.sources.texts.kind": "texts",
+        "loader.resize_mode": "squash", "loader.crop_scale": (0.9, 1.0),
     },
     "negclip": {
         "samples": 5 * 113_287, "loader.batch": 256, "optim.lr": 1e-6, "optim.warmup_steps": 50, "clip.negatives": 1,

@@ -1,11 +1,15 @@
 """SigLIP in closed form against the loss pair by pair and open_clip's SigLipLoss."""
 
+import math
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.coupled_oracle import as_dict, assert_close, batch, gradients, siglip
+from training.config import ObjectiveConfig
 from training.distributed import World
+from training.models.scalars import add_scalars
 from training.objectives.coupled import Rows
 from training.objectives.siglip import SigLIP
 
@@ -60,3 +64,21 @@ def test_scale_100_is_stable_in_float32_and_with_bfloat16_embeddings():
     assert_close(run(made, tile=16), gradients(siglip, *made), 1e-5)
     half = (*(x.bfloat16() for x in made[:2]), *made[2:])
     assert_close(run(half, tile=16), gradients(siglip, *half), 1e-5)
+
+
+def test_scalars_begin_where_their_papers_have_them():
+    """SigLIP's scale at 10 and bias at -10, CLIP's scale at 1 / 0.07; a pretrained model's own and the recipe's win."""
+    for objective, own, expected in [
+        ({"coupled": "siglip"}, {}, {"log_scale": math.log(10), "logit_bias": -10}),
+        ({"coupled": "infonce"}, {}, {"log_scale": -math.log(0.07)}),
+        ({"coupled": "siglip"}, {"log_scale": 4.0}, {"log_scale": 4.0, "logit_bias": -10}),
+        (
+            {"coupled": "siglip", "temperature": 0.5, "logit_bias": -4.0},
+            {"log_scale": 4.0},
+            {"log_scale": math.log(2), "logit_bias": -4},
+        ),
+    ]:
+        model = torch.nn.Module()
+        assert add_scalars(model, ObjectiveConfig(**objective), own) == tuple(expected)
+        for name, value in expected.items():
+            assert torch.equal(getattr(model, name).detach(), torch.tensor([float(value)]))

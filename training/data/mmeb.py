@@ -52,9 +52,10 @@ class Subset:
     Args:
         folder: the subset's own folder of parquet files, or one such file, of whatever split.
         limit: read no more rows than this (the paper takes at most 50,000 to 100,000 of each).
+        negatives: of each row, at most; None: all. The pictures of others are neither decoded nor missed.
     """
 
-    def __init__(self, folder: Path, *, limit: int | None = None) -> None:
+    def __init__(self, folder: Path, *, limit: int | None = None, negatives: int | None = None) -> None:
         """The pictures' paths begin at the first of the folder and its parents, or their `images`, where one of the
         first `TRIED` leads to something.
 
@@ -64,6 +65,7 @@ class Subset:
         """
         import pyarrow.parquet as pq
 
+        self.negatives = negatives
         self.name = folder.stem if folder.is_file() else folder.name
         names = sorted(file.name for file in folder.glob("*.parquet"))
         self._files = [folder] if folder.is_file() else [folder / name for name in read_of(names)]
@@ -119,16 +121,17 @@ class Subset:
         query, positive = (self._items(record, side) for side in ("qry", "pos"))
         if not query or not positive:
             raise Hole("caption_missing")
-        row = Row(query=query[0], positive=positive[0], negatives=self._items(record, "neg"))
+        row = Row(query=query[0], positive=positive[0], negatives=self._items(record, "neg", self.negatives))
         same = [record.get(self._columns.get(f"pos_{part}", "")) for part in ("text", "image")]
         return {"uid": self.key(number), "row": row, "group": same}
 
-    def _items(self, record: dict[str, Any], side: str) -> list[Item]:
-        """The side's items: one, or as many negatives as its lists hold."""
+    def _items(self, record: dict[str, Any], side: str, most: int | None = None) -> list[Item]:
+        """The side's items: one, or as many negatives as its lists hold, and `most`."""
         texts, paths = (_many(record.get(self._columns.get(f"{side}_{part}", ""))) for part in ("text", "image"))
         number = max(len(texts), len(paths))
         pairs = zip(*(list(part) + [""] * (number - len(part)) for part in (texts, paths)))
-        return [Item(text=text, image=self._picture(path) if path else None) for text, path in pairs if text or path]
+        there = [(text, path) for text, path in pairs if text or path][:most]
+        return [Item(text=text, image=self._picture(path) if path else None) for text, path in there]
 
     def _picture(self, path: str) -> Image.Image:
         try:

@@ -86,11 +86,14 @@ def named(config: LoaderConfig, data: Sequence[str]) -> dict[str, str]:
     return paths
 
 
-def open_sources(config: LoaderConfig, paths: Mapping[str, str], counts: Path | None = None) -> list[Source]:
+def open_sources(
+    config: LoaderConfig, paths: Mapping[str, str], counts: Path | None = None, negatives: int | None = None
+) -> list[Source]:
     """Open every source's shards or subset; remote shards share one cache on this host.
 
     Args:
         counts: what `keep_counts` wrote before, or nothing.
+        negatives: hard negatives that are read of each of a subset's rows, at most; None: all.
 
     Raises:
         UserError: what `Shards` or `Subset` finds, or a cache too small for two windows of the remote shards.
@@ -104,7 +107,7 @@ def open_sources(config: LoaderConfig, paths: Mapping[str, str], counts: Path | 
     for name, path in paths.items():
         settings = config.sources.get(name, SourceConfig())
         if settings.kind == "rows":
-            rows = Subset(Path(path), limit=settings.limit)
+            rows = Subset(Path(path), limit=settings.limit, negatives=negatives)
             sources.append(Source(name=name, samples=rows, weight=settings.weight, kind="rows"))
             continue
         full = files.full_name(path)

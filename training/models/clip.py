@@ -57,7 +57,7 @@ class Clip(nn.Module):
         # Who takes the model away sees all patches: open_clip would drop them wherever it is in training mode.
         self.model_cfg["vision_cfg"] = {k: v for k, v in model_cfg["vision_cfg"].items() if k != "patch_dropout"}
         if "logit_bias" in self.scalars:  # open_clip has one where its config does
-            self.model_cfg["init_logit_bias"] = model_cfg.get("init_logit_bias") or START["logit_bias"]
+            self.model_cfg["init_logit_bias"] = model_cfg.get("init_logit_bias") or START["siglip"]["logit_bias"]
 
     @classmethod
     def _built(cls, model_cfg: dict[str, Any]) -> Any:

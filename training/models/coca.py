@@ -85,7 +85,7 @@ class Coca(Clip):
         """
         if settings.pop("num_beams", 1) != 1 or settings.pop("do_sample", False) or settings:
             raise UserError("generate: CoCa writes greedy captions; ask for one beam and no sampling")
-        _, picture = self.image(pixel_values)
+        _, picture = self.image(pixel_values.to(next(self.towers.visual.parameters()).dtype))
         ids = torch.full((len(picture), 1), SOT, device=picture.device)
         ended = torch.zeros(len(picture), dtype=torch.bool, device=picture.device)
         for number in range(min(max_new_tokens, self.towers.context_length - 1)):

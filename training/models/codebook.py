@@ -30,7 +30,7 @@ from training.config import LoaderConfig
 from training.data import Order, Source, decode
 from training.data import picture as image_member
 from training.family_config import CodebookConfig
-from training.models.kind import check_whole
+from training.models.kind import check_whole, opened_model
 
 PATCH = 8
 """Side in pixels of what a code stands for; DALL-E's encoder pools three times by two."""
@@ -217,7 +217,7 @@ def _named(name_or_path: str) -> Codebook:
             f"flava.codebook.name_or_path: {name_or_path} is a {kind!r}, not an image tokenizer; name a "
             "flava_image_codebook, or a folder of a trained patch codebook"
         )
-    model = FlavaImageCodebook.from_pretrained(name_or_path).eval().requires_grad_(False)
+    model = opened_model(FlavaImageCodebook, name_or_path, "flava.codebook.name_or_path").eval().requires_grad_(False)
     # A rank's own GPU by its number: this comes before DeepSpeed makes it the current one.
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     return ConvolutionalCodebook(model.to(device))

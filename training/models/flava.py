@@ -18,6 +18,7 @@ masked inputs run stacked, so that ZeRO-3 gathers each layer once.
 """
 
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from training.config import ObjectiveConfig
 from training.family_config import LOSSES, FlavaRecipe
 from training.models.dropout import stacked
 from training.models.head import Head
-from training.models.kind import check_kind, opened
+from training.models.kind import check_kind, opened_model, whole
 from training.models.mmgem import MEAN, STD
 from training.models.patches import KeptPatches, only
 from training.models.scalars import add_scalars, read_scalars, unsaid
@@ -163,7 +164,7 @@ class Flava(PreTrainedModel):
         from transformers import FlavaForPreTraining
 
         check_kind(name_or_path, "flava", "flava.name_or_path")
-        published = opened(FlavaForPreTraining, name_or_path, "flava.name_or_path").state_dict()
+        published = opened_model(FlavaForPreTraining, name_or_path, "flava.name_or_path", THEIRS.pattern).state_dict()
         published = {name.removeprefix("flava."): tensor for name, tensor in published.items()}
         published = {name: tensor for name, tensor in published.items() if not THEIRS.search(name)}
         published["log_scale"] = published.pop("logit_scale").reshape(1)
@@ -182,10 +183,11 @@ class Flava(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "Flava":
         """
         Raises:
-            UserError: the folder holds another family's model.
+            UserError: the folder holds another family's model, or lacks weights.
         """
-        check_kind(pretrained_model_name_or_path, FlavaConfig.model_type, "Flava.from_pretrained")
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        name, field = pretrained_model_name_or_path, "Flava.from_pretrained"
+        check_kind(name, FlavaConfig.model_type, field)
+        return whole(partial(super().from_pretrained, name, *args), name, field, **kwargs)
 
     def _image(self, pixels: torch.Tensor, kept: torch.Tensor | None = None, hidden: torch.Tensor | None = None) -> Any:
         """Encoder's output for [B, 3, S, S]: of the patches `kept` [B, keep] alone where it is given; `hidden` bool

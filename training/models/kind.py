@@ -2,11 +2,16 @@
 
 Code that a folder brings is never run unless the recipe says so (`vlm2vec.trust_remote_code`).
 
+It also only warns where a folder of the right kind lacks weights (a decoder saved without its head, encoders without
+what they were pretrained by), and draws these at random: here that is refused.
+
 What a recipe names is loaded here, by its own library, from files that are mapped where they can be: a ZeRO-3 run makes
 one parameter of them after the other (training/partitioned.py).
 """
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -81,6 +86,40 @@ def opened(auto: Any, name: str, field: str, trust_remote_code: bool = False, **
         if "trust_remote_code" in str(error):
             raise UserError(f"{field}: {name} brings code of its own, which is not run here; name another") from None
         raise UserError(f"{field}: {name} cannot be read ({one_line(error, 200)}); name another") from None
+
+
+def opened_model(auto: Any, name: str, field: str, unread: str = "^$", **settings: Any) -> Any:
+    """A model as `opened` has it, with all its weights.
+
+    Args:
+        unread: what weights need not be there, since nothing reads them: a regular expression of their names.
+
+    Raises:
+        UserError: as `opened`; weights are missing.
+    """
+
+    def load(**more: Any) -> Any:
+        return opened(auto, name, field, **settings, **more)
+
+    return whole(load, name, field, unread)
+
+
+def whole(load: Callable[..., Any], where: Any, field: str, unread: str = "^$", **settings: Any) -> Any:
+    """`load(**settings)`, transformers' loading of a model; with what it says of it, too, where that is asked for.
+
+    Raises:
+        UserError: the folder lacks weights of the model, which would be random.
+    """
+    asked = settings.pop("output_loading_info", False)
+    model, info = load(output_loading_info=True, **settings)
+    drawn = info["missing_keys"] & dict(model.named_parameters(remove_duplicate=False)).keys()  # buffers are no draws
+    if missing := sorted(name for name in drawn if not re.search(unread, name)):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(
+            f"{field}: {where} lacks weights of a {type(model).__name__} ({missing[0]}{more}), which would be random; "
+            "name a folder that holds all of them"
+        )
+    return (model, info) if asked else model
 
 
 def opened_clip(arch: str, pretrained: str | None, field: str) -> Any:

@@ -15,6 +15,7 @@ under a causal mask no real token sees padding, so no mask is built.
 """
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from training.family_config import LanguageConfig, VisionConfig
 from training.models import mmgem_regions
 from training.models.dropout import stacked
 from training.models.head import Head, finish_of
-from training.models.kind import check_kind, opened
+from training.models.kind import check_kind, opened_model, whole
 from training.models.patches import only
 from training.models.scalars import add_scalars, read_scalars
 from training.models.vision import pretrained_tower, vision_tower
@@ -134,17 +135,18 @@ class MMGem(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "MMGem":
         """
         Raises:
-            UserError: the folder holds another family's model.
+            UserError: the folder holds another family's model, or lacks weights.
         """
-        check_kind(pretrained_model_name_or_path, cls.config_class.model_type, f"{cls.__name__}.from_pretrained")
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        name, field = pretrained_model_name_or_path, f"{cls.__name__}.from_pretrained"
+        check_kind(name, cls.config_class.model_type, field)
+        return whole(partial(super().from_pretrained, name, *args), name, field, **kwargs)
 
     @classmethod
     def from_backbones(cls, vision: VisionConfig, language: LanguageConfig, tokenizer: Any, **settings: Any) -> "MMGem":
         """Build from the recipe: pretrained towers where it names them, else towers from scratch."""
         sizes, weights = pretrained_tower(vision)
         if language.name_or_path:
-            pretrained = opened(AutoModelForCausalLM, language.name_or_path, "mmgem.language.name_or_path")
+            pretrained = opened_model(AutoModelForCausalLM, language.name_or_path, "mmgem.language.name_or_path")
             if pretrained.get_input_embeddings().num_embeddings < len(tokenizer):  # never cut: some have spare rows
                 pretrained.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             text_config = pretrained.config.to_dict()

@@ -77,5 +77,5 @@ def begin_from(model: Any, state: dict[str, torch.Tensor], source: str) -> None:
     with lasting_sources():
         model.load_state_dict(unsaid(model.config.objective, state), strict=False)
     if "prompts" in new:
-        with torch.no_grad():
-            model.prompts.copy_(model.llm.get_input_embeddings().weight[model.config.cap_token_id])
+        with torch.no_grad():  # as the LLM embeds it: Gemma's kind scales what its table says
+            model.prompts.copy_(model.llm.get_input_embeddings()(torch.tensor(model.config.cap_token_id)))

@@ -14,8 +14,8 @@ from torch import nn
 
 from training.config import ObjectiveConfig
 
-START = {"log_scale": -math.log(0.07), "logit_bias": -10.0}
-"""CLIP's and SigLIP's."""
+START = {"infonce": {"log_scale": -math.log(0.07)}, "siglip": {"log_scale": math.log(10.0), "logit_bias": -10.0}}
+"""CLIP's and SigLIP's (arXiv 2303.15343, section 3.2), by the coupled loss."""
 
 
 def _said(objective: ObjectiveConfig) -> dict[str, float | None]:
@@ -38,7 +38,7 @@ def add_scalars(
     own: where a pretrained model's ended, or its architecture's begin; what the recipe says comes before.
     """
     for name, value in (said := _said(objective)).items():
-        start = {**START, **(own or {})}[name] if value is None else value
+        start = {**START[objective.coupled], **(own or {})}[name] if value is None else value
         model.register_parameter(name, nn.Parameter(torch.tensor([float(start)])))
     return tuple(said)
 

@@ -12,6 +12,7 @@ and frozen unless it shares its weights with the input embeddings.
 import copy
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,13 @@ from transformers.utils.generic import can_return_tuple
 from curation.errors import UserError, one_line
 from training.config import ObjectiveConfig
 from training.family_config import Vlm2VecRecipe
-from training.models.kind import check_kind, opened
+from training.models.kind import check_kind, opened_model, whole
 from training.models.scalars import add_scalars, read_scalars
 from training.models.vlm_inputs import of_side
 from training.models.vlm_processor import build_processor, build_tokenizer, check_settings
+
+HEAD = r"(^|\.)lm_head\."
+"""What a backbone may lack: an embedder is often published without it."""
 
 
 class Vlm2VecConfig(PretrainedConfig):
@@ -114,15 +118,17 @@ class Vlm2Vec(PreTrainedModel):
         """`trust_remote_code`: whether the backbone's code may run, where it brings some.
 
         Raises:
-            UserError: the folder holds another family's model, or its backbone brings code that is not trusted.
+            UserError: the folder holds another family's model or lacks weights, or its backbone brings code that is
+                not trusted.
         """
-        check_kind(pretrained_model_name_or_path, Vlm2VecConfig.model_type, "Vlm2Vec.from_pretrained")
+        name, field = pretrained_model_name_or_path, "Vlm2Vec.from_pretrained"
+        check_kind(name, Vlm2VecConfig.model_type, field)
         config = kwargs.pop("config", None)
         if not isinstance(config, Vlm2VecConfig):
-            config = Vlm2VecConfig.from_pretrained(config or pretrained_model_name_or_path)
+            config = Vlm2VecConfig.from_pretrained(config or name)
         # transformers' own would drop it on the way.
         config.trust_remote_code = kwargs.pop("trust_remote_code", None) is True
-        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        return whole(partial(super().from_pretrained, name, *args, config=config), name, field, **kwargs)
 
     @classmethod
     def from_recipe(cls, recipe: Vlm2VecRecipe, settings: Any, objective: ObjectiveConfig) -> "Vlm2Vec":
@@ -143,8 +149,8 @@ class Vlm2Vec(PreTrainedModel):
         if name is None:
             return cls(config)
         auto = _loader(settings, remote)
-        field, dtype = "vlm2vec.name_or_path", torch.float32
-        return cls(config, opened(auto, name, field, trust_remote_code=remote, dtype=dtype))
+        said = {"trust_remote_code": remote, "dtype": torch.float32}
+        return cls(config, opened_model(auto, name, "vlm2vec.name_or_path", HEAD, **said))
 
     def checkpoint_activations(self) -> None:
         """Keep the blocks' inputs alone, and compute the rest again in the backward pass.
