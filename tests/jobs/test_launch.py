@@ -100,7 +100,9 @@ def test_the_end_of_its_terminal_is_a_signal_to_save_unless_it_is_ignored(tmp_pa
     (tmp_path / "deepspeed").write_text(f"#!{sys.executable}\n{RUNNER}")
     (tmp_path / "deepspeed").chmod(0o755)
     (run := tmp_path / "run").mkdir()
-    words = "import sys; from pathlib import Path; from jobs.launch import launch; run = sys.argv[1]\n"
+    words = "import signal, sys; from pathlib import Path; from jobs.launch import launch; run = sys.argv[1]\n"
+    if not ignored:  # as it is where these tests are themselves under nohup
+        words += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
     words += f"sys.executable = {str(tmp_path / 'python')!r}; sys.exit(launch([run], Path(run), 1))"
     command = ["nohup"] * ignored + [sys.executable, "-c", words, str(run)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
