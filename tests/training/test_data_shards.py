@@ -296,6 +296,16 @@ def test_one_hole_is_no_share_of_a_run_that_has_begun():
         Budget(0.0, 1_000).check(32, {"image_broken": 1})
 
 
+def test_pictures_without_regions_are_no_errors_unless_there_is_nothing_else():
+    budget = Budget(0.01, 1_000)
+    budget.check(500, {"region_none": 400})
+    budget.check(1_000, {"region_none": 900, "region_broken": 10})
+    with pytest.raises(UserError, match=r"11 of the last 1000 samples .*\(region_broken 11\)"):
+        Budget(0.01, 1_000).check(1_000, {"region_none": 900, "region_broken": 11})
+    with pytest.raises(UserError, match=r"1000 of the last 1000 samples .*region_none 1000"):
+        Budget(0.01, 1_000).check(1_000, {"region_none": 1_000})
+
+
 def test_a_resumed_run_keeps_its_budgets_past():
     """A shard that vanishes late is within the budget of the run, and not of the steps since a resume."""
 

@@ -181,7 +181,7 @@ def test_the_loader_draws_one_region_a_sample_and_epoch(tmp_path):
     again = {row.fields["text"].split()[-1]: row.fields["text"] for row in second if not row.reason}
     both = number.keys() & again.keys()
     assert 0 < sum(number[n] != again[n] for n in both) < len(both), "another draw in another epoch"
-    assert loader.holes["region_missing"] == 10 and 0 < loader.holes["region_outside"] <= 8
+    assert loader.holes["region_none"] == 10 and 0 < loader.holes["region_outside"] <= 8
     assert loader.holes.total() == sum(r.reason != "" for r in rows)
     other = rows_of(folder, tiny_config(), chunk=13)[2]
     assert torch.equal(torch.cat([c["regions"] for c in chunks]), torch.cat([c["regions"] for c in other]))

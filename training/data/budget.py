@@ -1,7 +1,8 @@
 """How many samples may be holes: a share of any stretch of the run, so that a bad shard is not lost in a long past.
 
 One is always forgiven, where any are: else a single broken picture would end a run that has only begun, since one of
-the first hundred is more than a hundredth of them.
+the first hundred is more than a hundredth of them. A picture that is said to have no regions is a hole and no error,
+unless a whole stretch has nothing else.
 """
 
 from collections import deque
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from curation.errors import UserError
+from training.regions import NONE
 
 
 class Budget:
@@ -37,6 +39,8 @@ class Budget:
             self._past.popleft()
         since, before = self._past[0]
         new = {reason: n - before.get(reason, 0) for reason, n in holes.items() if n > before.get(reason, 0)}
+        if not self.over <= drawn - since <= new.get(NONE, 0):
+            new.pop(NONE, None)
         if sum(new.values()) > max(self.rate * (drawn - since), bool(self.rate)):
             said = ", ".join(f"{reason} {n}" for reason, n in sorted(new.items(), key=lambda item: -item[1]))
             raise UserError(
