@@ -5,8 +5,6 @@ flag) goes through `World`. One process needs no process group: tests and
 notebooks run the very step that the cluster runs.
 """
 
-import contextlib
-import fcntl
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -153,30 +151,8 @@ def open_group() -> None:
         check_ranks(local + 1)
         torch.cuda.set_device(local)
         torch.backends.cudnn.allow_tf32 = False  # of `precision: fp32` convolutions alone would have ten bits, unasked
-    _compile_in_turn()
     deepspeed.init_distributed(dist_backend=None, verbose=False)
     dist.barrier()
     rank, port = os.environ.get("RANK", "0"), os.environ.get("MASTER_PORT", "")
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_{rank}"):
         buffer.unlink(missing_ok=True)
-
-
-def _compile_in_turn() -> None:
-    """What DeepSpeed compiles for ranks on cores, at their first start on a machine, by one process after the other.
-
-    torch has them wait, without end, for a lock that is a file. One that was killed as it compiled has left it there;
-    who holds the system's own lock knows that nobody compiles.
-    """
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import _get_build_directory
-
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        return
-    folder = Path(_get_build_directory(builder.name, False))
-    with open(folder / ".turn", "a") as turn:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(turn, fcntl.LOCK_EX)
-            (folder / "lock").unlink(missing_ok=True)
-        builder.load()
