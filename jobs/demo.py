@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from curation.errors import UserError
 from curation.manifest import claim, write_manifest
-from jobs.launch import held_port
+from jobs.launch import held_port, shown_gpus
 from jobs.memory import PeakMemory
 from jobs.steps import precision, ranks, tool
 from training.config import ROOT
@@ -88,7 +88,7 @@ class Story:
 
     def _run(self, name: str, commands: Sequence[Sequence[object]], threads: int, leaves: Path | None = None) -> None:
         print(f"\n=== {name}: {' '.join(map(str, commands[0][:2]))} ...", flush=True)
-        begun, environment = time.monotonic(), {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        begun, environment = time.monotonic(), {**os.environ, **shown_gpus(), "OMP_NUM_THREADS": str(threads)}
         running: list[subprocess.Popen[bytes]] = []
         try:
             with _sigterm_held():

@@ -43,12 +43,9 @@ def launch(arguments: list[str], run: Path, ranks: int) -> int:
         are ignored, as under nohup), with a checkpoint saved; else the launcher's exit code (128 + the signal that
         killed it), or 1. No rank is left behind.
     """
-    environment = dict(os.environ)
+    environment = {**os.environ, **shown_gpus()}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    environment.pop("GEMSMITH_GPUS", None)
-    if shown := environment.get("CUDA_VISIBLE_DEVICES"):  # told how many ranks, the launcher forgets which GPUs
-        environment["GEMSMITH_GPUS"] = shown
     stopped = False
 
     def ask_to_stop(*_: Any) -> None:
@@ -78,6 +75,12 @@ def launch(arguments: list[str], run: Path, ranks: int) -> int:
     if stopped:
         return 143
     return 128 - code if code < 0 else code or 1
+
+
+def shown_gpus() -> dict[str, str]:
+    """What tells ranks which GPUs this process is shown: told how many ranks, the launcher forgets it."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"GEMSMITH_GPUS": shown} if shown else {}
 
 
 def command(arguments: list[str], ranks: int, port: int) -> list[str]:

@@ -49,7 +49,7 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def complete(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first; those that are being removed meanwhile or not."""
+    """Complete checkpoints of a run, oldest first; one that is removed meanwhile may be among them or not."""
     found = []
     with suppress(OSError):  # all of it goes, or it is not there
         found = sorted(folder for folder in (run / "checkpoints").iterdir() if folder.name.startswith("step_"))
